@@ -1,0 +1,53 @@
+// The C++ interface: from a chunk of logits to row scalars and the weighted gradient of the student's logits.
+//
+// No torch headers: device pointers and strides in elements. Nothing is allocated and nothing is kept.
+#pragma once
+
+#include <cstdint>
+
+namespace scsdpo {
+
+enum class DType : int32_t { kFloat32, kBFloat16 };
+
+// For each row r, with p = softmax(student / temperature), q = softmax(teacher / temperature):
+//
+//     divergence[r], student_entropy[r], teacher_entropy[r]       nats
+//     student_logp[r], teacher_logp[r] = log p, log q at target[r]
+//     gradient[r, v] = weight[r] * d divergence[r] / d student[r, v]
+struct RowDivergence {
+  int64_t rows;
+  int64_t vocabulary;
+
+  const float* student;  // [rows, vocabulary], unit stride along the vocabulary
+  int64_t student_stride;
+  const float* teacher;  // the teacher's logits, or teacher's minus student's where teacher_is_difference
+  int64_t teacher_stride;
+  bool teacher_is_difference;
+
+  const float* weight;    // [rows]
+  const int64_t* target;  // [rows], each in [0, vocabulary); null: no log-probabilities wanted
+
+  float beta;  // the teacher's share: 0 forward KL(q || p), 1 reverse KL(p || q), between: generalised Jensen-Shannon
+  float temperature;
+
+  float* divergence;  // [rows], as the four below
+  float* student_entropy;
+  float* teacher_entropy;
+  float* student_logp;  // written iff target is given
+  float* teacher_logp;
+
+  void* gradient;  // [rows, vocabulary]; null: values only. A row may lie over the same row of student.
+  int64_t gradient_stride;
+  DType gradient_dtype;
+};
+
+enum class InstructionSet : int32_t { kBaseline, kAVX2, kAVX512 };
+
+// The widest one that this build has and this processor runs.
+InstructionSet best_instruction_set();
+
+// Rows on SIMD and `threads` threads. Each row is computed by one thread in one order: results do not depend on
+// `threads`. instruction_set must not exceed best_instruction_set().
+void row_divergence_cpu(const RowDivergence& task, int threads, InstructionSet instruction_set);
+
+}  // namespace scsdpo

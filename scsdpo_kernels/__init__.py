@@ -1,0 +1,16 @@
+"""Fused self-distillation loss for reinforcement learning of language models (SC-SDPO, arXiv 2605.27765)."""
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "scsdpo_kernels needs PyTorch, which it does not install by itself: install the build that fits this machine, "
+        'or take the tested one with `pip install "scsdpo-kernels[torch]"`'
+    ) from error
+
+from .linear_divergence import LinearDivergence, linear_divergence
+from .scsdpo_loss import scsdpo_loss
+from .weights import question_weights
+
+__version__ = "0.1.0"
+__all__ = ["LinearDivergence", "linear_divergence", "question_weights", "scsdpo_loss"]

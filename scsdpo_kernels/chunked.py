@@ -1,0 +1,152 @@
+"""Schedule 1: the library's matrix product per chunk of rows, and one fused row kernel.
+
+For each chunk of C rows whose weight is not 0, with two buffers of (C, V) that all chunks share:
+
+    z_s = h_s W_sᵀ    z_t = h_t W_tᵀ    G = w ∂D/∂z_s over z_s (row kernel)    ∂h = G W_s    ∂W += Gᵀ h_s
+
+Four products of 2 C V D operations. The logits are fp32 whatever the inputs' dtype, G has the dtype that the last two
+products run in. Where student and teacher share an fp32 head, (h_t - h_s) Wᵀ is projected in place of z_t: the same
+cost, and the divergence keeps its relative precision however close the teacher is.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from . import native
+from .ops import gradient_dtype
+
+# Both logit buffers together. A chunk never has fewer rows than MIN_ROWS, below which the products lose their speed.
+BUFFER_BYTES = 320 * 2**20
+MIN_ROWS = 256
+# Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.
+SLAB_ROWS = 8192
+
+
+def linear_divergence(
+    student_hidden: Tensor,  # (..., D)
+    student_weight: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (..., D_t)
+    teacher_weight: Tensor | None,  # (V, D_t)
+    token_weight: Tensor,  # (...,)
+    target_ids: Tensor | None,  # (...,)
+    *,
+    beta: float,
+    temperature: float,
+    want_grad_hidden: bool,
+    want_grad_weight: bool,
+):
+    """The operator's outputs, in its order."""
+    vocabulary = student_weight.shape[0]
+    shared = teacher_weight is None or _same_storage(teacher_weight, student_weight)
+    teacher_weight = student_weight if shared else teacher_weight
+    teacher_is_difference = shared and student_weight.dtype == teacher_hidden.dtype == torch.float32
+
+    kept = torch.nonzero(token_weight, as_tuple=True)
+    scalars = [token_weight.new_zeros(token_weight.shape, dtype=torch.float32) for _ in range(3 if target_ids is None else 5)]
+    grad_hidden = _zeros_like(student_hidden, want_grad_hidden)
+    head_gradient = _HeadGradient(student_weight, want_grad_weight)
+    want_gradient = want_grad_hidden or want_grad_weight
+
+    for chunk in _chunks(kept[0].numel(), vocabulary):
+        if chunk.start == 0:
+            buffers = student_hidden.new_empty(2, chunk.stop, vocabulary, dtype=torch.float32)
+        rows = tuple(index[chunk] for index in kept)
+        student, teacher = student_hidden[rows], teacher_hidden[rows]
+        student_logits, teacher_logits = buffers[:, : len(student)].unbind()
+        _project(student, student_weight, student_logits)
+        _project(teacher - student if teacher_is_difference else teacher, teacher_weight, teacher_logits)
+
+        logit_gradient = _over(student_logits, _product_dtype(student_weight)) if want_gradient else None
+        row_scalars = native.row_divergence(
+            student_logits,
+            teacher_logits,
+            token_weight[rows].float(),
+            None if target_ids is None else target_ids[rows].long(),
+            beta=beta,
+            temperature=temperature,
+            teacher_is_difference=teacher_is_difference,
+            gradient=logit_gradient,
+        )
+        for out, values in zip(scalars, row_scalars, strict=False):
+            out[rows] = values
+        if want_grad_hidden:
+            grad_hidden[rows] = _back_project(logit_gradient, student_weight).to(grad_hidden.dtype)
+        if want_grad_weight:
+            head_gradient.add(logit_gradient, student)
+
+    loss = (token_weight.double() * scalars[0].double()).sum().float()
+    logps = scalars[3:] or [scalars[0].new_empty(0), scalars[0].new_empty(0)]
+    buffers = None  # before the head's gradient may need another copy
+    return loss, *scalars[:3], *logps, grad_hidden, head_gradient.result()
+
+
+def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of about equal length, as long as the buffers allow, the longest first."""
+    most = max(MIN_ROWS, BUFFER_BYTES // (2 * 4 * vocabulary))
+    size = -(-rows // max(1, -(-rows // most))) or 1
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def _zeros_like(tensor: Tensor, wanted: bool) -> Tensor:
+    return torch.zeros(tensor.shape if wanted else (0,), dtype=gradient_dtype(tensor), device=tensor.device)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """dtype of the products with a gradient of logits: bf16 heads' own, fp32 for the rest."""
+    return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+
+
+def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A (C, V) of `dtype` whose rows start where the rows of fp32 logits start."""
+    return logits.view(dtype)[:, : logits.shape[1]]
+
+
+def _slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The head in fp32: itself, or slab by slab a copy."""
+    size = weight.shape[0] if weight.dtype == torch.float32 else SLAB_ROWS
+    for start in range(0, weight.shape[0], size):
+        slab = slice(start, start + size)
+        yield slab, weight[slab].float()
+
+
+def _project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
+    """logits = hidden weightᵀ with fp32 sums, never rounded to the inputs' dtype."""
+    hidden = hidden.float()
+    for slab, weight_slab in _slabs(weight):
+        torch.mm(hidden, weight_slab.t(), out=logits[:, slab])
+
+
+def _back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
+    """logit_gradient weight, (C, D)."""
+    if weight.dtype == logit_gradient.dtype:
+        return torch.mm(logit_gradient, weight)
+    grad_hidden = torch.zeros(logit_gradient.shape[0], weight.shape[1])
+    for slab, weight_slab in _slabs(weight):
+        grad_hidden.addmm_(logit_gradient[:, slab], weight_slab)
+    return grad_hidden
+
+
+class _HeadGradient:
+    """Σ over chunks of Gᵀ h, in fp32 until the last."""
+
+    def __init__(self, weight: Tensor, wanted: bool):
+        self.dtype = gradient_dtype(weight)
+        self.sum = torch.zeros(weight.shape if wanted else (0,), dtype=torch.float32, device=weight.device)
+
+    def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
+        if logit_gradient.dtype == torch.float32:
+            self.sum.addmm_(logit_gradient.t(), hidden.float())
+            return
+        for start in range(0, self.sum.shape[0], SLAB_ROWS):
+            slab = slice(start, start + SLAB_ROWS)
+            self.sum[slab] += torch.mm(logit_gradient[:, slab].t(), hidden)
+
+    def result(self) -> Tensor:
+        return self.sum.to(self.dtype)

@@ -1,0 +1,140 @@
+"""The public operator: from hidden states and the head to the weighted divergence of student and teacher.
+
+    p = softmax(h_s W_sᵀ / τ)    q = softmax(h_t W_tᵀ / τ)    loss = Σ_n w_n D(p_n, q_n)
+
+with D the forward KL(q‖p) at beta = 0, the reverse KL(p‖q) at beta = 1 and the generalised Jensen-Shannon divergence
+(1-β) KL(p‖m) + β KL(q‖m), m = (1-β) p + β q, between (SDPO, arXiv 2601.20802; GKD, arXiv 2306.13649).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class LinearDivergence(NamedTuple):
+    """What one pass over the logits gives. Every field but `loss` is detached fp32, in nats.
+
+    Rows that were skipped because their weight is 0 hold 0.
+    """
+
+    loss: Tensor  # () fp32, Σ token_weight · divergence, differentiable
+    divergence: Tensor  # (...,)
+    student_entropy: Tensor  # (...,) -Σ p log p
+    teacher_entropy: Tensor  # (...,) -Σ q log q
+    student_logp: Tensor | None  # (...,) log p at target_ids, None without them
+    teacher_logp: Tensor | None  # (...,) log q at target_ids, None without them
+
+
+def linear_divergence(
+    student_hidden: Tensor,  # (..., D) bf16 | fp16 | fp32
+    student_weight: Tensor,  # (V, D) same dtype
+    teacher_hidden: Tensor,  # (..., D_t) bf16 | fp16 | fp32
+    teacher_weight: Tensor | None = None,  # (V, D_t) the teacher's dtype; None: student_weight
+    *,
+    token_weight: Tensor | None = None,  # (...,) any finite numbers; None: ones
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    target_ids: Tensor | None = None,  # (...,) integers in [0, V)
+    schedule: str = "auto",
+) -> LinearDivergence:
+    """Weighted divergence of student and teacher over the whole vocabulary; the logits never exist in full.
+
+    Rows of weight 0 are never projected: they cost nothing, have zero gradient and are 0 in every output.
+    The loss differentiates into `student_hidden` and `student_weight`, once: the gradients are made in the forward
+    pass (the head is read there only), and a second backward or a double backward raises. Nothing differentiates into
+    the teacher, even where `teacher_weight` is the student's or requires grad, nor into `token_weight`.
+    Under autocast, hidden states and heads are cast as `torch.nn.functional.linear` casts them.
+
+    Args:
+        beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: generalised Jensen-Shannon.
+        temperature: divides both sides' logits; there is no τ² factor.
+        target_ids: sampled tokens, asks for their log-probabilities.
+        schedule: "chunked" projects a chunk of rows at a time with the library's matrix product; "reference" is plain
+            PyTorch with full logits, in any dtype up to float64 and differentiable twice; "auto" is "chunked".
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    if token_weight is None:
+        token_weight = torch.ones(student_hidden.shape[:-1], device=student_hidden.device)
+    dtypes = (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES
+    _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, dtypes)
+    _check_numbers(beta, temperature)
+
+    hidden, weight, teacher = _autocast(student_hidden, student_weight, teacher_hidden.detach())
+    teacher_head = None if teacher_weight is None else _autocast(teacher_weight.detach())[0]
+    run = ops.schedules(student_hidden.device.type).get(schedule)
+    if run is None:
+        raise ValueError(ops.why_not(schedule, student_hidden.device.type))
+    return LinearDivergence(
+        *run(hidden, weight, teacher, teacher_head, token_weight.detach(), target_ids, float(beta), float(temperature))
+    )
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+
+
+def _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, dtypes):
+    autocast = torch.is_autocast_enabled(student_hidden.device.type)
+    leading, device = student_hidden.shape[:-1], student_hidden.device
+    heads = {"student": (student_hidden, student_weight), "teacher": (teacher_hidden, teacher_weight)}
+    for side, (hidden, weight) in heads.items():
+        if hidden.dtype not in dtypes:
+            raise TypeError(f"{side}_hidden: expected one of {_names(dtypes)}, got {hidden.dtype}")
+        if hidden.dim() < 1 or hidden.shape[:-1] != leading:
+            raise ValueError(
+                f"{side}_hidden: expected shape (..., D) with the leading shape of student_hidden {tuple(leading)}, "
+                f"got {tuple(hidden.shape)}"
+            )
+        name = f"{side}_weight" if weight is not None else "student_weight (which the teacher shares)"
+        head = student_weight if weight is None else weight
+        if head.dim() != 2 or head.shape[1] != hidden.shape[-1] or head.shape[0] != student_weight.shape[0]:
+            raise ValueError(
+                f"{name}: expected shape (V, {hidden.shape[-1]}) after {side}_hidden {tuple(hidden.shape)}"
+                f"{f' and V = {student_weight.shape[0]} of student_weight' if side == 'teacher' else ''}, "
+                f"got {tuple(head.shape)}"
+            )
+        if head.shape[0] == 0:
+            raise ValueError(f"{name}: expected a vocabulary of at least one entry, got shape {tuple(head.shape)}")
+        if head.dtype not in dtypes or (head.dtype != hidden.dtype and not autocast):
+            raise TypeError(f"{name}: expected {side}_hidden's dtype {hidden.dtype}, got {head.dtype}")
+    if token_weight.shape != leading:
+        raise ValueError(f"token_weight: expected shape {tuple(leading)}, got {tuple(token_weight.shape)}")
+    if token_weight.is_complex():
+        raise TypeError(f"token_weight: expected real numbers, got {token_weight.dtype}")
+    if target_ids is not None and target_ids.shape != leading:
+        raise ValueError(f"target_ids: expected shape {tuple(leading)}, got {tuple(target_ids.shape)}")
+    if target_ids is not None and (target_ids.is_floating_point() or target_ids.dtype == torch.bool):
+        raise TypeError(f"target_ids: expected integers, got {target_ids.dtype}")
+    everything = {
+        "student_weight": student_weight,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "token_weight": token_weight,
+        "target_ids": target_ids,
+    }
+    for name, tensor in everything.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected student_hidden's device {device}, got {tensor.device}")
+
+
+def _check_numbers(beta: float, temperature: float) -> None:
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+    if not (temperature > 0.0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

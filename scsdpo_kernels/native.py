@@ -1,0 +1,83 @@
+"""The compiled module's Python side: checks, pointers, threads. The only importer of `_C`."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _C
+except ImportError as error:  # a source tree that was never built, or a build for another Python
+    raise ImportError(
+        "scsdpo_kernels._C, the compiled part of this package, cannot be imported; build it with `pip install .` "
+        "from a source checkout, or install a wheel for this Python"
+    ) from error
+
+
+class RowDivergence(NamedTuple):
+    """One chunk's row scalars, each (C,) fp32 in nats."""
+
+    divergence: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_logp: Tensor | None
+    teacher_logp: Tensor | None
+
+
+def instruction_sets() -> list[str]:
+    """Names of the SIMD instruction sets that `row_divergence` can use on this machine, narrowest first."""
+    best = int(_C.best_instruction_set())
+    return [name for name, value in _C.InstructionSet.__members__.items() if int(value) <= best]
+
+
+def row_divergence(
+    student: Tensor,  # (C, V) fp32 logits, unit stride along V
+    teacher: Tensor,  # (C, V) fp32: the teacher's logits, or teacher - student
+    weight: Tensor,  # (C,) fp32
+    target: Tensor | None,  # (C,) int64 in [0, V)
+    *,
+    beta: float,
+    temperature: float,
+    teacher_is_difference: bool,
+    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
+    instruction_set: str | None = None,  # None: the widest
+) -> RowDivergence:
+    """Divergence, entropies and log-probabilities of each row of logits, and its weighted gradient into `gradient`.
+
+    csrc/row_divergence.h has the contract, csrc/divergence.h the equations.
+    """
+    rows, vocabulary = student.shape
+    for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
+        assert tensor is None or (tensor.shape == student.shape and tensor.stride(1) == 1), name
+        assert tensor is None or tensor.device.type == "cpu", name
+    assert student.dtype == teacher.dtype == weight.dtype == torch.float32
+    assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
+
+    scalars = torch.empty(5, rows)
+    divergence, student_entropy, teacher_entropy, student_logp, teacher_logp = scalars.unbind()
+    _C.row_divergence_cpu(
+        rows=rows,
+        vocabulary=vocabulary,
+        student=student.data_ptr(),
+        student_stride=student.stride(0),
+        teacher=teacher.data_ptr(),
+        teacher_stride=teacher.stride(0),
+        teacher_is_difference=teacher_is_difference,
+        weight=weight.data_ptr(),
+        target=0 if target is None else target.data_ptr(),
+        beta=beta,
+        temperature=temperature,
+        divergence=divergence.data_ptr(),
+        student_entropy=student_entropy.data_ptr(),
+        teacher_entropy=teacher_entropy.data_ptr(),
+        student_logp=student_logp.data_ptr(),
+        teacher_logp=teacher_logp.data_ptr(),
+        gradient=0 if gradient is None else gradient.data_ptr(),
+        gradient_stride=0 if gradient is None else gradient.stride(0),
+        gradient_dtype=_C.DType.bfloat16 if gradient is not None and gradient.dtype == torch.bfloat16 else _C.DType.float32,
+        threads=torch.get_num_threads(),
+        instruction_set=_C.InstructionSet.__members__[instruction_set or instruction_sets()[-1]],
+    )
+    if target is None:
+        return RowDivergence(divergence, student_entropy, teacher_entropy, None, None)
+    return RowDivergence(divergence, student_entropy, teacher_entropy, student_logp, teacher_logp)

@@ -1,0 +1,106 @@
+"""SC-SDPO's loss of a batch of rollouts (arXiv 2605.27765): question weight × mask × divergence, aggregated.
+
+    loss = Σ_{b,t} w̄_b m_{b,t} D_{b,t} / Σ_{b,t} m_{b,t}        ("token-mean", the default)
+
+Tokens of questions with weight 0 count in the denominator and cost nothing else: they are never projected.
+"""
+
+import torch
+from torch import Tensor
+
+from .linear_divergence import LinearDivergence, linear_divergence
+from .weights import question_weights
+
+REDUCTIONS = ("token-mean", "weighted-token-mean", "sequence-mean", "sum")
+
+
+def scsdpo_loss(
+    student_hidden: Tensor,  # (B, T, D)
+    student_weight: Tensor,  # (V, D)
+    teacher_hidden: Tensor,  # (B, T, D_t)
+    teacher_weight: Tensor | None = None,  # (V, D_t); None: the teacher shares student_weight
+    *,
+    rewards: Tensor | None = None,  # (B,)
+    question_ids: Tensor | None = None,  # (B,)
+    question_weight: Tensor | None = None,  # (B,) instead of the two above
+    mask: Tensor,  # (B, T) 1 at response tokens that have a teacher, else 0
+    reduction: str = "token-mean",
+    denominator: float | Tensor | None = None,
+    exponent: float = 0.5,
+    success_threshold: float | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    token_weight: Tensor | None = None,  # (B, T) a further factor, as of an importance ratio; None: ones
+    **divergence_options,
+) -> LinearDivergence:
+    """`linear_divergence` with the weights that SC-SDPO gives the tokens of a batch of rollouts.
+
+    Either `rewards` and `question_ids` of the whole training batch, from which `question_weights` is computed here
+    (with `exponent`, `success_threshold`, `group`), or, for a micro-batch, its rows of `question_weight` computed once
+    for the whole batch.
+
+    Args:
+        reduction: "token-mean": Σ w̄ m D / Σ m. "weighted-token-mean": Σ w̄ m D / Σ w̄ m. "sequence-mean": the mean over
+            each rollout's tokens, then over all B rollouts. "sum": Σ w̄ m D.
+        denominator: tokens (or rollouts, for "sequence-mean") of the whole optimiser step, where this call is one
+            micro-batch or rank of it. None: this call's.
+        divergence_options: beta, temperature, target_ids, schedule of `linear_divergence`.
+
+    Returns:
+        LinearDivergence: `loss` is the aggregate, the per-token fields are (B, T) and neither weighted nor reduced.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    if (question_weight is None) == (rewards is None and question_ids is None):
+        raise ValueError("question_weight: expected either it or rewards with question_ids, got both or neither")
+    if question_weight is None:
+        if rewards is None or question_ids is None:
+            raise ValueError("rewards, question_ids: expected both, got one")
+        question_weight = question_weights(
+            rewards, question_ids, exponent=exponent, success_threshold=success_threshold, group=group
+        )
+    _check(student_hidden, mask, question_weight, token_weight, reduction, denominator)
+
+    mask = mask.detach().float()
+    weight = question_weight.detach().float().unsqueeze(-1) * mask
+    if token_weight is not None:
+        weight = weight * token_weight.detach()
+    if reduction == "sequence-mean":
+        weight = weight / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+    if reduction != "sum":
+        weight = weight / _denominator(reduction, mask, weight, denominator)
+    return linear_divergence(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight=weight, **divergence_options
+    )
+
+
+def _denominator(reduction: str, mask: Tensor, weight: Tensor, given: float | Tensor | None) -> float | Tensor:
+    """Never 0: a batch without tokens has a loss of 0, not NaN."""
+    if given is not None:
+        return given
+    if reduction == "sequence-mean":
+        return max(1, len(mask))
+    total = mask.sum() if reduction == "token-mean" else weight.sum()
+    return torch.where(total == 0, 1.0, total)
+
+
+def _check(student_hidden, mask, question_weight, token_weight, reduction, denominator) -> None:
+    if student_hidden.dim() != 3:
+        raise ValueError(f"student_hidden: expected shape (B, T, D), got {tuple(student_hidden.shape)}")
+    tokens = student_hidden.shape[:2]
+    if mask.shape != tokens:
+        raise ValueError(f"mask: expected shape {tuple(tokens)}, got {tuple(mask.shape)}")
+    if question_weight.shape != tokens[:1]:
+        raise ValueError(
+            "rewards, question_ids, question_weight: expected shape "
+            f"({tokens[0]},), one per rollout of student_hidden, got {tuple(question_weight.shape)}"
+        )
+    for name, tensor in (("mask", mask), ("question_weight", question_weight), ("token_weight", token_weight)):
+        if tensor is not None and tensor.device != student_hidden.device:
+            raise ValueError(f"{name}: expected student_hidden's device {student_hidden.device}, got {tensor.device}")
+    if token_weight is not None and token_weight.shape != tokens:
+        raise ValueError(f"token_weight: expected shape {tuple(tokens)}, got {tuple(token_weight.shape)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if denominator is not None and not isinstance(denominator, Tensor) and not denominator > 0:
+        raise ValueError(f"denominator: expected a number above 0, got {denominator}")

@@ -1,0 +1,95 @@
+"""Question weights of SC-SDPO (arXiv 2605.27765, eq. 15-16).
+
+    p̂_j = successes / rollouts of question j        w_j = (p̂_j (1 - p̂_j))^α
+    S = {j : w_j > 0}        w̄_j = w_j / mean_{l in S} w_l for j in S, 0 otherwise
+
+The mean counts each non-degenerate question once, so the mean weight over S is exactly 1; without any, all are 0.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def question_weights(
+    rewards: Tensor,  # (B,) one per rollout
+    question_ids: Tensor,  # (B,) any integers; rollouts of a question share one
+    *,
+    exponent: float = 0.5,
+    success_threshold: float | None = None,
+    group: "dist.ProcessGroup | None" = None,
+) -> Tensor:  # (B,) fp32
+    """The normalised weight w̄ of each rollout's question, without gradient.
+
+    Call it once per step on the whole training batch, before any split into micro-batches: normalised per micro-batch
+    the weights would cancel themselves.
+
+    Args:
+        exponent: α; the paper's is 1/2.
+        success_threshold: a rollout succeeds where its reward is at least this. None: rewards are in [0, 1] and p̂ is
+            their mean.
+        group: process group over whose ranks the batch is spread; pass rates and the mean are then over the rollouts
+            of all its ranks (ids are global), and each rank gets the weights of its own. Collective.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    rewards, question_ids = torch.as_tensor(rewards), torch.as_tensor(question_ids)
+    _check(rewards, question_ids, exponent, success_threshold)
+    success = rewards.detach().double() if success_threshold is None else (rewards >= success_threshold).double()
+    own, success, question_ids = _gather(success, question_ids.long(), group)
+
+    ids, question = torch.unique(question_ids, return_inverse=True)
+    rollouts = success.new_zeros(len(ids)).index_add_(0, question, torch.ones_like(success))
+    successes = success.new_zeros(len(ids)).index_add_(0, question, success)
+    variance = successes * (rollouts - successes) / rollouts**2  # p̂ (1 - p̂), exactly 0 at both ends
+    raw = torch.where(variance > 0, variance**exponent, 0.0)
+    mean = raw.sum() / (raw > 0).sum().clamp(min=1)
+    normalised = torch.where(raw > 0, raw / mean, 0.0)
+    return normalised[question][own].float()
+
+
+def _gather(success: Tensor, question_ids: Tensor, group: "dist.ProcessGroup | None") -> tuple[slice, Tensor, Tensor]:
+    """All ranks' rollouts, and where this rank's own are among them."""
+    if group is None:
+        return slice(None), success, question_ids
+    count = torch.tensor([len(success)], device=success.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, count, group=group)
+    lengths = [int(c) for c in counts]
+
+    def gathered(values: Tensor) -> Tensor:
+        padded = torch.cat([values, values.new_zeros(max(lengths) - len(values))])
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    rank = dist.get_rank(group)
+    start = sum(lengths[:rank])
+    return slice(start, start + lengths[rank]), gathered(success), gathered(question_ids)
+
+
+def _check(rewards: Tensor, question_ids: Tensor, exponent: float, success_threshold: float | None) -> None:
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards: expected shape (B,), got {tuple(rewards.shape)}")
+    if question_ids.shape != rewards.shape:
+        raise ValueError(
+            f"question_ids: expected the shape of rewards {tuple(rewards.shape)}, got {tuple(question_ids.shape)}"
+        )
+    if question_ids.is_floating_point() or question_ids.is_complex() or question_ids.dtype == torch.bool:
+        raise TypeError(f"question_ids: expected integers, got {question_ids.dtype}")
+    if rewards.is_complex():
+        raise TypeError(f"rewards: expected real numbers, got {rewards.dtype}")
+    if question_ids.device != rewards.device:
+        raise ValueError(f"question_ids: expected the device of rewards {rewards.device}, got {question_ids.device}")
+    if not (exponent >= 0 and math.isfinite(exponent)):
+        raise ValueError(f"exponent: expected a finite number of at least 0, got {exponent}")
+    if success_threshold is None and not ((rewards >= 0) & (rewards <= 1)).all():
+        raise ValueError(
+            "rewards: expected numbers in [0, 1] where there is no success_threshold, got "
+            f"{rewards.min().item()} to {rewards.max().item()}"
+        )
+    if success_threshold is not None and rewards.isnan().any():
+        raise ValueError("rewards: expected numbers, got NaN")
