@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 
+#include "project.h"
 #include "row_divergence.h"
 
 namespace py = pybind11;
@@ -47,6 +48,24 @@ void row_divergence_cpu_binding(int64_t rows, int64_t vocabulary, uintptr_t stud
   row_divergence_cpu(task, threads, instruction_set);
 }
 
+void project_binding(int64_t rows, int64_t vocabulary, int64_t width, DType dtype, uintptr_t hidden,
+                     int64_t hidden_stride, uintptr_t weight, int64_t weight_stride, uintptr_t logits,
+                     int64_t logits_stride, int threads) {
+  if (!has_project(dtype)) throw std::invalid_argument("project: this processor has no instructions for this dtype");
+  Projection task{rows,
+                  vocabulary,
+                  width,
+                  dtype,
+                  pointer<const void>(hidden),
+                  hidden_stride,
+                  pointer<const void>(weight),
+                  weight_stride,
+                  pointer<float>(logits),
+                  logits_stride};
+  py::gil_scoped_release release;
+  project(task, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -62,4 +81,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("temperature"), py::arg("divergence"), py::arg("student_entropy"), py::arg("teacher_entropy"),
         py::arg("student_logp"), py::arg("teacher_logp"), py::arg("gradient"), py::arg("gradient_stride"),
         py::arg("gradient_dtype"), py::arg("threads"), py::arg("instruction_set"));
+  m.def("has_project", &has_project, py::arg("dtype"));
+  m.def("project", &project_binding, py::kw_only(), py::arg("rows"), py::arg("vocabulary"), py::arg("width"),
+        py::arg("dtype"), py::arg("hidden"), py::arg("hidden_stride"), py::arg("weight"), py::arg("weight_stride"),
+        py::arg("logits"), py::arg("logits_stride"), py::arg("threads"));
 }

@@ -131,17 +131,17 @@ struct Mixture {
   F b;  // log(m / q)
 };
 
-// a keeps its relative precision as d -> 0. Away from it the smaller of p / q and q / p enters, so nothing overflows.
+// a keeps its relative precision as d -> 0, and far above it the ratio is turned over, so that nothing overflows.
 template <class F>
 SCSDPO_INLINE Mixture<F> mixture(F p, F q, F d, float beta) {
   F m = p * (1.0f - beta) + q * beta;
   auto near = abs_value(d) < 1.0f;
-  auto above = d >= 1.0f;
-  F y = (d + phi(d)) * beta;  // m / p - 1
+  auto above = d >= 20.0f;
   F ratio = above ? p / q : q / p;
-  F u_far = above ? ratio * (1.0f - beta) + beta : ratio * beta + (1.0f - beta);  // m / q or m / p
-  F u = near ? y + 1.0f : u_far;
-  F log_u = log_one_plus(u, near ? y : u - 1.0f);
+  F share = above ? splat<F>(1.0f - beta) : splat<F>(beta);  // of the ratio's numerator in m
+  F rest = above ? splat<F>(beta) : splat<F>(1.0f - beta);
+  F y = (near ? d + phi(d) : ratio - 1.0f) * share;  // m / q - 1 where d is above, else m / p - 1
+  F log_u = log_one_plus(near ? y + 1.0f : ratio * share + rest, y);
   return {m, above ? log_u + d : log_u, above ? log_u : log_u - d};
 }
 

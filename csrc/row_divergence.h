@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace scsdpo {
+#include "dtype.h"
 
-enum class DType : int32_t { kFloat32, kBFloat16 };
+namespace scsdpo {
 
 // For each row r, with p = softmax(student / temperature), q = softmax(teacher / temperature):
 //

@@ -1,9 +1,6 @@
-// Chooses the instruction set at run time and shares the rows out over threads.
-#include <atomic>
-#include <system_error>
-#include <thread>
-#include <vector>
-
+// What the processor at hand can run: chooses the instruction set of every CPU kernel at run time.
+#include "parallel.h"
+#include "project.h"
 #include "row_divergence.h"
 
 namespace scsdpo {
@@ -13,6 +10,8 @@ void row_divergence_baseline(const RowDivergence&, int64_t begin, int64_t end);
 #if defined(SCSDPO_X86)
 void row_divergence_avx2(const RowDivergence&, int64_t begin, int64_t end);
 void row_divergence_avx512(const RowDivergence&, int64_t begin, int64_t end);
+
+void project_avx512(const Projection&, int threads);  // project_avx512.cpp
 #endif
 
 InstructionSet best_instruction_set() {
@@ -32,18 +31,22 @@ void row_divergence_cpu(const RowDivergence& task, int threads, InstructionSet i
   if (instruction_set == InstructionSet::kAVX512) rows = row_divergence_avx512;
 #endif
 
-  std::atomic<int64_t> next{0};
-  auto work = [&] {
-    for (int64_t r; (r = next.fetch_add(1, std::memory_order_relaxed)) < task.rows;) rows(task, r, r + 1);
-  };
-  std::vector<std::thread> helpers;
-  try {
-    for (int i = 1; i < threads && i < task.rows; ++i) helpers.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that started and this one do all the rows.
-  }
-  work();
-  for (std::thread& helper : helpers) helper.join();
+  parallel_for(task.rows, threads, [&](int64_t r) { rows(task, r, r + 1); });
+}
+
+bool has_project(DType dtype) {
+#if defined(SCSDPO_X86)
+  return best_instruction_set() == InstructionSet::kAVX512 &&
+         (dtype == DType::kFloat32 || __builtin_cpu_supports("avx512bf16"));
+#else
+  return false;
+#endif
+}
+
+void project(const Projection& task, int threads) {
+#if defined(SCSDPO_X86)
+  project_avx512(task, threads);
+#endif
 }
 
 }  // namespace scsdpo

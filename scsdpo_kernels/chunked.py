@@ -118,6 +118,8 @@ def _slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     """logits = hidden weightᵀ with fp32 sums, never rounded to the inputs' dtype."""
+    if hidden.dtype == weight.dtype and weight.stride(1) == 1 and native.has_project(weight.dtype):
+        return native.project(hidden, weight, logits)
     hidden = hidden.float()
     for slab, weight_slab in _slabs(weight):
         torch.mm(hidden, weight_slab.t(), out=logits[:, slab])

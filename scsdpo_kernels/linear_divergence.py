@@ -67,26 +67,35 @@ def linear_divergence(
     _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, dtypes)
     _check_numbers(beta, temperature)
 
-    hidden, weight, teacher = _autocast(student_hidden, student_weight, teacher_hidden.detach())
-    teacher_head = None if teacher_weight is None else _autocast(teacher_weight.detach())[0]
     run = ops.schedules(student_hidden.device.type).get(schedule)
     if run is None:
         raise ValueError(ops.why_not(schedule, student_hidden.device.type))
-    return LinearDivergence(
-        *run(hidden, weight, teacher, teacher_head, token_weight.detach(), target_ids, float(beta), float(temperature))
-    )
+
+    hidden, weight, teacher = _autocast(student_hidden, student_weight, teacher_hidden.detach())
+    teacher_head = None if teacher_weight is None else _autocast(teacher_weight.detach())[0]
+    rows = (hidden, teacher, token_weight.detach(), target_ids)
+    single = hidden.dim() == 1  # no leading axis: a batch of one row
+    if single:
+        rows = tuple(x if x is None else x.unsqueeze(0) for x in rows)
+    hidden, teacher, token_weight, target_ids = rows
+    loss, *fields = run(hidden, weight, teacher, teacher_head, token_weight, target_ids, float(beta), float(temperature))
+    return LinearDivergence(loss, *(x.squeeze(0) if single and x is not None else x for x in fields))
+
+
+def _in_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not _in_autocast(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
 def _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, dtypes):
-    autocast = torch.is_autocast_enabled(student_hidden.device.type)
+    autocast = _in_autocast(student_hidden.device.type)
     leading, device = student_hidden.shape[:-1], student_hidden.device
     heads = {"student": (student_hidden, student_weight), "teacher": (teacher_hidden, teacher_weight)}
     for side, (hidden, weight) in heads.items():

@@ -13,6 +13,8 @@ except ImportError as error:  # a source tree that was never built, or a build f
         "from a source checkout, or install a wheel for this Python"
     ) from error
 
+_DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16}
+
 
 class RowDivergence(NamedTuple):
     """One chunk's row scalars, each (C,) fp32 in nats."""
@@ -74,10 +76,39 @@ def row_divergence(
         teacher_logp=teacher_logp.data_ptr(),
         gradient=0 if gradient is None else gradient.data_ptr(),
         gradient_stride=0 if gradient is None else gradient.stride(0),
-        gradient_dtype=_C.DType.bfloat16 if gradient is not None and gradient.dtype == torch.bfloat16 else _C.DType.float32,
+        gradient_dtype=_DTYPES[torch.float32 if gradient is None else gradient.dtype],
         threads=torch.get_num_threads(),
         instruction_set=_C.InstructionSet.__members__[instruction_set or instruction_sets()[-1]],
     )
     if target is None:
         return RowDivergence(divergence, student_entropy, teacher_entropy, None, None)
     return RowDivergence(divergence, student_entropy, teacher_entropy, student_logp, teacher_logp)
+
+
+def has_project(dtype: torch.dtype) -> bool:
+    """Whether `project` runs on this machine for hidden states and heads of a dtype."""
+    return dtype in _DTYPES and _C.has_project(_DTYPES[dtype])
+
+
+def project(
+    hidden: Tensor,  # (C, D) bf16 | fp32, unit stride along D
+    weight: Tensor,  # (V, D) same dtype, unit stride along D
+    logits: Tensor,  # (C, V) fp32 out, unit stride along V
+) -> None:
+    """logits = hidden weightᵀ, summed in fp32 and never rounded to bf16. csrc/project.h has the contract."""
+    assert hidden.dtype == weight.dtype and logits.dtype == torch.float32
+    assert hidden.stride(1) == weight.stride(1) == logits.stride(1) == 1
+    assert hidden.shape[1] == weight.shape[1] and logits.shape == (hidden.shape[0], weight.shape[0])
+    _C.project(
+        rows=hidden.shape[0],
+        vocabulary=weight.shape[0],
+        width=hidden.shape[1],
+        dtype=_DTYPES[hidden.dtype],
+        hidden=hidden.data_ptr(),
+        hidden_stride=hidden.stride(0),
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        logits=logits.data_ptr(),
+        logits_stride=logits.stride(0),
+        threads=torch.get_num_threads(),
+    )

@@ -1,7 +1,7 @@
 """The torch.library operator behind `linear_divergence`: its schedules, its fake, its autograd.
 
 Gradients are made in the forward pass and wait in the autograd node: dD/d(hidden) and dD/d(weight) of Σ w_n D_n, which
-backward multiplies by the loss's own gradient, in place, and hands over. They are handed over once.
+backward multiplies by the loss's own gradient and hands over, once.
 """
 
 from collections.abc import Callable
@@ -74,6 +74,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.dtypes = tuple(x.dtype for x in inputs[:2])
     ctx.gradients = output[6:]
+    ctx.sole_holder = False
 
 
 def _backward(ctx, grad_loss: Tensor | None, *_):
@@ -89,8 +90,9 @@ def _backward(ctx, grad_loss: Tensor | None, *_):
     gradients, ctx.gradients = ctx.gradients, None
     if grad_loss is None:
         return (None,) * len(ctx.needs_input_grad)
+    scaled = Tensor.mul_ if ctx.sole_holder else Tensor.mul
     hidden, weight = (
-        gradient.mul_(grad_loss).to(dtype) if needed else None
+        scaled(gradient, grad_loss).to(dtype) if needed else None
         for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
     )
     return (hidden, weight) + (None,) * (len(ctx.needs_input_grad) - 2)
@@ -110,7 +112,7 @@ def _check_values(token_weight: Tensor, target_ids: Tensor | None, vocabulary: i
 
 def _fused(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, beta, temperature):
     differentiable = torch.is_grad_enabled()
-    outputs = _operator(
+    loss, *outputs = _operator(
         student_hidden,
         student_weight,
         teacher_hidden,
@@ -121,8 +123,11 @@ def _fused(student_hidden, student_weight, teacher_hidden, teacher_weight, token
         temperature,
         differentiable and student_hidden.requires_grad,
         differentiable and student_weight.requires_grad,
-    )[:6]
-    return outputs if target_ids is not None else (*outputs[:4], None, None)
+    )
+    if loss.requires_grad and not torch.compiler.is_compiling():
+        loss.grad_fn.sole_holder = True  # the gradients are dropped here, so backward may scale them in place
+    logps = outputs[3:5] if target_ids is not None else (None, None)
+    return loss, *outputs[:3], *logps
 
 
 def _reference(*args):

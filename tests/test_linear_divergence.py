@@ -1,0 +1,328 @@
+"""The fused operator end to end: values and both gradients against float64, by a measuring stick in the same dtype."""
+
+import itertools
+
+import oracle
+import pytest
+import torch
+from oracle import relative_error
+
+from scsdpo_kernels import chunked, linear_divergence
+
+BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def problem(leading=(37,), width=48, vocabulary=701, distance=0.3, scale=1.0, dtype=torch.float32, teacher_width=None,
+            seed=0):  # fmt: skip
+    """Hidden states, head, teacher's hidden states, teacher's head (None: shared), all of `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    hidden = randn(*leading, width) * scale
+    weight = randn(vocabulary, width) * width**-0.5
+    if teacher_width is None:
+        teacher, teacher_weight = hidden + distance * randn(*leading, width), None
+    else:
+        teacher, teacher_weight = randn(*leading, teacher_width), randn(vocabulary, teacher_width) * teacher_width**-0.5
+    tensors = (hidden, weight, teacher, teacher_weight)
+    return tuple(x if x is None else x.to(dtype) for x in tensors)
+
+
+def fused(hidden, weight, teacher, teacher_weight=None, **options):
+    """LinearDivergence and the gradients of hidden and weight."""
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    result = linear_divergence(hidden, weight, teacher, teacher_weight, **options)
+    return result, *torch.autograd.grad(result.loss, (hidden, weight))
+
+
+def row_stick(hidden, weight, teacher, teacher_weight, beta, temperature):
+    """Float64 row arithmetic and products on logits that torch projects in fp32, and their logit gradient."""
+    head = weight if teacher_weight is None else teacher_weight
+    student_logits = hidden.float() @ weight.float().T
+    rows = oracle.rows(student_logits, teacher.float() @ head.float().T, beta, temperature)
+    gradient = torch.from_numpy(rows.gradient.astype("float64"))
+    divergence = torch.from_numpy(rows.divergence.astype("float64"))
+    return divergence, gradient @ weight.double(), gradient.T @ hidden.double(), gradient
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("head", ["shared", "own"])
+def test_fp32_contract(beta, head):
+    """At most 3× the error of float64 rows on fp32 logits, plus 3e-6, at distances of 1 to 1e-5."""
+    for distance, vocabulary, temperature in itertools.product((1.0, 1e-2, 1e-5), (17, 1009), (1.0, 0.7)):
+        tensors = problem(vocabulary=vocabulary, distance=distance)
+        if head == "own":  # as far from the student as the shared case, through another head
+            tensors = (*tensors[:3], tensors[1] * (1 + distance * torch.randn_like(tensors[1])))
+        exact = oracle.end_to_end(*tensors, beta=beta, temperature=temperature)
+        stick = row_stick(*tensors, beta, temperature)
+        result, grad_hidden, grad_weight = fused(*tensors, beta=beta, temperature=temperature)
+        # F.kl_div in float64 cancels below a divergence of about 1e-11: 1e-16 of it over D
+        floor = 3e-6 + 1e-15 / exact.divergence.mean().item()
+        pairs = zip((result.divergence, grad_hidden, grad_weight), stick[:3], exact[1:], strict=True)
+        for got, measured, expected in pairs:
+            assert relative_error(got, expected) <= 3 * relative_error(measured, expected) + floor
+        assert (result.divergence >= 0).all()
+        torch.testing.assert_close(result.loss, result.divergence.sum())
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("beta", BETAS)
+def test_shared_fp32_head_keeps_relative_precision(beta, distance):
+    """The difference is projected, so 1e-5 relative holds where separate fp32 logits have lost the divergence."""
+    hidden, weight, teacher, _ = problem(distance=distance, scale=4.0)
+    delta = teacher.double() - hidden.double()
+    exact = oracle.end_to_end(hidden, weight, teacher, beta=beta)
+    result, grad_hidden, grad_weight = fused(hidden, weight, teacher, beta=beta)
+    assert relative_error(grad_hidden, exact.grad_hidden) < 1e-5 + 1e-8 / distance
+    assert relative_error(grad_weight, exact.grad_weight) < 1e-5 + 1e-8 / distance
+    # second order in delta for every beta: D = c/2 Var_p(delta . W), c = 1 at the ends and beta (1 - beta) between
+    logits = delta @ weight.double().T
+    p = (hidden.double() @ weight.double().T).softmax(dim=-1)
+    variance = (p * logits**2).sum(-1) - (p * logits).sum(-1) ** 2
+    curvature = 1.0 if beta in (0.0, 1.0) else beta * (1 - beta)
+    assert relative_error(result.divergence, curvature / 2 * variance) < 1e-5 + 4 * distance
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("teacher_width", [None, 32])
+def test_half_precision_contract(dtype, beta, teacher_width):
+    """Values as exact as fp32 rows; gradients within 2× the error of rounding the exact logit gradient to the dtype."""
+    for distance in (1.0, 0.05):
+        tensors = problem(dtype=dtype, distance=distance, teacher_width=teacher_width, vocabulary=1009)
+        exact = oracle.end_to_end(*tensors, beta=beta)
+        measured, _, _, gradient = row_stick(*tensors, beta, 1.0)
+        rounded = gradient.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32).double()
+        sticks = (rounded @ tensors[1].double()).to(dtype), (rounded.T @ tensors[0].double()).to(dtype)
+        result, *gradients = fused(*tensors, beta=beta)
+        limit = 3 * relative_error(measured, exact.divergence) + 3e-6
+        assert relative_error(result.divergence, exact.divergence) <= limit
+        for got, stick, expected in zip(gradients, sticks, exact[2:], strict=True):
+            assert got.dtype == dtype
+            assert relative_error(got, expected) <= 2 * relative_error(stick, expected)
+
+
+def test_bf16_where_teacher_is_a_rounding_away():
+    """One bf16 step in a tenth of the hidden entries: fp32 logits still resolve it, bf16 logits would not."""
+    hidden, weight, _, _ = problem(dtype=torch.bfloat16, width=256, vocabulary=2003)
+    step = (torch.rand(hidden.shape, generator=torch.Generator().manual_seed(1)) < 0.1) * hidden.float() * 2**-7
+    teacher = (hidden.float() + step).bfloat16()
+    exact = oracle.end_to_end(hidden, weight, teacher)
+    assert exact.divergence.mean() < 1e-5
+    result, grad_hidden, grad_weight = fused(hidden, weight, teacher)
+    assert relative_error(result.divergence, exact.divergence) < 1e-3
+    assert relative_error(grad_hidden, exact.grad_hidden) < 5e-3
+    assert relative_error(grad_weight, exact.grad_weight) < 5e-3
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 997, 50257])
+@pytest.mark.parametrize("width", [1, 31, 64])
+def test_odd_sizes(vocabulary, width):
+    tensors = problem(leading=(3,), width=width, vocabulary=vocabulary)
+    exact = oracle.end_to_end(*tensors)
+    result, grad_hidden, grad_weight = fused(*tensors)
+    if vocabulary == 1:
+        assert result.loss == 0 and (grad_hidden == 0).all() and (grad_weight == 0).all()
+        return
+    for got, expected in zip((result.divergence, grad_hidden, grad_weight), exact[1:], strict=True):
+        assert relative_error(got, expected) < 2e-5
+
+
+def test_real_vocabulary():
+    tensors = problem(leading=(9,), width=128, vocabulary=151936, distance=0.1)
+    exact = oracle.end_to_end(*tensors)
+    result, grad_hidden, grad_weight = fused(*tensors)
+    for got, expected in zip((result.divergence, grad_hidden, grad_weight), exact[1:], strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_leading_shapes_and_strides(dtype):
+    """(B, T) of a shifted slice, a transposed head, one row, no leading axis: the same numbers as flat copies."""
+    wide, weight, teacher, _ = problem(leading=(4, 7), dtype=dtype)
+    weight_strided = weight.t().contiguous().t()
+    token_weight = torch.randn(7, 4).t()[:, :-1]
+    target_ids = torch.randint(701, (4, 7))[:, 1:].int()
+    options = {"token_weight": token_weight, "target_ids": target_ids}
+    result, grad_hidden, grad_weight = fused(wide[:, :-1], weight_strided, teacher[:, 1:], **options)
+    flat, flat_hidden, flat_weight = fused(
+        wide[:, :-1].reshape(24, -1),
+        weight,
+        teacher[:, 1:].reshape(24, -1),
+        token_weight=token_weight.reshape(24),
+        target_ids=target_ids.reshape(24).long(),
+    )
+    for name, x, y in zip(result._fields, result, flat, strict=True):
+        assert x.shape == (() if name == "loss" else (4, 6)) and x.dtype == torch.float32
+        torch.testing.assert_close(x.flatten(), y.flatten(), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(grad_hidden.reshape(24, -1), flat_hidden, rtol=2e-2, atol=1e-4)
+    torch.testing.assert_close(grad_weight, flat_weight, rtol=2e-2, atol=2e-3)
+
+    single, single_hidden, _ = fused(wide[2, 3], weight, teacher[2, 4], token_weight=token_weight[2, 3])
+    assert single.divergence.shape == () and single_hidden.shape == wide[2, 3].shape
+    torch.testing.assert_close(single.divergence, result.divergence[2, 3], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5)])
+def test_no_rows(shape):
+    hidden, weight, teacher, _ = problem(leading=shape)
+    result, grad_hidden, grad_weight = fused(hidden, weight, teacher, target_ids=torch.empty(shape, dtype=torch.long))
+    assert result.loss == 0 and result.divergence.shape == result.student_logp.shape == shape
+    assert grad_hidden.shape == hidden.shape and (grad_weight == 0).all()
+
+
+def test_all_weights_zero():
+    """A zero that is attached to hidden states and head, so that every rank runs its backward."""
+    hidden, weight, teacher, _ = problem()
+    result, grad_hidden, grad_weight = fused(hidden, weight, teacher, token_weight=torch.zeros(37))
+    assert result.loss == 0 and result.loss.requires_grad
+    assert (grad_hidden == 0).all() and (grad_weight == 0).all() and (result.divergence == 0).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_weights_of_every_size(beta):
+    """Zero, negative, tiny and huge: gradients are Σ w dD, and skipped rows hold 0 in every output."""
+    hidden, weight, teacher, _ = problem()
+    token_weight = torch.tensor([0.0, -2.0, 1e-6, 1.0, 1e12, 0.0, -1e-3] * 6)[:37]
+    exact = oracle.end_to_end(hidden, weight, teacher, token_weight=token_weight, beta=beta)
+    ids = torch.arange(37)
+    result, grad_hidden, grad_weight = fused(hidden, weight, teacher, token_weight=token_weight, beta=beta, target_ids=ids)
+    skipped = token_weight == 0
+    for name, field in zip(result._fields[1:], result[1:], strict=True):
+        assert (field[skipped] == 0).all() and (field[~skipped] != 0).all(), name
+    assert (grad_hidden[skipped] == 0).all()
+    for row in torch.nonzero(~skipped).flatten():
+        assert relative_error(grad_hidden[row], exact.grad_hidden[row]) < 2e-5
+    assert relative_error(grad_weight, exact.grad_weight) < 2e-5
+    assert relative_error(result.loss, exact.loss) < 2e-5
+
+
+def test_rows_of_weight_zero_have_no_influence():
+    """Bit for bit, whatever they hold; and they are not projected."""
+    hidden, weight, teacher, _ = problem(leading=(40,))
+    token_weight = torch.randn(40) * (torch.arange(40) % 3 != 0)
+    first = fused(hidden, weight, teacher, token_weight=token_weight)
+    hidden[::3], teacher[::3] = torch.nan, torch.inf
+    second = fused(hidden, weight, teacher, token_weight=token_weight)
+    assert all(torch.equal(x, y) for x, y in zip(first[1:], second[1:], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(first[0][:4], second[0][:4], strict=True))
+
+
+def test_only_kept_rows_are_projected(monkeypatch):
+    projected = []
+    project = chunked._project
+
+    def spy(hidden, weight, logits):
+        projected.append(len(hidden))
+        project(hidden, weight, logits)
+
+    monkeypatch.setattr(chunked, "_project", spy)
+    hidden, weight, teacher, _ = problem(leading=(40,))
+    fused(hidden, weight, teacher, token_weight=(torch.arange(40) % 4 == 0).float())
+    assert projected == [10, 10]
+
+
+def test_nan_in_one_row_reaches_that_row_and_the_loss():
+    hidden, weight, teacher, _ = problem()
+    clean, clean_hidden, _ = fused(hidden, weight, teacher, target_ids=torch.arange(37))
+    hidden[5, 3] = torch.nan
+    result, grad_hidden, _ = fused(hidden, weight, teacher, target_ids=torch.arange(37))
+    others = torch.arange(37) != 5
+    assert result.loss.isnan()
+    for got, expected in zip(result[1:], clean[1:], strict=True):
+        assert torch.equal(got[others], expected[others])
+    assert result.divergence[5].isnan() and result.student_logp[5].isnan() and grad_hidden[5].isnan().all()
+    assert torch.equal(grad_hidden[others], clean_hidden[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_do_not_change_the_result(monkeypatch, dtype):
+    tensors = problem(leading=(53,), dtype=dtype)
+    options = {"token_weight": torch.randn(53), "target_ids": torch.arange(53)}
+    whole, whole_hidden, whole_weight = fused(*tensors, **options)
+    monkeypatch.setattr(chunked, "MIN_ROWS", 7)
+    monkeypatch.setattr(chunked, "BUFFER_BYTES", 0)
+    parts, parts_hidden, parts_weight = fused(*tensors, **options)
+    # (53 rows: 8 chunks of 7, the last of 4)
+    for x, y in zip(whole, parts, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    assert relative_error(parts_hidden, whole_hidden) < tolerance
+    assert relative_error(parts_weight, whole_weight) < tolerance
+
+
+def test_same_bits_from_run_to_run_and_for_any_thread_count():
+    tensors = problem(leading=(300,), vocabulary=3001)
+    first = fused(*tensors)
+    again = fused(*tensors)
+    assert torch.equal(first[0].divergence, again[0].divergence)
+    assert torch.equal(first[1], again[1]) and torch.equal(first[2], again[2])
+
+
+def test_a_head_given_twice_is_shared():
+    """teacher_weight that is student_weight means None: the same bits, and the gradient is of the student's use only."""
+    hidden, weight, teacher, _ = problem()
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(fused(hidden, weight, teacher)[1:], fused(hidden, weight, teacher, weight)[1:], strict=True)
+    )
+
+
+def test_nothing_differentiates_into_the_teacher():
+    hidden, weight, teacher, _ = problem()
+    head = weight.clone().requires_grad_()
+    teacher.requires_grad_()
+    token_weight = torch.ones(37, requires_grad=True)
+    weight.requires_grad_()
+    result = linear_divergence(hidden, weight, teacher, head, token_weight=token_weight)
+    result.loss.backward()
+    assert weight.grad is not None
+    assert teacher.grad is None and head.grad is None and token_weight.grad is None
+    assert not linear_divergence(hidden, weight.detach(), teacher, head).loss.requires_grad
+    assert not any(field.requires_grad for field in result[1:4])
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_reference_gradcheck(beta):
+    """The readable schedule's own gradient, in float64, and twice. The teacher's head is a copy that stays put."""
+    hidden, weight, teacher, _ = problem(leading=(3,), width=5, vocabulary=11, dtype=torch.float64)
+    head = weight.clone()
+    token_weight = torch.tensor([1.0, 0.0, -0.5], dtype=torch.float64)
+
+    def loss(hidden, weight):
+        options = {"token_weight": token_weight, "beta": beta, "schedule": "reference"}
+        return linear_divergence(hidden, weight, teacher, head, **options).loss
+
+    inputs = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(loss, inputs)
+    assert torch.autograd.gradgradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("teacher_width", [None, 20])
+def test_reference_equals_the_oracle(beta, teacher_width):
+    tensors = problem(leading=(4, 5), dtype=torch.float64, teacher_width=teacher_width)
+    token_weight = torch.randn(4, 5, dtype=torch.float64)
+    exact = oracle.end_to_end(*tensors, token_weight=token_weight, beta=beta, temperature=0.8)
+    ids = torch.randint(701, (4, 5))
+    result, grad_hidden, grad_weight = fused(
+        *tensors, token_weight=token_weight, beta=beta, temperature=0.8, schedule="reference", target_ids=ids
+    )
+    for got, expected in zip((result.loss, result.divergence, grad_hidden, grad_weight), exact, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    log_p = torch.log_softmax(tensors[0] @ tensors[1].T / 0.8, dim=-1)
+    torch.testing.assert_close(result.student_logp, log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1))
+    torch.testing.assert_close(result.student_entropy, -(log_p.exp() * log_p).sum(-1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunked_equals_reference_in_every_field(dtype):
+    tensors = problem(leading=(3, 9), dtype=dtype)
+    options = {"token_weight": torch.randn(3, 9).relu(), "target_ids": torch.randint(701, (3, 9)), "temperature": 1.3}
+    got = linear_divergence(*tensors, **options)
+    expected = linear_divergence(*tensors, **options, schedule="reference")
+    for name, x, y in zip(got._fields, got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-4, atol=2e-6, msg=name)

@@ -1,0 +1,239 @@
+"""The torch.library operator: opcheck, compile, autocast, modes of autograd, and what bad input gets."""
+
+import pytest
+import torch
+from test_linear_divergence import DTYPES, fused, problem
+
+from scsdpo_kernels import chunked, linear_divergence, native, ops
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("target", [False, True])
+def test_opcheck(dtype, beta, target):
+    hidden, weight, teacher, head = problem(leading=(3, 5), width=8, vocabulary=31, teacher_width=6, dtype=dtype)
+    ids = torch.randint(31, (3, 5)) if target else None
+    for wants in ((True, True), (True, False), (False, True)):
+        arguments = (hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1]), teacher, head)
+        torch.library.opcheck(
+            torch.ops.scsdpo_kernels.linear_divergence.default,
+            (*arguments, torch.randn(3, 5), ids, beta, 1.0, *wants),
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_has_the_bits_of_eager(dtype):
+    hidden, weight, teacher, _ = problem(leading=(2, 9), width=16, vocabulary=101, dtype=dtype)
+    options = {"token_weight": torch.randn(2, 9).relu(), "target_ids": torch.randint(101, (2, 9))}
+
+    def step(hidden, weight):
+        result = linear_divergence(hidden, weight, teacher, **options)
+        return result.loss * 3, *result[1:]
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        outputs = run(*inputs)
+        results.append((*outputs, *torch.autograd.grad(outputs[0], inputs)))
+        assert [x.requires_grad for x in outputs] == [True] + [False] * 5
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(compiled):
+    """fp32 hidden states and heads are cast as F.linear casts them; the op's own arithmetic is left alone."""
+    hidden, weight, teacher, _ = problem()
+    expected, expected_hidden, expected_weight = fused(hidden.bfloat16(), weight.bfloat16(), teacher.bfloat16())
+
+    def run(hidden, weight):
+        return linear_divergence(hidden, weight, teacher)
+
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = (torch.compile(run, fullgraph=True) if compiled else run)(*inputs)
+    gradients = torch.autograd.grad(result.loss, inputs)
+    assert torch.equal(result.divergence, expected.divergence)
+    assert [g.dtype for g in gradients] == [torch.float32] * 2
+    assert torch.equal(gradients[0], expected_hidden.float()) and torch.equal(gradients[1], expected_weight.float())
+
+
+def test_autocast_mixes_dtypes_as_a_linear_layer_does():
+    hidden, weight, teacher, _ = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = linear_divergence(hidden.bfloat16(), weight, teacher)
+    assert torch.equal(result.loss, linear_divergence(hidden.bfloat16(), weight.bfloat16(), teacher.bfloat16()).loss)
+
+
+class Calls:
+    """Counts what the chunked schedule does, from inside."""
+
+    def __init__(self, monkeypatch):
+        self.back_projections = self.head_gradients = 0
+        self.logit_gradients = []
+        back_project, add, row = chunked._back_project, chunked._HeadGradient.add, native.row_divergence
+
+        def counted_back_project(*args):
+            self.back_projections += 1
+            return back_project(*args)
+
+        def counted_add(*args):
+            self.head_gradients += 1
+            return add(*args)
+
+        def counted_row(*args, gradient=None, **options):
+            self.logit_gradients.append(gradient is not None)
+            return row(*args, gradient=gradient, **options)
+
+        monkeypatch.setattr(chunked, "_back_project", counted_back_project)
+        monkeypatch.setattr(chunked._HeadGradient, "add", counted_add)
+        monkeypatch.setattr(native, "row_divergence", counted_row)
+
+
+@pytest.mark.parametrize("train_hidden", [True, False])
+@pytest.mark.parametrize("train_head", [True, False])
+def test_what_is_frozen_costs_no_product(monkeypatch, train_hidden, train_head):
+    hidden, weight, teacher, _ = problem()
+    _, expected_hidden, expected_weight = fused(hidden, weight, teacher)
+    calls = Calls(monkeypatch)
+    hidden.requires_grad_(train_hidden)
+    weight.requires_grad_(train_head)
+    loss = linear_divergence(hidden, weight, teacher).loss
+    assert calls.logit_gradients == [train_hidden or train_head]
+    assert (calls.back_projections, calls.head_gradients) == (int(train_hidden), int(train_head))
+    assert loss.requires_grad == (train_hidden or train_head)
+    if loss.requires_grad:
+        loss.backward()
+    assert torch.equal(hidden.grad, expected_hidden) if train_hidden else hidden.grad is None
+    assert torch.equal(weight.grad, expected_weight) if train_head else weight.grad is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_gradient_work_without_grad_mode(monkeypatch, mode):
+    hidden, weight, teacher, _ = problem()
+    expected = linear_divergence(hidden, weight, teacher).loss
+    calls = Calls(monkeypatch)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with mode():
+        loss = linear_divergence(hidden, weight, teacher).loss
+    assert not loss.requires_grad and torch.equal(loss, expected)
+    assert calls.logit_gradients == [False] and calls.back_projections == calls.head_gradients == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_upstream_gradient_scales(dtype):
+    """Also where it is large: a loss scaler's 2^16 meets fp16 gradients before they are rounded to fp16."""
+    hidden, weight, teacher, _ = problem(dtype=dtype)
+    token_weight = torch.full((37,), 1e-7)  # a token-mean over ten million tokens
+    _, one_hidden, one_weight = fused(hidden, weight, teacher)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    (linear_divergence(hidden, weight, teacher, token_weight=token_weight).loss * 1e7).backward()
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    torch.testing.assert_close(hidden.grad, one_hidden, rtol=tolerance, atol=tolerance * one_hidden.abs().max().item())
+    torch.testing.assert_close(weight.grad, one_weight, rtol=tolerance, atol=tolerance * one_weight.abs().max().item())
+
+
+def test_gradients_accumulate():
+    hidden, weight, teacher, _ = problem()
+    _, once_hidden, once_weight = fused(hidden, weight, teacher)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    for _ in range(3):
+        linear_divergence(hidden, weight, teacher).loss.backward()
+    torch.testing.assert_close(hidden.grad, 3 * once_hidden)
+    torch.testing.assert_close(weight.grad, 3 * once_weight)
+
+
+def test_second_backward_raises_and_leaves_the_first_alone():
+    hidden, weight, teacher, _ = problem()
+    _, expected, _ = fused(hidden, weight, teacher)
+    hidden.requires_grad_()
+    loss = linear_divergence(hidden, weight, teacher).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated before"):
+        loss.backward()
+    assert torch.equal(hidden.grad, expected)
+
+
+def test_double_backward_raises():
+    hidden, weight, teacher, _ = problem()
+    hidden.requires_grad_()
+    loss = linear_divergence(hidden, weight, teacher).loss
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_checkpointing():
+    """Recomputed in backward, as activation checkpointing does it."""
+    hidden, weight, teacher, _ = problem()
+    _, expected_hidden, expected_weight = fused(hidden, weight, teacher)
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda h, w: linear_divergence(h, w, teacher).loss, *inputs, use_reentrant=False
+    )
+    gradients = torch.autograd.grad(loss, inputs)
+    assert torch.equal(gradients[0], expected_hidden) and torch.equal(gradients[1], expected_weight)
+
+
+def bad_calls():
+    hidden, weight, teacher, _ = problem(leading=(4, 5), width=8, vocabulary=31)
+    good = {"student_hidden": hidden, "student_weight": weight, "teacher_hidden": teacher}
+    ones = torch.ones(4, 5)
+    nan, inf = ones.clone(), ones.clone()
+    nan[1, 1], inf[0, 0] = torch.nan, -torch.inf
+    ids = torch.zeros(4, 5, dtype=torch.long)
+    cases = [
+        ("student_hidden", TypeError, {"student_hidden": hidden.long()}),
+        ("student_hidden", TypeError, {"student_hidden": hidden.double()}),
+        ("teacher_hidden", TypeError, {"teacher_hidden": teacher.to(torch.float64)}),
+        ("student_hidden", ValueError, {"student_hidden": torch.tensor(1.0)}),
+        ("teacher_hidden", ValueError, {"teacher_hidden": teacher[:3]}),
+        ("student_weight", ValueError, {"student_weight": weight.t()}),
+        ("student_weight", ValueError, {"student_weight": weight[0]}),
+        ("student_weight", ValueError, {"student_weight": weight[:0]}),
+        ("student_weight", TypeError, {"student_weight": weight.bfloat16()}),
+        ("student_weight", ValueError, {"student_weight": weight.to("meta")}),
+        ("which the teacher shares", ValueError, {"teacher_hidden": teacher[..., :6]}),
+        ("teacher_weight", ValueError, {"teacher_weight": weight[:30]}),
+        ("teacher_weight", TypeError, {"teacher_weight": weight.half()}),
+        ("teacher_hidden", ValueError, {"teacher_hidden": teacher.to("meta")}),
+        ("token_weight", ValueError, {"token_weight": ones[:3]}),
+        ("token_weight", TypeError, {"token_weight": ones.to(torch.complex64)}),
+        ("token_weight", ValueError, {"token_weight": nan}),
+        ("token_weight", ValueError, {"token_weight": inf}),
+        ("token_weight", ValueError, {"token_weight": ones.to("meta")}),
+        ("target_ids", ValueError, {"target_ids": ids[0]}),
+        ("target_ids", TypeError, {"target_ids": ids.float()}),
+        ("target_ids", ValueError, {"target_ids": ids + 31}),
+        ("target_ids", ValueError, {"target_ids": ids - 1}),
+        ("beta", ValueError, {"beta": -0.1}),
+        ("beta", ValueError, {"beta": 1.5}),
+        ("beta", ValueError, {"beta": float("nan")}),
+        ("temperature", ValueError, {"temperature": 0.0}),
+        ("temperature", ValueError, {"temperature": -1.0}),
+        ("temperature", ValueError, {"temperature": float("inf")}),
+        ("schedule", ValueError, {"schedule": "fastest"}),
+        ("schedule='tiled'.*no tiled kernels", ValueError, {"schedule": "tiled"}),
+    ]
+    return [pytest.param({**good, **change}, error, match, id=f"{i}-{match}") for i, (match, error, change) in enumerate(cases)]
+
+
+@pytest.mark.parametrize("arguments, error, match", bad_calls())
+def test_bad_input_names_the_argument(arguments, error, match):
+    with pytest.raises(error, match=match):
+        linear_divergence(**arguments)
+
+
+def test_values_are_checked_by_the_reference_too():
+    hidden, weight, teacher, _ = problem()
+    with pytest.raises(ValueError, match="token_weight"):
+        linear_divergence(hidden, weight, teacher, token_weight=torch.full((37,), torch.nan), schedule="reference")
+
+
+def test_a_device_without_kernels_says_so():
+    hidden, weight, teacher, _ = (x if x is None else x.to("meta") for x in problem())
+    with pytest.raises(ValueError, match="no row kernel for device 'meta'"):
+        linear_divergence(hidden, weight, teacher)
+    assert set(ops.schedules("cpu")) == {"auto", "chunked", "reference"}

@@ -1,0 +1,236 @@
+"""The native row kernel, given fp32 logits, against long-double row arithmetic, on every instruction set."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from scsdpo_kernels import native
+
+BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
+VOCABULARIES = (1, 2, 7, 16, 17, 1021, 4999)
+INSTRUCTION_SETS = native.instruction_sets()
+
+
+def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gradient="float32", difference=False,
+        instruction_set=None):  # fmt: skip
+    """RowDivergence and the gradient, from logits that stay as they are."""
+    weight = torch.ones(len(student)) if weight is None else weight
+    out = None if gradient is None else torch.full(student.shape, torch.nan, dtype=getattr(torch, gradient))
+    scalars = native.row_divergence(
+        student,
+        teacher - student if difference else teacher,
+        weight,
+        target,
+        beta=beta,
+        temperature=temperature,
+        teacher_is_difference=difference,
+        gradient=out,
+        instruction_set=instruction_set,
+    )
+    return scalars, out
+
+
+def logits(vocabulary, scale, distance, rows=5, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(rows, vocabulary, generator=generator) * scale
+    return student, student + distance * torch.randn(rows, vocabulary, generator=generator)
+
+
+def assert_rows(scalars, gradient, expected, floor=1e-10):
+    """The precision contract: 1e-5 relative, down to a divergence of 1e-10."""
+    error = np.abs(scalars.divergence.numpy() - expected.divergence)
+    assert (error <= 1e-5 * np.maximum(expected.divergence, floor)).all(), (error, expected.divergence)
+    assert (scalars.divergence >= 0).all()
+    norm = np.linalg.norm(expected.gradient.astype(float), axis=-1)
+    error = np.linalg.norm((gradient.double().numpy() - expected.gradient).astype(float), axis=-1)
+    assert (error <= 1e-5 * np.maximum(norm, floor)).all(), (error, norm)
+    for side in ("student_entropy", "teacher_entropy"):
+        np.testing.assert_allclose(getattr(scalars, side).numpy(), getattr(expected, side).astype(float), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
+def test_precision(instruction_set, beta, difference):
+    for vocabulary, scale, distance in itertools.product(VOCABULARIES, (0.5, 4.0, 12.0), (1e-5, 1e-3, 0.1, 3.0)):
+        student, teacher = logits(vocabulary, scale, distance)
+        if difference:  # the kernel's teacher is then student + fp32(teacher - student)
+            expected = oracle.rows(student, student.double() + (teacher - student).double(), beta, 0.75)
+        else:
+            expected = oracle.rows(student, teacher, beta, 0.75)
+        scalars, gradient = run(student, teacher, beta, temperature=0.75, difference=difference,
+                                instruction_set=instruction_set)  # fmt: skip
+        assert_rows(scalars, gradient, expected)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_full_vocabulary(beta):
+    student, teacher = logits(151936, 3.0, 1e-2, rows=2)
+    assert_rows(*run(student, teacher, beta), oracle.rows(student, teacher, beta))
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("beta", BETAS)
+def test_peaked_rows_keep_their_gradient(instruction_set, beta):
+    """p = 1 - 1e-7 at one entry of both: score minus mean score would be rounding there."""
+    student, teacher = logits(1000, 1.0, 0.5)
+    student[:, 123] = teacher[:, 123] = 25.0
+    expected = oracle.rows(student, teacher, beta)
+    assert (np.exp(expected.log_p[:, 123]) > 1 - 1e-6).all()
+    assert_rows(*run(student, teacher, beta, instruction_set=instruction_set), expected, floor=0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_disagreeing_peaks(beta):
+    student, teacher = logits(1000, 1.0, 0.5)
+    student[:, 1] = 15.0
+    teacher[:, 2] = 15.0
+    assert_rows(*run(student, teacher, beta), oracle.rows(student, teacher, beta))
+
+
+def test_saturated_jensen_shannon():
+    """Disjoint supports: the gradient vanishes, and the kernel's error is that of fp32 scores, as torch's own."""
+    student, teacher = logits(1000, 8.0, 40.0)
+    expected = oracle.rows(student, teacher, 0.5)
+    _, gradient = run(student, teacher, 0.5)
+    error = np.abs(gradient.numpy() - expected.gradient).max(axis=-1)
+    assert (error <= 1e-6 * np.exp(expected.log_p.max(axis=-1))).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_identical_rows_are_exactly_zero(beta):
+    student, _ = logits(4999, 5.0, 0.0)
+    for difference in (False, True):
+        scalars, gradient = run(student, student, beta, difference=difference)
+        assert (scalars.divergence == 0).all() and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("beta", BETAS)
+def test_forbidden_entries_contribute_their_limit(instruction_set, beta):
+    student, teacher = logits(1000, 2.0, 0.3)
+    both, student_only, teacher_only = slice(0, 50), slice(50, 90), slice(900, 1000)
+    student[:, both] = teacher[:, both] = -torch.inf
+    student[:2, student_only] = -torch.inf
+    teacher[:2, teacher_only] = -torch.inf
+    expected = oracle.rows(student, teacher, beta)
+    scalars, gradient = run(student, teacher, beta, instruction_set=instruction_set)
+    assert not scalars.divergence.isnan().any() and not gradient.isnan().any()
+    if beta in (0.0, 1.0):
+        assert (scalars.divergence[:2] == torch.inf).all() and (expected.divergence[:2] == np.inf).all()
+    finite = slice(2, None) if beta in (0.0, 1.0) else slice(None)
+    assert_rows(
+        native.RowDivergence(*(x if x is None else x[finite] for x in scalars)),
+        gradient[finite],
+        oracle.Rows(*(x[finite] for x in expected)),
+    )
+    assert (gradient[:, both] == 0).all() and (gradient[:2, student_only] == 0).all() == (beta != 0)
+    if beta == 0:  # dD/dz = p - q stays finite where D is not
+        np.testing.assert_allclose(gradient[:2].numpy(), expected.gradient[:2].astype(float), atol=1e-7)
+
+
+def test_a_forbidden_entry_pushes_reverse_kl_without_nan():
+    student, teacher = logits(64, 1.0, 0.1)
+    teacher[:, 7] = -torch.inf
+    _, gradient = run(student, teacher, 1.0)
+    assert (gradient[:, 7] == torch.inf).all()
+    others = torch.cat([gradient[:, :7], gradient[:, 8:]], dim=1)
+    assert (others < -1e30).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_nan_stays_in_its_row(bad, side, beta):
+    student, teacher = logits(100, 1.0, 0.3)
+    clean, clean_gradient = run(student, teacher, beta)
+    (student if side == "student" else teacher)[2, 33] = bad
+    scalars, gradient = run(student, teacher, beta)
+    assert scalars.divergence[2].isnan() and gradient[2].isnan().all()
+    others = torch.tensor([0, 1, 3, 4])
+    assert torch.equal(scalars.divergence[others], clean.divergence[others])
+    assert torch.equal(gradient[others], clean_gradient[others])
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e-20, 1e25, -1e30])
+def test_weight_scales_the_gradient_alone(weight):
+    student, teacher = logits(500, 2.0, 0.3)
+    plain, unit = run(student, teacher, 0.5)
+    scalars, gradient = run(student, teacher, 0.5, weight=torch.full((5,), weight))
+    assert torch.equal(scalars.divergence, plain.divergence)
+    torch.testing.assert_close(gradient.double(), unit.double() * np.float32(weight), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("beta", BETAS)
+def test_bf16_gradient_over_the_students_row(instruction_set, beta):
+    """In place and rounded to nearest even: bit for bit the fp32 gradient's own cast."""
+    student, teacher = logits(1021, 3.0, 0.3)
+    student[0, 5] = torch.nan
+    _, exact = run(student, teacher, beta, instruction_set=instruction_set)
+    in_place = student.clone()
+    over = in_place.view(torch.bfloat16)[:, :1021]
+    native.row_divergence(in_place, teacher, torch.ones(5), None, beta=beta, temperature=1.0,
+                          teacher_is_difference=False, gradient=over, instruction_set=instruction_set)  # fmt: skip
+    assert torch.equal(over.nan_to_num(7.0), exact.bfloat16().nan_to_num(7.0))
+    same = student.clone()
+    native.row_divergence(same, teacher, torch.ones(5), None, beta=beta, temperature=1.0, teacher_is_difference=False,
+                          gradient=same, instruction_set=instruction_set)  # fmt: skip
+    assert torch.equal(same.nan_to_num(7.0), exact.nan_to_num(7.0))
+
+
+def test_strided_rows_and_targets():
+    wide_student, wide_teacher = logits(2000, 2.0, 0.5)
+    student, teacher = wide_student[:, 3:1500], wide_teacher[:, 5:1502]
+    target = torch.tensor([0, 1496, 7, 8, 900])
+    expected = oracle.rows(student, teacher, 0.5)
+    scalars, gradient = run(student, teacher, 0.5, target=target)
+    assert_rows(scalars, gradient, expected)
+    at = (np.arange(5), target.numpy())
+    np.testing.assert_allclose(scalars.student_logp.numpy(), expected.log_p[at].astype(float), rtol=1e-6)
+    np.testing.assert_allclose(scalars.teacher_logp.numpy(), expected.log_q[at].astype(float), rtol=1e-6)
+
+
+def test_threads_do_not_change_a_bit():
+    student, teacher = logits(30000, 3.0, 0.3, rows=9)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            scalars, gradient = run(student, teacher, 0.5)
+            results.append((scalars.divergence, gradient))
+    finally:
+        torch.set_num_threads(threads)
+    for divergence, gradient in results[1:]:
+        assert torch.equal(divergence, results[0][0]) and torch.equal(gradient, results[0][1])
+
+
+def test_an_instruction_set_that_is_not_there_raises():
+    beyond = set(native._C.InstructionSet.__members__) - set(INSTRUCTION_SETS)
+    student, teacher = logits(10, 1.0, 0.1)
+    for name in beyond:
+        with pytest.raises(ValueError, match="instruction_set"):
+            run(student, teacher, 0.5, instruction_set=name)
+    with pytest.raises(KeyError):
+        run(student, teacher, 0.5, instruction_set="mmx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 5), (13, 101, 33), (6, 4, 16), (20, 1000, 512), (7, 3, 64)])
+def test_project(dtype, shape):
+    """Logits of one dtype pair, by the stick of torch's fp32 product of the same numbers."""
+    if not native.has_project(dtype):
+        pytest.skip(f"this processor has no projection for {dtype}")
+    rows, vocabulary, width = shape
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, width + 3, generator=generator).to(dtype)[:, 1:-2] for n in (rows, vocabulary))
+    got = torch.full((rows, vocabulary + 5), torch.nan)
+    native.project(hidden, weight, got[:, 2:-3])
+    exact = hidden.double() @ weight.double().T
+    scale = hidden.double().abs() @ weight.double().abs().T
+    assert ((got[:, 2:-3] - exact).abs() <= 4e-7 * scale).all()
+    assert got[:, :2].isnan().all() and got[:, -3:].isnan().all()
