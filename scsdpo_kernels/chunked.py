@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import native
-from .ops import gradient_dtype
 
 # Both logit buffers together. A chunk never has fewer rows than MIN_ROWS, below which the products lose their speed.
 BUFFER_BYTES = 320 * 2**20
@@ -34,8 +33,8 @@ def linear_divergence(
     *,
     beta: float,
     temperature: float,
-    want_grad_hidden: bool,
-    want_grad_weight: bool,
+    grad_hidden_dtype: torch.dtype | None,  # None: not wanted
+    grad_weight_dtype: torch.dtype | None,
 ):
     """The operator's outputs, in its order."""
     vocabulary = student_weight.shape[0]
@@ -44,10 +43,11 @@ def linear_divergence(
     teacher_is_difference = shared and student_weight.dtype == teacher_hidden.dtype == torch.float32
 
     kept = torch.nonzero(token_weight, as_tuple=True)
-    scalars = [token_weight.new_zeros(token_weight.shape, dtype=torch.float32) for _ in range(3 if target_ids is None else 5)]
-    grad_hidden = _zeros_like(student_hidden, want_grad_hidden)
-    head_gradient = _HeadGradient(student_weight, want_grad_weight)
-    want_gradient = want_grad_hidden or want_grad_weight
+    fields = 3 if target_ids is None else 5
+    scalars = [_zeros(token_weight, torch.float32) for _ in range(fields)]
+    grad_hidden = _zeros(student_hidden, grad_hidden_dtype)
+    head_gradient = _HeadGradient(student_weight, grad_weight_dtype)
+    want_gradient = grad_hidden_dtype is not None or grad_weight_dtype is not None
 
     for chunk in _chunks(kept[0].numel(), vocabulary):
         if chunk.start == 0:
@@ -71,9 +71,9 @@ def linear_divergence(
         )
         for out, values in zip(scalars, row_scalars, strict=False):
             out[rows] = values
-        if want_grad_hidden:
+        if grad_hidden_dtype is not None:
             grad_hidden[rows] = _back_project(logit_gradient, student_weight).to(grad_hidden.dtype)
-        if want_grad_weight:
+        if grad_weight_dtype is not None:
             head_gradient.add(logit_gradient, student)
 
     loss = (token_weight.double() * scalars[0].double()).sum().float()
@@ -94,8 +94,9 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
-def _zeros_like(tensor: Tensor, wanted: bool) -> Tensor:
-    return torch.zeros(tensor.shape if wanted else (0,), dtype=gradient_dtype(tensor), device=tensor.device)
+def _zeros(like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Zeros for a gradient of `like`, or where none is wanted an empty tensor."""
+    return torch.zeros((0,) if dtype is None else like.shape, dtype=dtype, device=like.device)
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
@@ -138,9 +139,9 @@ def _back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
 class _HeadGradient:
     """Σ over chunks of Gᵀ h, in fp32 until the last."""
 
-    def __init__(self, weight: Tensor, wanted: bool):
-        self.dtype = gradient_dtype(weight)
-        self.sum = torch.zeros(weight.shape if wanted else (0,), dtype=torch.float32, device=weight.device)
+    def __init__(self, weight: Tensor, dtype: torch.dtype | None):
+        self.dtype = dtype
+        self.sum = _zeros(weight, None if dtype is None else torch.float32)
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
         if logit_gradient.dtype == torch.float32:

@@ -78,7 +78,8 @@ def linear_divergence(
     if single:
         rows = tuple(x if x is None else x.unsqueeze(0) for x in rows)
     hidden, teacher, token_weight, target_ids = rows
-    loss, *fields = run(hidden, weight, teacher, teacher_head, token_weight, target_ids, float(beta), float(temperature))
+    numbers = float(beta), float(temperature)
+    loss, *fields = run(hidden, weight, teacher, teacher_head, token_weight, target_ids, *numbers)
     return LinearDivergence(loss, *(x.squeeze(0) if single and x is not None else x for x in fields))
 
 

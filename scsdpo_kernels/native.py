@@ -55,33 +55,27 @@ def row_divergence(
     assert student.dtype == teacher.dtype == weight.dtype == torch.float32
     assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
 
-    scalars = torch.empty(5, rows)
-    divergence, student_entropy, teacher_entropy, student_logp, teacher_logp = scalars.unbind()
-    _C.row_divergence_cpu(
+    divergence, student_entropy, teacher_entropy = torch.empty(3, rows).unbind()
+    student_logp, teacher_logp = (None, None) if target is None else torch.empty(2, rows).unbind()
+    task = _C.RowDivergence(
         rows=rows,
         vocabulary=vocabulary,
-        student=student.data_ptr(),
-        student_stride=student.stride(0),
-        teacher=teacher.data_ptr(),
-        teacher_stride=teacher.stride(0),
+        **_matrix(student=student),
+        **_matrix(teacher=teacher),
         teacher_is_difference=teacher_is_difference,
         weight=weight.data_ptr(),
-        target=0 if target is None else target.data_ptr(),
+        target=_address(target),
         beta=beta,
         temperature=temperature,
         divergence=divergence.data_ptr(),
         student_entropy=student_entropy.data_ptr(),
         teacher_entropy=teacher_entropy.data_ptr(),
-        student_logp=student_logp.data_ptr(),
-        teacher_logp=teacher_logp.data_ptr(),
-        gradient=0 if gradient is None else gradient.data_ptr(),
-        gradient_stride=0 if gradient is None else gradient.stride(0),
-        gradient_dtype=_DTYPES[torch.float32 if gradient is None else gradient.dtype],
-        threads=torch.get_num_threads(),
-        instruction_set=_C.InstructionSet.__members__[instruction_set or instruction_sets()[-1]],
+        student_logp=_address(student_logp),
+        teacher_logp=_address(teacher_logp),
+        **({} if gradient is None else {**_matrix(gradient=gradient), "gradient_dtype": _DTYPES[gradient.dtype]}),
     )
-    if target is None:
-        return RowDivergence(divergence, student_entropy, teacher_entropy, None, None)
+    name = instruction_set or instruction_sets()[-1]
+    _C.row_divergence_cpu(task, torch.get_num_threads(), _C.InstructionSet.__members__[name])
     return RowDivergence(divergence, student_entropy, teacher_entropy, student_logp, teacher_logp)
 
 
@@ -99,16 +93,23 @@ def project(
     assert hidden.dtype == weight.dtype and logits.dtype == torch.float32
     assert hidden.stride(1) == weight.stride(1) == logits.stride(1) == 1
     assert hidden.shape[1] == weight.shape[1] and logits.shape == (hidden.shape[0], weight.shape[0])
-    _C.project(
+    task = _C.Projection(
         rows=hidden.shape[0],
         vocabulary=weight.shape[0],
         width=hidden.shape[1],
         dtype=_DTYPES[hidden.dtype],
-        hidden=hidden.data_ptr(),
-        hidden_stride=hidden.stride(0),
-        weight=weight.data_ptr(),
-        weight_stride=weight.stride(0),
-        logits=logits.data_ptr(),
-        logits_stride=logits.stride(0),
-        threads=torch.get_num_threads(),
+        **_matrix(hidden=hidden),
+        **_matrix(weight=weight),
+        **_matrix(logits=logits),
     )
+    _C.project(task, torch.get_num_threads())
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _matrix(**named: Tensor) -> dict[str, int]:
+    """Address and row stride of a matrix, under the names that the C++ structs give them."""
+    ((name, tensor),) = named.items()
+    return {name: tensor.data_ptr(), f"{name}_stride": tensor.stride(0)}

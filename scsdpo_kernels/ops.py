@@ -42,12 +42,12 @@ def _operator(
             target_ids,
             beta=beta,
             temperature=temperature,
-            want_grad_hidden=want_grad_hidden,
-            want_grad_weight=want_grad_weight,
+            grad_hidden_dtype=_gradient_dtype(student_hidden) if want_grad_hidden else None,
+            grad_weight_dtype=_gradient_dtype(student_weight) if want_grad_weight else None,
         )
 
 
-def gradient_dtype(tensor: Tensor) -> torch.dtype:
+def _gradient_dtype(tensor: Tensor) -> torch.dtype:
     """dtype in which a gradient waits for backward: fp16 would underflow before the loss scale reaches it."""
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
@@ -64,8 +64,8 @@ def _(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weig
         empty(()),
         *(empty(leading) for _ in range(3)),
         *(empty(logp) for _ in range(2)),
-        empty(student_hidden.shape if want_grad_hidden else (0,), gradient_dtype(student_hidden)),
-        empty(student_weight.shape if want_grad_weight else (0,), gradient_dtype(student_weight)),
+        empty(student_hidden.shape, _gradient_dtype(student_hidden)) if want_grad_hidden else empty((0,)),
+        empty(student_weight.shape, _gradient_dtype(student_weight)) if want_grad_weight else empty((0,)),
     )
 
 

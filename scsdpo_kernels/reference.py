@@ -35,7 +35,14 @@ def linear_divergence(
             return None
         return scattered(log.gather(-1, target_ids[kept].long().unsqueeze(-1)).squeeze(-1))
 
-    return loss, scattered(divergence), scattered(-_expectation(log_p, log_p)), scattered(-_expectation(log_q, log_q)), logp(log_p), logp(log_q)  # noqa: E501
+    return (
+        loss,
+        scattered(divergence),
+        scattered(-_expectation(log_p, log_p)),
+        scattered(-_expectation(log_q, log_q)),
+        logp(log_p),
+        logp(log_q),
+    )
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -23,7 +23,9 @@ class Rows(NamedTuple):
 def rows(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Rows:
     """Straight from the definitions, in long double: exact to 1e-5 relative even where KL is 1e-12 of its terms."""
     log_p, log_q = (_log_softmax(x.double().numpy().astype(np.longdouble) / temperature) for x in (student, teacher))
-    with np.errstate(invalid="ignore"):  # -inf - -inf of an entry that both forbid, which _weighted then leaves out
+    with np.errstate(
+        invalid="ignore", divide="ignore"
+    ):  # -inf - -inf of an entry that both forbid, which _weighted then leaves out
         return _rows(log_p, log_q, beta, temperature)
 
 

@@ -189,7 +189,9 @@ def test_weights_of_every_size(beta):
     token_weight = torch.tensor([0.0, -2.0, 1e-6, 1.0, 1e12, 0.0, -1e-3] * 6)[:37]
     exact = oracle.end_to_end(hidden, weight, teacher, token_weight=token_weight, beta=beta)
     ids = torch.arange(37)
-    result, grad_hidden, grad_weight = fused(hidden, weight, teacher, token_weight=token_weight, beta=beta, target_ids=ids)
+    result, grad_hidden, grad_weight = fused(
+        hidden, weight, teacher, token_weight=token_weight, beta=beta, target_ids=ids
+    )
     skipped = token_weight == 0
     for name, field in zip(result._fields[1:], result[1:], strict=True):
         assert (field[skipped] == 0).all() and (field[~skipped] != 0).all(), name
@@ -263,7 +265,7 @@ def test_same_bits_from_run_to_run_and_for_any_thread_count():
 
 
 def test_a_head_given_twice_is_shared():
-    """teacher_weight that is student_weight means None: the same bits, and the gradient is of the student's use only."""
+    """teacher_weight that is student_weight means None, bit for bit: the gradient is of the student's use only."""
     hidden, weight, teacher, _ = problem()
     assert all(
         torch.equal(x, y)

@@ -217,7 +217,10 @@ def bad_calls():
         ("schedule", ValueError, {"schedule": "fastest"}),
         ("schedule='tiled'.*no tiled kernels", ValueError, {"schedule": "tiled"}),
     ]
-    return [pytest.param({**good, **change}, error, match, id=f"{i}-{match}") for i, (match, error, change) in enumerate(cases)]
+    return [
+        pytest.param({**good, **change}, error, match, id=f"{number}-{match}")
+        for number, (match, error, change) in enumerate(cases)
+    ]
 
 
 @pytest.mark.parametrize("arguments, error, match", bad_calls())

@@ -1,0 +1,142 @@
+"""What holds of the package as a whole: the import law, the memory bound, the public names."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import scsdpo_kernels
+from scsdpo_kernels import chunked
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "scsdpo_kernels"
+
+# Each module imports only from layers below its own.
+LAYERS = [
+    {"__init__"},
+    {"scsdpo_loss"},
+    {"linear_divergence", "weights"},
+    {"ops"},
+    {"chunked", "reference"},
+    {"native"},
+    {"_C"},
+]
+
+
+def imports(path):
+    """(module, name) of the package's own imports in a file, wherever in it they stand."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 1:
+            yield from ([node.module] if node.module else [alias.name for alias in node.names])
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scsdpo"):
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("scsdpo"))
+
+
+def test_import_law():
+    layer = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+    modules = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert set(modules) == set(layer) - {"_C"}
+    for name, path in modules.items():
+        for imported in imports(path):
+            assert layer[imported] > layer[name], f"{name} imports {imported}"
+
+
+def test_only_native_imports_the_compiled_module_and_only_bindings_knows_python():
+    assert [path.stem for path in PACKAGE.glob("*.py") if "_C" in set(imports(path))] == ["native"]
+    knows = [path.name for path in (ROOT / "csrc").glob("*.[ch]*") if "pybind11" in path.read_text()]
+    assert knows == ["bindings.cpp"]
+    assert not any("torch/" in path.read_text() for path in (ROOT / "csrc").glob("*.[ch]*"))
+
+
+def test_trainer_side_imports_only_public_names():
+    for path in (ROOT / "python" / "scsdpo").rglob("*.py"):
+        assert {name for name in imports(path) if name.startswith("scsdpo_kernels")} <= {"scsdpo_kernels"}, path
+
+
+def test_import_brings_torch_and_nothing_else_heavy():
+    code = (
+        "import sys, {}; print([m for m in ('transformers', 'trl', 'triton', 'scsdpo_kernels._C') if m in sys.modules])"
+    )
+    run = [
+        subprocess.check_output([sys.executable, "-c", code.format(module)], text=True)
+        for module in ("scsdpo_kernels", "torch")
+    ]
+    assert run[0] == run[1]
+
+
+def test_public_signatures():
+    """The contract that other people's scripts call."""
+    linear = list(inspect.signature(scsdpo_kernels.linear_divergence).parameters)
+    assert linear == ["student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "token_weight", "beta",
+                      "temperature", "target_ids", "schedule"]  # fmt: skip
+    weights = list(inspect.signature(scsdpo_kernels.question_weights).parameters)
+    assert weights == ["rewards", "question_ids", "exponent", "success_threshold", "group"]
+    assert scsdpo_kernels.LinearDivergence._fields == (
+        "loss", "divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp"
+    )  # fmt: skip
+    for name in scsdpo_kernels.__all__:
+        assert getattr(scsdpo_kernels, name).__doc__
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_tensor_of_rows_by_vocabulary(monkeypatch, dtype):
+    monkeypatch.setattr(chunked, "MIN_ROWS", 16)
+    monkeypatch.setattr(chunked, "BUFFER_BYTES", 0)
+    rows, vocabulary, width = 400, 3000, 8
+    hidden, weight = torch.randn(rows, width).to(dtype), torch.randn(vocabulary, width).to(dtype)
+    with LargestTensor() as largest:
+        chunked.linear_divergence(
+            hidden, weight, -hidden, None, torch.ones(rows), None, beta=0.5, temperature=1.0,
+            grad_hidden_dtype=dtype, grad_weight_dtype=dtype,
+        )  # fmt: skip
+    # two fp32 buffers; as bf16 they count twice as many numbers
+    assert largest.numel <= 2 * 16 * vocabulary * (2 if dtype == torch.bfloat16 else 1) < rows * vocabulary
+
+
+PEAK = """
+import sys, torch
+from scsdpo_kernels import linear_divergence, native
+rows, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+def read(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+hidden = torch.randn(rows, 64).to(dtype).requires_grad_()
+weight = (torch.randn(151936, 64) / 8).to(dtype).requires_grad_()
+teacher = hidden.detach() + 0.1
+linear_divergence(hidden[:2], weight[:50], teacher[:2]).loss.backward()
+hidden.grad = weight.grad = None
+open("/proc/self/clear_refs", "w").write("5")
+before = read("VmRSS")
+linear_divergence(hidden, weight, teacher).loss.backward()
+print(read("VmHWM") - before - (hidden.grad.nbytes + weight.grad.nbytes) / 2**20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of /proc/self/status")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_does_not_grow_with_rows(dtype):
+    """MiB over inputs and gradients, each in a fresh process; the logits of 1024 rows alone would be 1187 a side."""
+    peaks = [
+        float(subprocess.check_output([sys.executable, "-c", PEAK, str(rows), dtype], text=True))
+        for rows in (512, 1536)
+    ]
+    assert max(peaks) < 500, peaks
+    assert abs(peaks[1] - peaks[0]) < 60, peaks
