@@ -146,6 +146,23 @@ def test_gradients_accumulate():
     torch.testing.assert_close(weight.grad, 3 * once_weight)
 
 
+def test_gradients_are_handed_over_without_a_copy(monkeypatch):
+    """The head's gradient that backward scales and returns is the one that forward made: no second (V, D)."""
+    made = []
+    result = chunked._HeadGradient.result
+
+    def noted_result(self):
+        gradient = result(self)
+        made.append(gradient.data_ptr())
+        return gradient
+
+    monkeypatch.setattr(chunked._HeadGradient, "result", noted_result)
+    hidden, weight, teacher, _ = problem()
+    weight.requires_grad_()
+    (linear_divergence(hidden, weight, teacher).loss * 0.25).backward()
+    assert made == [weight.grad.data_ptr()]
+
+
 def test_second_backward_raises_and_leaves_the_first_alone():
     hidden, weight, teacher, _ = problem()
     _, expected, _ = fused(hidden, weight, teacher)
