@@ -134,7 +134,8 @@ def _reference(*args):
     from . import reference
 
     _check_values(args[4], args[5], vocabulary=args[1].shape[0])
-    return reference.linear_divergence(*args)
+    with torch.autocast(args[0].device.type, enabled=False):
+        return reference.linear_divergence(*args)
 
 
 def schedules(device: str) -> dict[str, Callable]:

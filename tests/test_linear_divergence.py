@@ -202,6 +202,18 @@ def test_weights_of_every_size(beta):
     assert relative_error(result.loss, exact.loss) < 2e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.bfloat16, torch.float64])
+def test_weights_of_every_dtype(dtype):
+    hidden, weight, teacher, _ = problem()
+    mask = torch.arange(37) % 3 != 0
+    expected = fused(hidden, weight, teacher, token_weight=mask.float())
+    for schedule in ("chunked", "reference"):
+        got = fused(hidden, weight, teacher, token_weight=mask.to(dtype), schedule=schedule)
+        assert got[0].loss.dtype == torch.float32
+        torch.testing.assert_close(got[0].loss, expected[0].loss, rtol=1e-5, atol=0)
+        assert relative_error(got[1], expected[1]) < 1e-5 and relative_error(got[2], expected[2]) < 1e-5
+
+
 def test_rows_of_weight_zero_have_no_influence():
     """Bit for bit, whatever they hold; and they are not projected."""
     hidden, weight, teacher, _ = problem(leading=(40,))

@@ -65,6 +65,14 @@ def test_autocast_mixes_dtypes_as_a_linear_layer_does():
     assert torch.equal(result.loss, linear_divergence(hidden.bfloat16(), weight.bfloat16(), teacher.bfloat16()).loss)
 
 
+def test_reference_under_autocast_keeps_fp32_logits():
+    hidden, weight, teacher, _ = problem()
+    expected = linear_divergence(hidden.bfloat16(), weight.bfloat16(), teacher.bfloat16(), schedule="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        result = linear_divergence(hidden, weight, teacher, schedule="reference")
+    assert torch.equal(result.divergence, expected.divergence)
+
+
 class Calls:
     """Counts what the chunked schedule does, from inside."""
 
