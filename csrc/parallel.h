@@ -17,6 +17,7 @@ void parallel_for(int64_t count, int threads, Work work) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
   };
   std::vector<std::thread> helpers;
+  helpers.reserve(threads);
   try {
     for (int i = 1; i < threads && i < count; ++i) helpers.emplace_back(loop);
   } catch (const std::system_error&) {

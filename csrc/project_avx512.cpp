@@ -1,11 +1,11 @@
-// `project` on AVX-512. The width runs along the lanes, so neither matrix is copied or packed: a tile of 6 hidden
-// rows × 4 head rows keeps 24 sums in registers, and ten loads feed 24 multiply-add instructions. A block of head rows
-// that fits the L2 cache meets all hidden rows before the next one is read, so the head is read from memory once.
+// Head rows [begin, end) of `project` on AVX-512; dispatch_cpu.cpp shares them out. The width runs along the lanes, so
+// neither matrix is copied or packed: a tile of 6 hidden rows × 4 head rows keeps 24 sums in registers, and ten loads
+// feed 24 multiply-add instructions. A block of head rows that fits the L2 cache meets all hidden rows before the next
+// one is read, so the head is read from memory once.
 #include <immintrin.h>
 
 #include <algorithm>
 
-#include "parallel.h"
 #include "project.h"
 
 namespace scsdpo {
@@ -89,18 +89,16 @@ void block(const Projection& task, int64_t begin, int64_t end) {
   }
 }
 
-template <class Type>
-void blocks(const Projection& task, int threads) {
-  int64_t row_bytes = sizeof(typename Type::Element) * std::max<int64_t>(task.width, 1);
-  int64_t size = kTileVocabulary * std::max<int64_t>(kBlockBytes / row_bytes / kTileVocabulary, 1);
-  parallel_for((task.vocabulary + size - 1) / size, threads,
-               [&](int64_t i) { block<Type>(task, i * size, std::min((i + 1) * size, task.vocabulary)); });
-}
-
 }  // namespace
 
-void project_avx512(const Projection& task, int threads) {
-  task.dtype == DType::kFloat32 ? blocks<Float32>(task, threads) : blocks<BFloat16>(task, threads);
+int64_t project_block_avx512(const Projection& task) {
+  int64_t element_bytes = task.dtype == DType::kFloat32 ? 4 : 2;
+  int64_t rows = kBlockBytes / (element_bytes * std::max<int64_t>(task.width, 1));
+  return std::max<int64_t>(rows / kTileVocabulary, 1) * kTileVocabulary;
+}
+
+void project_avx512(const Projection& task, int64_t begin, int64_t end) {
+  task.dtype == DType::kFloat32 ? block<Float32>(task, begin, end) : block<BFloat16>(task, begin, end);
 }
 
 }  // namespace scsdpo

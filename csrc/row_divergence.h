@@ -1,6 +1,6 @@
 // The C++ interface: from a chunk of logits to row scalars and the weighted gradient of the student's logits.
 //
-// No torch headers: device pointers and strides in elements. Nothing is allocated and nothing is kept.
+// No torch headers: pointers, and strides in elements. Every tensor is the caller's; nothing is kept.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ struct RowDivergence {
   const float* weight;    // [rows]
   const int64_t* target;  // [rows], each in [0, vocabulary); null: no log-probabilities wanted
 
-  float beta;  // the teacher's share: 0 forward KL(q || p), 1 reverse KL(p || q), between: generalised Jensen-Shannon
+  double beta;  // the teacher's share: 0 forward KL(q || p), 1 reverse KL(p || q), between: generalised Jensen-Shannon
   float temperature;
 
   float* divergence;  // [rows], as the four below

@@ -1,11 +1,12 @@
 // Rows [begin, end) of a RowDivergence on one instruction set. CMake compiles this file once for each, with its flags
-// and SCSDPO_INSTRUCTION_SET = baseline | avx2 | avx512; row_divergence_cpu.cpp chooses among them at run time.
+// and SCSDPO_INSTRUCTION_SET = baseline | avx2 | avx512; dispatch_cpu.cpp chooses among them at run time.
 //
 // Four passes over a row, which stays in cache between them:
 //
 //     maxima       m_s and the teacher's logit there, m_t
 //     normalizers  Z_s = sum e^(s - m_s), Z_t, their entropies, and S = sum e^(s - m_s) expm1(y)
 //                  with y = (t - s) - (m_t - m_s): log(Z_t / Z_s) = log1p(S / Z_s) keeps its digits as t -> s
+//                  (y may be counted from another constant near m_t - m_s: see Normalizers)
 //     divergence   the three sums of divergence.h, with d = y - log(Z_t / Z_s)
 //     gradient     weight * p (score - mean score), over the student's row if the caller wants that
 //
@@ -115,7 +116,8 @@ struct Row {
 // What every entry needs to know of its row.
 struct Normalizers {
   float max_student, max_teacher;
-  float max_difference;  // max_teacher - max_student
+  float difference;  // of the logits, that y is counted from: max_teacher - max_student, or a number very close to it
+  float teacher_scale;  // e^(max_teacher - max_student - difference): puts e^(t - max_teacher) on the footing of e^y
   float inverse_temperature;
   float inverse_student, inverse_teacher;  // 1 / Z_s, 1 / Z_t
   float log_ratio;                         // log(Z_t / Z_s)
@@ -131,7 +133,7 @@ struct Normalizers {
   }
   template <class Entry>
   SCSDPO_INLINE Floats shifted_difference(const Entry& e) const {
-    return (e.difference_ts - max_difference) * inverse_temperature;
+    return (e.difference_ts - difference) * inverse_temperature;
   }
 };
 
@@ -161,14 +163,19 @@ typename Row<difference>::Entry maxima(const Row<difference>& row, float tempera
   }
   n.max_student = top.s[best];
   n.max_teacher = teacher[0];
-  n.max_difference = n.max_teacher - n.max_student;
+  n.difference = n.max_teacher - n.max_student;
+  n.teacher_scale = 1.0f;
   n.inverse_temperature = 1.0f / temperature;
 
-  // Any value serves as max_difference, used throughout. Where it is top's own but for rounding, top's own makes the
-  // difference of the entry that has nearly all the mass exactly zero.
+  // Where top's own difference is the same but for rounding, counting from it makes y exactly zero at the entry that
+  // may have nearly all the mass.
   float own = top.difference_ts[best];
-  if (std::abs(own - n.max_difference) <= 1e-6f * (std::abs(n.max_student) + std::abs(n.max_teacher)))
-    n.max_difference = own;
+  double apart = (double{n.max_teacher} - n.max_student - own) / temperature;
+  if (std::abs(apart) * temperature <= 1e-6 * (std::abs(n.max_student) + std::abs(n.max_teacher)) &&
+      std::abs(apart) < 1) {
+    n.difference = own;
+    n.teacher_scale = static_cast<float>(std::exp(apart));
+  }
   return {splat<Floats>(top.s[best]), splat<Floats>(top.t[best]), splat<Floats>(own)};
 }
 
@@ -184,7 +191,7 @@ Entropies normalizers(const Row<difference>& row, Normalizers& n) {
         Floats e_student = exp_nonpositive(u_student), e_teacher = exp_nonpositive(u_teacher);
         zs += e_student;
         zt += e_teacher;
-        ex += excess(e_student, e_teacher, n.shifted_difference(e));
+        ex += excess(e_student, e_teacher * n.teacher_scale, n.shifted_difference(e));
         ms += times(e_student, u_student);
         mt += times(e_teacher, u_teacher);
       },
@@ -201,7 +208,8 @@ Entropies normalizers(const Row<difference>& row, Normalizers& n) {
   n.log_student = std::log(z_student);
   n.log_teacher = std::log(z_teacher);
   double ratio = excess_sum / z_student;  // Z_t / Z_s - 1, which cancels where Z_t is much the smaller
-  n.log_ratio = static_cast<float>(ratio > -0.5 ? std::log1p(ratio) : n.log_teacher - n.log_student);
+  n.log_ratio = static_cast<float>(ratio > -0.5 ? std::log1p(ratio)
+                                                : n.log_teacher - n.log_student + std::log(double{n.teacher_scale}));
   return {n.log_student - mean_student / z_student, n.log_teacher - mean_teacher / z_teacher};
 }
 
@@ -216,14 +224,14 @@ SCSDPO_INLINE Probabilities probabilities(const Entry& e, const Normalizers& n) 
 }
 
 template <Objective objective, bool difference>
-Terms<double> divergence(const Row<difference>& row, const Normalizers& n, float beta, float reference) {
+Terms<double> divergence(const Row<difference>& row, const Normalizers& n, Shares shares, float reference) {
   Terms<double> total{0, 0, 0};
   const Floats zero = splat<Floats>(0.0f);
   Terms<Floats> partial{zero, zero, zero};
   row.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto [p, q, d] = probabilities(row.entry(v, count), n);
-        Terms<Floats> terms = divergence_terms<objective>(p, q, d, beta, reference);
+        Terms<Floats> terms = divergence_terms<objective>(p, q, d, shares, reference);
         partial.student += terms.student;
         partial.teacher += terms.teacher;
         partial.score += terms.score;
@@ -238,12 +246,12 @@ Terms<double> divergence(const Row<difference>& row, const Normalizers& n, float
 }
 
 template <Objective objective, bool difference, class Gradient>
-void gradient(const Row<difference>& row, const Normalizers& n, float beta, float reference, float mean_score,
+void gradient(const Row<difference>& row, const Normalizers& n, Shares shares, float reference, float mean_score,
               float scale, Gradient* to) {
   row.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto [p, q, d] = probabilities(row.entry(v, count), n);
-        store(to + v, centred_score<objective>(p, q, d, beta, reference, mean_score) * scale, count);
+        store(to + v, centred_score<objective>(p, q, d, shares, reference, mean_score) * scale, count);
       },
       [] {});
 }
@@ -253,14 +261,16 @@ void one_row(const RowDivergence& task, int64_t r) {
   Row<difference> row{task.student + r * task.student_stride, task.teacher + r * task.teacher_stride, task.vocabulary};
 
   Normalizers n{};
+  Shares shares{static_cast<float>(1 - task.beta), static_cast<float>(task.beta)};
   auto top = maxima(row, task.temperature, n);
   Entropies entropy = normalizers(row, n);
   auto [p_top, q_top, d_top] = probabilities(top, n);
-  float reference = score<objective>(p_top, q_top, d_top, task.beta)[0];
+  float reference = score<objective>(p_top, q_top, d_top, shares)[0];
   if (!std::isfinite(reference)) reference = 0.0f;
-  Terms<double> terms = divergence<objective>(row, n, task.beta, reference);
+  Terms<double> terms = divergence<objective>(row, n, shares, reference);
 
   double value = divergence_value<objective>(terms, task.beta);
+  if (value < 0) value = 0;  // what is left of a row whose terms have underflowed
   task.divergence[r] = static_cast<float>(value);
   task.student_entropy[r] = static_cast<float>(entropy.student);
   task.teacher_entropy[r] = static_cast<float>(entropy.teacher);
@@ -275,20 +285,19 @@ void one_row(const RowDivergence& task, int64_t r) {
   // finite one: the forbidden entries' gradient is then +inf, never inf - inf. A NaN row is NaN throughout.
   constexpr double largest = std::numeric_limits<float>::max();
   float mean_score = static_cast<float>(std::isnan(value) ? value : std::min(terms.score, largest));
-  float scale = task.weight[r] * score_scale<objective>(task.beta) / task.temperature;
+  float scale = task.weight[r] * score_scale<objective>(shares) / task.temperature;
   int64_t offset = r * task.gradient_stride;
   if (task.gradient_dtype == DType::kFloat32)
-    gradient<objective>(row, n, task.beta, reference, mean_score, scale, static_cast<float*>(task.gradient) + offset);
+    gradient<objective>(row, n, shares, reference, mean_score, scale, static_cast<float*>(task.gradient) + offset);
   else
-    gradient<objective>(row, n, task.beta, reference, mean_score, scale,
-                        static_cast<BFloat16*>(task.gradient) + offset);
+    gradient<objective>(row, n, shares, reference, mean_score, scale, static_cast<BFloat16*>(task.gradient) + offset);
 }
 
 template <bool difference>
 void rows(const RowDivergence& task, int64_t begin, int64_t end) {
-  auto row = task.beta == 0.0f   ? one_row<Objective::kForward, difference>
-             : task.beta == 1.0f ? one_row<Objective::kReverse, difference>
-                                 : one_row<Objective::kJensenShannon, difference>;
+  auto row = task.beta == 0   ? one_row<Objective::kForward, difference>
+             : task.beta == 1 ? one_row<Objective::kReverse, difference>
+                              : one_row<Objective::kJensenShannon, difference>;
   for (int64_t r = begin; r < end; ++r) row(task, r);
 }
 

@@ -40,7 +40,12 @@ def linear_divergence(
     vocabulary = student_weight.shape[0]
     shared = teacher_weight is None or _same_storage(teacher_weight, student_weight)
     teacher_weight = student_weight if shared else teacher_weight
-    teacher_is_difference = shared and student_weight.dtype == teacher_hidden.dtype == torch.float32
+    # A head with an infinite entry (a forbidden token) would meet a difference of 0: 0 · inf is no logit.
+    teacher_is_difference = (
+        shared
+        and student_weight.dtype == teacher_hidden.dtype == torch.float32
+        and bool(torch.isfinite(student_weight.sum()))
+    )
 
     kept = torch.nonzero(token_weight, as_tuple=True)
     fields = 3 if target_ids is None else 5
@@ -96,7 +101,9 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 
 def _zeros(like: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Zeros for a gradient of `like`, or where none is wanted an empty tensor."""
-    return torch.zeros((0,) if dtype is None else like.shape, dtype=dtype, device=like.device)
+    if dtype is None:
+        return like.new_empty(0, dtype=torch.float32)
+    return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
@@ -130,7 +137,7 @@ def _back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
     """logit_gradient weight, (C, D)."""
     if weight.dtype == logit_gradient.dtype:
         return torch.mm(logit_gradient, weight)
-    grad_hidden = torch.zeros(logit_gradient.shape[0], weight.shape[1])
+    grad_hidden = logit_gradient.new_zeros(logit_gradient.shape[0], weight.shape[1])
     for slab, weight_slab in _slabs(weight):
         grad_hidden.addmm_(logit_gradient[:, slab], weight_slab)
     return grad_hidden
@@ -152,4 +159,4 @@ class _HeadGradient:
             self.sum[slab] += torch.mm(logit_gradient[:, slab].t(), hidden)
 
     def result(self) -> Tensor:
-        return self.sum.to(self.dtype)
+        return self.sum if self.dtype is None else self.sum.to(self.dtype)

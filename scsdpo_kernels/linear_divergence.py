@@ -6,7 +6,6 @@ with D the forward KL(q‖p) at beta = 0, the reverse KL(p‖q) at beta = 1 and 
 (1-β) KL(p‖m) + β KL(q‖m), m = (1-β) p + β q, between (SDPO, arXiv 2601.20802; GKD, arXiv 2306.13649).
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -15,11 +14,13 @@ from torch import Tensor
 from . import ops
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class LinearDivergence(NamedTuple):
-    """What one pass over the logits gives. Every field but `loss` is detached fp32, in nats.
+    """What one pass over the logits gives, fp32 (float64 from the reference schedule in float64), in nats.
 
+        Every field but `loss` is detached.
     Rows that were skipped because their weight is 0 hold 0.
     """
 
@@ -54,15 +55,24 @@ def linear_divergence(
     Args:
         beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: generalised Jensen-Shannon.
         temperature: divides both sides' logits; there is no τ² factor.
-        target_ids: sampled tokens, asks for their log-probabilities.
+        target_ids: sampled tokens, asks for their log-probabilities. Ids of rows of weight 0 are not looked at.
         schedule: "chunked" projects a chunk of rows at a time with the library's matrix product; "reference" is plain
             PyTorch with full logits, in any dtype up to float64 and differentiable twice; "auto" is "chunked".
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
+    tensors = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "token_weight": token_weight,
+        "target_ids": target_ids,
+    }
+    _check_types(tensors)
     if token_weight is None:
-        token_weight = torch.ones(student_hidden.shape[:-1], device=student_hidden.device)
+        token_weight = torch.ones(student_hidden.shape[:-1], dtype=torch.float32, device=student_hidden.device)
     dtypes = (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES
     _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, dtypes)
     _check_numbers(beta, temperature)
@@ -72,7 +82,8 @@ def linear_divergence(
         raise ValueError(ops.why_not(schedule, student_hidden.device.type))
 
     hidden, weight, teacher = _autocast(student_hidden, student_weight, teacher_hidden.detach())
-    teacher_head = None if teacher_weight is None else _autocast(teacher_weight.detach())[0]
+    shared = teacher_weight is None or teacher_weight is student_weight
+    teacher_head = None if shared else _autocast(teacher_weight.detach())[0]
     rows = (hidden, teacher, token_weight.detach(), target_ids)
     single = hidden.dim() == 1  # no leading axis: a batch of one row
     if single:
@@ -97,7 +108,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, dtypes):
     autocast = _in_autocast(student_hidden.device.type)
-    leading, device = student_hidden.shape[:-1], student_hidden.device
+    leading = student_hidden.shape[:-1]
     heads = {"student": (student_hidden, student_weight), "teacher": (teacher_hidden, teacher_weight)}
     for side, (hidden, weight) in heads.items():
         if hidden.dtype not in dtypes:
@@ -125,25 +136,33 @@ def _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weigh
         raise TypeError(f"token_weight: expected real numbers, got {token_weight.dtype}")
     if target_ids is not None and target_ids.shape != leading:
         raise ValueError(f"target_ids: expected shape {tuple(leading)}, got {tuple(target_ids.shape)}")
-    if target_ids is not None and (target_ids.is_floating_point() or target_ids.dtype == torch.bool):
+    if target_ids is not None and target_ids.dtype not in _INTEGERS:
         raise TypeError(f"target_ids: expected integers, got {target_ids.dtype}")
-    everything = {
-        "student_weight": student_weight,
-        "teacher_hidden": teacher_hidden,
-        "teacher_weight": teacher_weight,
-        "token_weight": token_weight,
-        "target_ids": target_ids,
-    }
-    for name, tensor in everything.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name}: expected student_hidden's device {device}, got {tensor.device}")
+
+
+def _check_types(tensors: dict[str, Tensor | None]) -> None:
+    optional = ("teacher_weight", "token_weight", "target_ids")
+    for name, tensor in tensors.items():
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.device != tensors["student_hidden"].device:
+            raise ValueError(
+                f"{name}: expected student_hidden's device {tensors['student_hidden'].device}, got {tensor.device}"
+            )
 
 
 def _check_numbers(beta: float, temperature: float) -> None:
+    for name, number in (("beta", beta), ("temperature", temperature)):
+        if not isinstance(number, int | float):
+            raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
-    if not (temperature > 0.0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+    if not 2.0**-126 <= temperature <= 2.0**126:
+        raise ValueError(
+            f"temperature: expected a number above 0, it and its inverse normal in fp32, got {temperature}"
+        )
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -55,8 +55,8 @@ def row_divergence(
     assert student.dtype == teacher.dtype == weight.dtype == torch.float32
     assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
 
-    divergence, student_entropy, teacher_entropy = torch.empty(3, rows).unbind()
-    student_logp, teacher_logp = (None, None) if target is None else torch.empty(2, rows).unbind()
+    divergence, student_entropy, teacher_entropy = _fp32(3, rows).unbind()
+    student_logp, teacher_logp = (None, None) if target is None else _fp32(2, rows).unbind()
     task = _C.RowDivergence(
         rows=rows,
         vocabulary=vocabulary,
@@ -103,6 +103,10 @@ def project(
         **_matrix(logits=logits),
     )
     _C.project(task, torch.get_num_threads())
+
+
+def _fp32(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -5,6 +5,8 @@
 Tokens of questions with weight 0 count in the denominator and cost nothing else: they are never projected.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def scsdpo_loss(
     question_weight: Tensor | None = None,  # (B,) instead of the two above
     mask: Tensor,  # (B, T) 1 at response tokens that have a teacher, else 0
     reduction: str = "token-mean",
-    denominator: float | Tensor | None = None,
+    denominator: float | Tensor | None = None,  # above 0; a tensor has one element
     exponent: float = 0.5,
     success_threshold: float | None = None,
     group: "torch.distributed.ProcessGroup | None" = None,
@@ -40,7 +42,8 @@ def scsdpo_loss(
 
     Args:
         reduction: "token-mean": Σ w̄ m D / Σ m. "weighted-token-mean": Σ w̄ m D / Σ w̄ m. "sequence-mean": the mean over
-            each rollout's tokens, then over all B rollouts. "sum": Σ w̄ m D.
+            each rollout's tokens, then over all B rollouts. "sum": Σ w̄ m D. `token_weight` multiplies D in each of them
+            and is in no denominator.
         denominator: tokens (or rollouts, for "sequence-mean") of the whole optimiser step, where this call is one
             micro-batch or rank of it. None: this call's.
         divergence_options: beta, temperature, target_ids, schedule of `linear_divergence`.
@@ -59,16 +62,20 @@ def scsdpo_loss(
         question_weight = question_weights(
             rewards, question_ids, exponent=exponent, success_threshold=success_threshold, group=group
         )
+    elif exponent != 0.5 or success_threshold is not None or group is not None:
+        raise ValueError(
+            "exponent, success_threshold, group: expected none of them with question_weight, which is computed already"
+        )
     _check(student_hidden, mask, question_weight, token_weight, reduction, denominator)
 
     mask = mask.detach().float()
     weight = question_weight.detach().float().unsqueeze(-1) * mask
-    if token_weight is not None:
-        weight = weight * token_weight.detach()
     if reduction == "sequence-mean":
         weight = weight / mask.sum(dim=-1, keepdim=True).clamp(min=1)
     if reduction != "sum":
         weight = weight / _denominator(reduction, mask, weight, denominator)
+    if token_weight is not None:
+        weight = weight * token_weight.detach()
     return linear_divergence(
         student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight=weight, **divergence_options
     )
@@ -77,7 +84,7 @@ def scsdpo_loss(
 def _denominator(reduction: str, mask: Tensor, weight: Tensor, given: float | Tensor | None) -> float | Tensor:
     """Never 0: a batch without tokens has a loss of 0, not NaN."""
     if given is not None:
-        return given
+        return given if not isinstance(given, Tensor) else given.reshape(()).to(mask.device)
     if reduction == "sequence-mean":
         return max(1, len(mask))
     total = mask.sum() if reduction == "token-mean" else weight.sum()
@@ -85,6 +92,12 @@ def _denominator(reduction: str, mask: Tensor, weight: Tensor, given: float | Te
 
 
 def _check(student_hidden, mask, question_weight, token_weight, reduction, denominator) -> None:
+    named = {"student_hidden": student_hidden, "mask": mask, "question_weight": question_weight}
+    for name, tensor in {**named, "token_weight": token_weight}.items():
+        if not isinstance(tensor, Tensor) and not (name == "token_weight" and tensor is None):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor is not None and tensor.device != student_hidden.device:
+            raise ValueError(f"{name}: expected student_hidden's device {student_hidden.device}, got {tensor.device}")
     if student_hidden.dim() != 3:
         raise ValueError(f"student_hidden: expected shape (B, T, D), got {tuple(student_hidden.shape)}")
     tokens = student_hidden.shape[:2]
@@ -95,12 +108,27 @@ def _check(student_hidden, mask, question_weight, token_weight, reduction, denom
             "rewards, question_ids, question_weight: expected shape "
             f"({tokens[0]},), one per rollout of student_hidden, got {tuple(question_weight.shape)}"
         )
-    for name, tensor in (("mask", mask), ("question_weight", question_weight), ("token_weight", token_weight)):
-        if tensor is not None and tensor.device != student_hidden.device:
-            raise ValueError(f"{name}: expected student_hidden's device {student_hidden.device}, got {tensor.device}")
     if token_weight is not None and token_weight.shape != tokens:
         raise ValueError(f"token_weight: expected shape {tuple(tokens)}, got {tuple(token_weight.shape)}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if denominator is not None and not isinstance(denominator, Tensor) and not denominator > 0:
-        raise ValueError(f"denominator: expected a number above 0, got {denominator}")
+    if denominator is not None:
+        _check_denominator(reduction, denominator)
+    # Values are looked at where that costs no synchronisation and can be compiled around.
+    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError("mask: expected zeros and ones, got other numbers; factors per token go into token_weight")
+
+
+def _check_denominator(reduction: str, denominator: float | Tensor) -> None:
+    if reduction == "sum":
+        raise ValueError("denominator: expected None with reduction='sum', which divides by nothing")
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator: expected one number, got shape {tuple(denominator.shape)}")
+        if denominator.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        denominator = denominator.item()
+    if not isinstance(denominator, int | float):
+        raise TypeError(f"denominator: expected a number, got {type(denominator).__name__}")
+    if not 0 < denominator < math.inf:
+        raise ValueError(f"denominator: expected a finite number above 0, got {denominator}")

@@ -31,12 +31,15 @@ def question_weights(
         success_threshold: a rollout succeeds where its reward is at least this. None: rewards are in [0, 1] and p̂ is
             their mean.
         group: process group over whose ranks the batch is spread; pass rates and the mean are then over the rollouts
-            of all its ranks (ids are global), and each rank gets the weights of its own. Collective.
+            of all its ranks (ids are global), and each rank gets the weights of its own. Collective: a rank whose
+            arguments are refused leaves the others waiting until the group's time-out.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
     rewards, question_ids = torch.as_tensor(rewards), torch.as_tensor(question_ids)
+    if question_ids.numel() == 0:
+        question_ids = question_ids.long()  # an empty list has no dtype of its own
     _check(rewards, question_ids, exponent, success_threshold)
     success = rewards.detach().double() if success_threshold is None else (rewards >= success_threshold).double()
     own, success, question_ids = _gather(success, question_ids.long(), group)
@@ -84,8 +87,13 @@ def _check(rewards: Tensor, question_ids: Tensor, exponent: float, success_thres
         raise TypeError(f"rewards: expected real numbers, got {rewards.dtype}")
     if question_ids.device != rewards.device:
         raise ValueError(f"question_ids: expected the device of rewards {rewards.device}, got {question_ids.device}")
-    if not (exponent >= 0 and math.isfinite(exponent)):
+    for name, number in (("exponent", exponent), ("success_threshold", success_threshold)):
+        if not isinstance(number, int | float) and not (name == "success_threshold" and number is None):
+            raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+    if not 0 <= exponent < math.inf:
         raise ValueError(f"exponent: expected a finite number of at least 0, got {exponent}")
+    if success_threshold is not None and math.isnan(success_threshold):
+        raise ValueError("success_threshold: expected a number, got NaN")
     if success_threshold is None and not ((rewards >= 0) & (rewards <= 1)).all():
         raise ValueError(
             "rewards: expected numbers in [0, 1] where there is no success_threshold, got "

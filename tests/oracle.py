@@ -31,7 +31,7 @@ def rows(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0
 
 def _rows(log_p: np.ndarray, log_q: np.ndarray, beta: float, temperature: float) -> Rows:
     p, q = np.exp(log_p), np.exp(log_q)
-    beta = np.longdouble(np.float32(beta))  # the kernels take it as fp32
+    beta = np.longdouble(beta)
     if beta == 0:
         divergence, gradient = _mean(q, log_q - log_p), p - q
     elif beta == 1:

@@ -131,6 +131,20 @@ def test_odd_sizes(vocabulary, width):
         assert relative_error(got, expected) < 2e-5
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torchs_default_dtype_does_not_matter(default, dtype):
+    tensors = problem(dtype=dtype)
+    ids = torch.arange(37)
+    expected = fused(*tensors, target_ids=ids)
+    torch.set_default_dtype(default)
+    try:
+        got = fused(*tensors, target_ids=ids)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip((*got[0], *got[1:]), (*expected[0], *expected[1:]), strict=True))
+
+
 def test_real_vocabulary():
     tensors = problem(leading=(9,), width=128, vocabulary=151936, distance=0.1)
     exact = oracle.end_to_end(*tensors)
@@ -268,7 +282,7 @@ def test_chunks_do_not_change_the_result(monkeypatch, dtype):
     assert relative_error(parts_weight, whole_weight) < tolerance
 
 
-def test_same_bits_from_run_to_run_and_for_any_thread_count():
+def test_same_bits_from_run_to_run():
     tensors = problem(leading=(300,), vocabulary=3001)
     first = fused(*tensors)
     again = fused(*tensors)
@@ -330,6 +344,37 @@ def test_reference_equals_the_oracle(beta, teacher_width):
     log_p = torch.log_softmax(tensors[0] @ tensors[1].T / 0.8, dim=-1)
     torch.testing.assert_close(result.student_logp, log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1))
     torch.testing.assert_close(result.student_entropy, -(log_p.exp() * log_p).sum(-1))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("schedule", ["chunked", "reference"])
+@pytest.mark.parametrize("masked", [-torch.inf, -1e9])
+@pytest.mark.parametrize("shared", [True, False])
+def test_forbidden_vocabulary(beta, schedule, masked, shared):
+    """Columns that a row of the head forbids, through a hidden entry that is always one: as if they were not there."""
+    hidden, weight, teacher, _ = problem(vocabulary=64)
+    hidden[:, -1] = teacher[:, -1] = 1.0
+    weight[50:] = 0.0
+    weight[50:, -1] = masked
+    expected = oracle.end_to_end(hidden, weight[:50], teacher, beta=beta)
+    result, grad_hidden, grad_weight = fused(
+        hidden, weight, teacher, None if shared else weight.clone(), beta=beta, schedule=schedule
+    )
+    assert relative_error(result.divergence, expected.divergence) < 1e-5
+    assert relative_error(grad_weight[:50], expected.grad_weight) < 1e-5 and (grad_weight[50:] == 0).all()
+    if masked == -1e9:  # an infinite head has no finite product with a gradient of zero
+        assert relative_error(grad_hidden, expected.grad_hidden) < 1e-5
+
+
+@pytest.mark.parametrize("gap", [60.0, 110.0, 400.0, 1000.0])
+def test_distant_logits_in_the_reference(gap):
+    """Both probabilities underflow at the same entry: their mixture is not log 0."""
+    weight = torch.tensor([[0.0], [1.0], [2.0]])
+    hidden, teacher = torch.tensor([[gap]]), torch.tensor([[gap * 1.01]])
+    for dtype in (torch.float32, torch.float64):
+        tensors = hidden.to(dtype), weight.to(dtype), teacher.to(dtype)
+        result, grad_hidden, grad_weight = fused(*tensors, schedule="reference")
+        assert 0 <= result.loss < 1e-20 and grad_hidden.isfinite().all() and grad_weight.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

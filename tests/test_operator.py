@@ -40,6 +40,24 @@ def test_compiled_has_the_bits_of_eager(dtype):
         assert torch.equal(eager, compiled)
 
 
+def test_compiled_with_other_numbers_and_sizes():
+    """beta, temperature and the number of rows change from call to call, under fullgraph, with the bits of eager."""
+    hidden, weight, teacher, _ = problem(width=16, vocabulary=101)
+
+    def step(hidden, weight, teacher, beta, temperature):
+        return linear_divergence(hidden, weight, teacher, beta=beta, temperature=temperature).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    cases = [(3, 0.5, 1.0), (4, 0.3, 0.7), (9, 0.25, 1.5), (37, 0.0, 2.0), (1, 1.0, 1.0), (0, 0.5, 3.0)]
+    for rows, beta, temperature in cases:
+        results = []
+        for run in (step, compiled):
+            inputs = hidden[:rows].clone().requires_grad_(), weight.clone().requires_grad_()
+            loss = run(*inputs, teacher[:rows], beta, temperature)
+            results.append((loss, *torch.autograd.grad(loss, inputs)))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), (rows, beta, temperature)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast(compiled):
     """fp32 hidden states and heads are cast as F.linear casts them; the op's own arithmetic is left alone."""
@@ -191,15 +209,24 @@ def test_double_backward_raises():
 
 
 def test_checkpointing():
-    """Recomputed in backward, as activation checkpointing does it."""
+    """Inside activation checkpointing, where backward runs the forward again: right, however often that is."""
     hidden, weight, teacher, _ = problem()
-    _, expected_hidden, expected_weight = fused(hidden, weight, teacher)
+    calls = []
+
+    def model(hidden, weight):
+        calls.append(len(calls))
+        return linear_divergence(hidden.tanh(), weight, teacher).loss
+
     inputs = hidden.requires_grad_(), weight.requires_grad_()
-    loss = torch.utils.checkpoint.checkpoint(
-        lambda h, w: linear_divergence(h, w, teacher).loss, *inputs, use_reentrant=False
-    )
-    gradients = torch.autograd.grad(loss, inputs)
-    assert torch.equal(gradients[0], expected_hidden) and torch.equal(gradients[1], expected_weight)
+    expected = torch.autograd.grad(model(*inputs), inputs)
+    for reentrant in (False, True):
+        calls.clear()
+        loss = torch.utils.checkpoint.checkpoint(model, *inputs, use_reentrant=reentrant)
+        loss.backward()
+        assert len(calls) == 2
+        for x, gradient in zip(inputs, expected, strict=True):
+            assert torch.equal(x.grad, gradient)
+            x.grad = None
 
 
 def bad_calls():
@@ -233,6 +260,17 @@ def bad_calls():
         ("target_ids", TypeError, {"target_ids": ids.float()}),
         ("target_ids", ValueError, {"target_ids": ids + 31}),
         ("target_ids", ValueError, {"target_ids": ids - 1}),
+        ("target_ids", TypeError, {"target_ids": ids.to(torch.complex64)}),
+        ("target_ids", TypeError, {"target_ids": ids.to(torch.uint16)}),
+        ("student_hidden", TypeError, {"student_hidden": hidden.tolist()}),
+        ("student_weight", TypeError, {"student_weight": None}),
+        ("teacher_hidden", TypeError, {"teacher_hidden": teacher.numpy()}),
+        ("token_weight", TypeError, {"token_weight": 1.0}),
+        ("token_weight", ValueError, {"token_weight": ones.double() * 1e39}),
+        ("beta", TypeError, {"beta": "0.5"}),
+        ("temperature", TypeError, {"temperature": None}),
+        ("temperature", ValueError, {"temperature": 1e-39}),
+        ("temperature", ValueError, {"temperature": 1e39}),
         ("beta", ValueError, {"beta": -0.1}),
         ("beta", ValueError, {"beta": 1.5}),
         ("beta", ValueError, {"beta": float("nan")}),
@@ -258,6 +296,16 @@ def test_values_are_checked_by_the_reference_too():
     hidden, weight, teacher, _ = problem()
     with pytest.raises(ValueError, match="token_weight"):
         linear_divergence(hidden, weight, teacher, token_weight=torch.full((37,), torch.nan), schedule="reference")
+
+
+@pytest.mark.parametrize("schedule", ["chunked", "reference"])
+def test_ids_of_skipped_rows_are_not_looked_at(schedule):
+    """-100 at masked tokens is how labels are padded."""
+    hidden, weight, teacher, _ = problem()
+    mask = torch.arange(37) % 2 == 0
+    ids = torch.where(mask, 5, -100)
+    result = linear_divergence(hidden, weight, teacher, token_weight=mask, target_ids=ids, schedule=schedule)
+    assert (result.student_logp[mask] < 0).all() and (result.student_logp[~mask] == 0).all()
 
 
 def test_a_device_without_kernels_says_so():

@@ -82,6 +82,22 @@ def test_public_signatures():
     assert scsdpo_kernels.LinearDivergence._fields == (
         "loss", "divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp"
     )  # fmt: skip
+    loss = inspect.signature(scsdpo_kernels.scsdpo_loss).parameters
+    assert list(loss)[:4] == linear[:4] and {
+        "rewards",
+        "question_ids",
+        "mask",
+        "reduction",
+        "denominator",
+        "group",
+    } <= set(loss)
+    defaults = {
+        name: parameter.default
+        for function in (scsdpo_kernels.linear_divergence, scsdpo_kernels.scsdpo_loss, scsdpo_kernels.question_weights)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not None and parameter.default is not inspect.Parameter.empty
+    }
+    assert defaults == {"beta": 0.5, "temperature": 1.0, "schedule": "auto", "reduction": "token-mean", "exponent": 0.5}
     for name in scsdpo_kernels.__all__:
         assert getattr(scsdpo_kernels, name).__doc__
 

@@ -103,6 +103,37 @@ def test_disagreeing_peaks(beta, height):
     assert np.abs(gradient.numpy() - expected.gradient).max() < 1e-7  # saturated, see below
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.125])
+@pytest.mark.parametrize("beta", BETAS)
+def test_peaks_that_nearly_tie(beta, temperature):
+    """The teacher's largest logit is a rounding above its logit at the student's peak, whatever the logits' size."""
+    for offset in (20.0, 100.0, 1000.0):
+        student = offset + torch.tensor([[0.0, -3.0, -4.0, -1.0]]) * temperature
+        teacher = offset + torch.tensor([[0.0, 1.8e-6 * offset, -4.0, -6.0]]) * torch.tensor(
+            [1, 1, temperature, temperature]
+        )
+        assert_rows(
+            *run(student, teacher, beta, temperature=temperature), oracle.rows(student, teacher, beta, temperature)
+        )
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.999, 0.9999, 1 - 1e-6])
+@pytest.mark.parametrize("distance", [1e-3, 0.3, 3.0])
+def test_shares_near_the_ends(beta, distance):
+    """1 - beta has digits of its own: the generalised Jensen-Shannon divergence goes to 0 at both ends."""
+    student, teacher = logits(1000, 2.0, distance)
+    assert_rows(*run(student, teacher, beta), oracle.rows(student, teacher, beta), floor=1e-12, gradient_floor=1e-12)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_entries_below_the_normal_numbers(beta):
+    """e^-88 is 0 to the kernel, e^-86 is not: still no negative divergence."""
+    for gap in range(80, 110):
+        student, teacher = torch.tensor([[0.0, -gap, -3.0]]), torch.tensor([[0.0, -gap + 2.0, -3.0]])
+        scalars, gradient = run(student, teacher, beta)
+        assert (scalars.divergence >= 0).all() and (scalars.divergence < 1e-30).all() and gradient.abs().max() < 1e-30
+
+
 def test_saturated_jensen_shannon():
     """Disjoint supports: the gradient vanishes, and the kernel's error is that of fp32 scores, as torch's own."""
     student, teacher = logits(1000, 8.0, 40.0)
@@ -208,17 +239,22 @@ def test_strided_rows_and_targets():
 
 def test_threads_do_not_change_a_bit():
     student, teacher = logits(30000, 3.0, 0.3, rows=9)
+    hidden, weight = torch.randn(9, 40), torch.randn(30000, 40)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
             scalars, gradient = run(student, teacher, 0.5)
-            results.append((scalars.divergence, gradient))
+            projected = torch.empty(9, 30000)
+            if native.has_project(torch.float32):
+                native.project(hidden, weight, projected)
+            results.append((scalars.divergence, gradient, projected))
     finally:
         torch.set_num_threads(threads)
-    for divergence, gradient in results[1:]:
-        assert torch.equal(divergence, results[0][0]) and torch.equal(gradient, results[0][1])
+    for again in results[1:]:
+        compared = 3 if native.has_project(torch.float32) else 2
+        assert all(torch.equal(x, y) for x, y in zip(again[:compared], results[0], strict=False))
 
 
 def test_an_instruction_set_that_is_not_there_raises():

@@ -48,8 +48,6 @@ def written_out(divergence, options, reduction):
 def test_reductions(reduction, beta):
     tensors, options = batch()
     hidden, weight, teacher = (x.double() for x in tensors)
-    hidden.requires_grad_()
-    weight.requires_grad_()
     divergence = linear_divergence(hidden, weight, teacher, beta=beta, schedule="reference").divergence
     values = oracle.end_to_end(*tensors, beta=beta)
     torch.testing.assert_close(divergence, values.divergence)
@@ -76,15 +74,19 @@ def test_per_token_fields_are_not_weighted():
     assert (result.divergence[~kept] == 0).all()
 
 
-def test_token_weight_is_a_further_factor():
+@pytest.mark.parametrize("reduction", ["token-mean", "weighted-token-mean", "sequence-mean", "sum"])
+@pytest.mark.parametrize("factor", [2.0, -1.0])
+def test_token_weight_is_a_further_factor(reduction, factor):
+    """Its sign and scale reach the loss: it is in no denominator."""
     tensors, options = batch()
-    ratio = torch.rand(B, T) * 2
-    result, grad_hidden, grad_weight = differentiated(tensors, token_weight=ratio, **options)
-    plain, _, _ = differentiated(tensors, **options)
-    weight = question_weights(options["rewards"], options["question_ids"])[:, None] * options["mask"]
-    expected = (plain.divergence * weight * ratio).sum() / options["mask"].sum()
-    torch.testing.assert_close(result.loss, expected)
-    exact = oracle.end_to_end(*tensors, token_weight=weight * ratio / options["mask"].sum())
+    ratio = torch.rand(B, T) * factor
+    result, grad_hidden, grad_weight = differentiated(tensors, token_weight=ratio, reduction=reduction, **options)
+    divergence = oracle.end_to_end(*tensors).divergence
+    weight = torch.autograd.functional.jacobian(
+        lambda d: written_out(d, options, reduction), torch.ones_like(divergence)
+    )
+    assert relative_error(result.loss, (divergence * weight * ratio).sum()) < 1e-6
+    exact = oracle.end_to_end(*tensors, token_weight=weight * ratio)
     assert relative_error(grad_hidden, exact.grad_hidden) < 1e-5
     assert relative_error(grad_weight, exact.grad_weight) < 1e-5
 
@@ -155,6 +157,15 @@ def bad_calls():
         ("token_weight", {**good, "token_weight": weights}),
         ("reduction", {**good, "reduction": "mean"}),
         ("denominator", {**good, "denominator": 0}),
+        ("denominator", {**good, "denominator": torch.tensor(0)}),
+        ("denominator", {**good, "denominator": torch.tensor(-25.0)}),
+        ("denominator", {**good, "denominator": float("inf")}),
+        ("denominator", {**good, "denominator": torch.ones(B)}),
+        ("denominator", {**good, "denominator": 3, "reduction": "sum"}),
+        ("mask", {**good, "mask": good["mask"] * 7}),
+        ("mask", {**good, "mask": good["mask"] * torch.nan}),
+        ("exponent", {**good, **without, "question_weight": weights, "exponent": 1.0}),
+        ("success_threshold", {**good, **without, "question_weight": weights, "success_threshold": 0.5}),
         ("beta", {**good, "beta": 2}),
         ("schedule", {**good, "schedule": "x"}),
         ("mask", {**good, "mask": good["mask"].to("meta")}),
@@ -166,6 +177,29 @@ def bad_calls():
 def test_bad_input_names_the_argument(tensors, options, match):
     with pytest.raises(ValueError, match=match):
         scsdpo_loss(*tensors, **options)
+
+
+@pytest.mark.parametrize("name", ["mask", "token_weight", "question_weight"])
+def test_lists_are_refused(name):
+    tensors, options = batch()
+    good = {"mask": options["mask"], "question_weight": torch.ones(B)}
+    with pytest.raises(TypeError, match=name):
+        scsdpo_loss(*tensors, **{**good, name: [[1.0]]})
+    with pytest.raises(TypeError, match="denominator"):
+        scsdpo_loss(*tensors, **good, denominator="3")
+
+
+def test_compiles_with_the_weights_given():
+    tensors, options = batch()
+    question_weight = question_weights(options["rewards"], options["question_ids"])
+
+    def step(hidden, weight, teacher, mask):
+        return scsdpo_loss(
+            hidden, weight, teacher, question_weight=question_weight, mask=mask, denominator=torch.tensor(9)
+        ).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors, options["mask"]), step(*tensors, options["mask"]))
 
 
 def test_flat_hidden_states_are_refused():

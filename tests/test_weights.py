@@ -81,6 +81,7 @@ def test_reward_dtypes_and_lists(dtype):
     expected = question_weights(torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 0]))
     assert torch.equal(question_weights(rewards, torch.zeros(4, dtype=torch.int8)), expected)
     assert torch.equal(question_weights([1, 0, 1, 1], [0, 0, 0, 0]), expected)
+    assert question_weights([], []).shape == (0,)
 
 
 def test_no_gradient():
@@ -104,6 +105,9 @@ ZEROS = torch.zeros(2, dtype=torch.long)
         ("rewards", ValueError, torch.tensor([torch.nan, 0.0]), ZEROS, {}),
         ("rewards", ValueError, torch.tensor([torch.nan, 0.0]), ZEROS, {"success_threshold": 0.5}),
         ("exponent", ValueError, torch.rand(2), ZEROS, {"exponent": -1}),
+        ("exponent", TypeError, torch.rand(2), ZEROS, {"exponent": "0.5"}),
+        ("success_threshold", TypeError, torch.rand(2), ZEROS, {"success_threshold": "0.5"}),
+        ("success_threshold", ValueError, torch.rand(2), ZEROS, {"success_threshold": math.nan}),
         ("exponent", ValueError, torch.rand(2), ZEROS, {"exponent": math.nan}),
     ],
 )

@@ -1,4 +1,6 @@
 // What the processor at hand can run: chooses the instruction set of every CPU kernel at run time.
+#include <algorithm>
+
 #include "parallel.h"
 #include "project.h"
 #include "row_divergence.h"
@@ -11,7 +13,9 @@ void row_divergence_baseline(const RowDivergence&, int64_t begin, int64_t end);
 void row_divergence_avx2(const RowDivergence&, int64_t begin, int64_t end);
 void row_divergence_avx512(const RowDivergence&, int64_t begin, int64_t end);
 
-void project_avx512(const Projection&, int threads);  // project_avx512.cpp
+// project_avx512.cpp: how many head rows stay in cache together, and the logits of some of them
+int64_t project_block_avx512(const Projection&);
+void project_avx512(const Projection&, int64_t begin, int64_t end);
 #endif
 
 InstructionSet best_instruction_set() {
@@ -45,7 +49,9 @@ bool has_project(DType dtype) {
 
 void project(const Projection& task, int threads) {
 #if defined(SCSDPO_X86)
-  project_avx512(task, threads);
+  int64_t size = project_block_avx512(task);
+  parallel_for((task.vocabulary + size - 1) / size, threads,
+               [&](int64_t i) { project_avx512(task, i * size, std::min((i + 1) * size, task.vocabulary)); });
 #endif
 }
 
