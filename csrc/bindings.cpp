@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "huge_pages.h"
 #include "project.h"
 #include "row_divergence.h"
 
@@ -86,6 +87,7 @@ PYBIND11_MODULE(_C, m) {
       .field("weight_stride", &Projection::weight_stride)
       .field("logits", &Projection::logits)
       .field("logits_stride", &Projection::logits_stride);
+  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("has_project", &has_project);
   m.def("project", [](const Projection& task, int threads) {
     if (!has_project(task.dtype))

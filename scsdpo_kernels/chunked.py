@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import native
 
-# Both logit buffers together. A chunk never has fewer rows than MIN_ROWS, below which the products lose their speed.
-BUFFER_BYTES = 320 * 2**20
+# Both logit buffers together. A chunk never has fewer rows than MIN_ROWS, below which the products lose their speed;
+# every chunk but the first reads and writes the head's gradient once more.
+BUFFER_BYTES = 448 * 2**20
 MIN_ROWS = 256
 # Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.
 SLAB_ROWS = 8192
@@ -40,27 +41,28 @@ def linear_divergence(
     vocabulary = student_weight.shape[0]
     shared = teacher_weight is None or _same_storage(teacher_weight, student_weight)
     teacher_weight = student_weight if shared else teacher_weight
-    # A head with an infinite entry (a forbidden token) would meet a difference of 0: 0 · inf is no logit.
-    teacher_is_difference = (
-        shared
-        and student_weight.dtype == teacher_hidden.dtype == torch.float32
-        and bool(torch.isfinite(student_weight.sum()))
-    )
 
     kept = torch.nonzero(token_weight, as_tuple=True)
     fields = 3 if target_ids is None else 5
     scalars = [_zeros(token_weight, torch.float32) for _ in range(fields)]
     grad_hidden = _zeros(student_hidden, grad_hidden_dtype)
-    head_gradient = _HeadGradient(student_weight, grad_weight_dtype)
+    chunks = list(_chunks(kept[0].numel(), vocabulary))
+    head_gradient = _HeadGradient(student_weight, grad_weight_dtype, len(chunks))
     want_gradient = grad_hidden_dtype is not None or grad_weight_dtype is not None
 
-    for chunk in _chunks(kept[0].numel(), vocabulary):
-        if chunk.start == 0:
-            buffers = student_hidden.new_empty(2, chunk.stop, vocabulary, dtype=torch.float32)
+    longest = chunks[0].stop if chunks else 0
+    buffers = native.empty(2, longest, vocabulary, dtype=torch.float32)
+    for chunk in chunks:
         rows = tuple(index[chunk] for index in kept)
         student, teacher = student_hidden[rows], teacher_hidden[rows]
         student_logits, teacher_logits = buffers[:, : len(student)].unbind()
         _project(student, student_weight, student_logits)
+        if chunk.start == 0:
+            teacher_is_difference = (
+                shared
+                and student_weight.dtype == teacher_hidden.dtype == torch.float32
+                and _is_finite(student_weight, student_logits)
+            )
         _project(teacher - student if teacher_is_difference else teacher, teacher_weight, teacher_logits)
 
         logit_gradient = _over(student_logits, _product_dtype(student_weight)) if want_gradient else None
@@ -83,7 +85,8 @@ def linear_divergence(
 
     loss = (token_weight.double() * scalars[0].double()).sum().float()
     logps = scalars[3:] or [scalars[0].new_empty(0), scalars[0].new_empty(0)]
-    buffers = None  # before the head's gradient may need another copy
+    # The buffers and all views of them go before the head's gradient may need another copy.
+    buffers = student_logits = teacher_logits = logit_gradient = None
     return loss, *scalars[:3], *logps, grad_hidden, head_gradient.result()
 
 
@@ -104,6 +107,14 @@ def _zeros(like: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None:
         return like.new_empty(0, dtype=torch.float32)
     return torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+
+def _is_finite(weight: Tensor, logits: Tensor) -> bool:
+    """Whether a head forbids no token by an infinite entry, which would meet a difference of 0: 0 · inf is no logit.
+
+    Such an entry shows in the logits of every row, so one finite row saves a pass over the head.
+    """
+    return bool(torch.isfinite(logits[0]).all() or torch.isfinite(weight.sum()))
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
@@ -144,19 +155,29 @@ def _back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 class _HeadGradient:
-    """Σ over chunks of Gᵀ h, in fp32 until the last."""
+    """Σ over chunks of Gᵀ h. More than one chunk's are summed in fp32 and rounded at the end."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype | None):
+    def __init__(self, weight: Tensor, dtype: torch.dtype | None, chunks: int):
         self.dtype = dtype
-        self.sum = _zeros(weight, None if dtype is None else torch.float32)
+        self.chunks = 0
+        if dtype is None or chunks == 0:
+            self.sum = _zeros(weight, dtype)
+        else:
+            self.sum = native.empty(*weight.shape, dtype=dtype if chunks == 1 else torch.float32)
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
-        if logit_gradient.dtype == torch.float32:
-            self.sum.addmm_(logit_gradient.t(), hidden.float())
-            return
-        for start in range(0, self.sum.shape[0], SLAB_ROWS):
-            slab = slice(start, start + SLAB_ROWS)
-            self.sum[slab] += torch.mm(logit_gradient[:, slab].t(), hidden)
+        hidden = hidden.to(logit_gradient.dtype)
+        same = self.sum.dtype == logit_gradient.dtype
+        size = self.sum.shape[0] if same else SLAB_ROWS  # what is added in another dtype exists a slab at a time
+        for start in range(0, self.sum.shape[0], size):
+            slab = slice(start, start + size)
+            if same:
+                self.sum[slab].addmm_(logit_gradient[:, slab].t(), hidden, beta=min(self.chunks, 1))
+            elif self.chunks == 0:
+                self.sum[slab] = torch.mm(logit_gradient[:, slab].t(), hidden)
+            else:
+                self.sum[slab] += torch.mm(logit_gradient[:, slab].t(), hidden)
+        self.chunks += 1
 
     def result(self) -> Tensor:
         return self.sum if self.dtype is None else self.sum.to(self.dtype)

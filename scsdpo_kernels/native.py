@@ -79,6 +79,13 @@ def row_divergence(
     return RowDivergence(divergence, student_entropy, teacher_entropy, student_logp, teacher_logp)
 
 
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """torch.empty for hundreds of megabytes on the CPU: on huge pages where the system has them to give."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    _C.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 def has_project(dtype: torch.dtype) -> bool:
     """Whether `project` runs on this machine for hidden states and heads of a dtype."""
     return dtype in _DTYPES and _C.has_project(_DTYPES[dtype])

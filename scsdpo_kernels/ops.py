@@ -88,12 +88,19 @@ def _backward(ctx, grad_loss: Tensor | None, *_):
     gradients, ctx.gradients = ctx.gradients, None
     if grad_loss is None:
         return (None,) * len(ctx.needs_input_grad)
-    scaled = Tensor.mul_ if ctx.sole_holder else Tensor.mul
     hidden, weight = (
-        scaled(gradient, grad_loss).to(dtype) if needed else None
+        _scaled(gradient, grad_loss, ctx.sole_holder).to(dtype) if needed else None
         for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
     )
     return (hidden, weight) + (None,) * (len(ctx.needs_input_grad) - 2)
+
+
+def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
+    if not in_place:
+        return gradient * by
+    if by.device.type == "cpu" and by.item() == 1.0:  # plain loss.backward(): not another pass over (V, D)
+        return gradient
+    return gradient.mul_(by)
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)
