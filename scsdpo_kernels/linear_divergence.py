@@ -20,7 +20,7 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class LinearDivergence(NamedTuple):
     """What one pass over the logits gives, fp32 (float64 from the reference schedule in float64), in nats.
 
-        Every field but `loss` is detached.
+    Every field but `loss` is detached.
     Rows that were skipped because their weight is 0 hold 0.
     """
 
@@ -56,7 +56,7 @@ def linear_divergence(
         beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: generalised Jensen-Shannon.
         temperature: divides both sides' logits; there is no τ² factor.
         target_ids: sampled tokens, asks for their log-probabilities. Ids of rows of weight 0 are not looked at.
-        schedule: "chunked" projects a chunk of rows at a time with the library's matrix product; "reference" is plain
+        schedule: "chunked" projects a chunk of rows at a time; "reference" is plain
             PyTorch with full logits, in any dtype up to float64 and differentiable twice; "auto" is "chunked".
 
     Raises:
@@ -70,7 +70,7 @@ def linear_divergence(
         "token_weight": token_weight,
         "target_ids": target_ids,
     }
-    _check_types(tensors)
+    check_types(tensors)
     if token_weight is None:
         token_weight = torch.ones(student_hidden.shape[:-1], dtype=torch.float32, device=student_hidden.device)
     dtypes = (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES
@@ -140,7 +140,8 @@ def _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weigh
         raise TypeError(f"target_ids: expected integers, got {target_ids.dtype}")
 
 
-def _check_types(tensors: dict[str, Tensor | None]) -> None:
+def check_types(tensors: dict[str, Tensor | None]) -> None:
+    """Each is a tensor, or None where that is allowed, on the device of `student_hidden`, which is among them."""
     optional = ("teacher_weight", "token_weight", "target_ids")
     for name, tensor in tensors.items():
         if tensor is None and name in optional:

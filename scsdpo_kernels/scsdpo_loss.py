@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .linear_divergence import LinearDivergence, linear_divergence
+from .linear_divergence import LinearDivergence, check_types, linear_divergence
 from .weights import question_weights
 
 REDUCTIONS = ("token-mean", "weighted-token-mean", "sequence-mean", "sum")
@@ -92,12 +92,8 @@ def _denominator(reduction: str, mask: Tensor, weight: Tensor, given: float | Te
 
 
 def _check(student_hidden, mask, question_weight, token_weight, reduction, denominator) -> None:
-    named = {"student_hidden": student_hidden, "mask": mask, "question_weight": question_weight}
-    for name, tensor in {**named, "token_weight": token_weight}.items():
-        if not isinstance(tensor, Tensor) and not (name == "token_weight" and tensor is None):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor is not None and tensor.device != student_hidden.device:
-            raise ValueError(f"{name}: expected student_hidden's device {student_hidden.device}, got {tensor.device}")
+    tensors = {"student_hidden": student_hidden, "mask": mask, "question_weight": question_weight}
+    check_types({**tensors, "token_weight": token_weight})
     if student_hidden.dim() != 3:
         raise ValueError(f"student_hidden: expected shape (B, T, D), got {tuple(student_hidden.shape)}")
     tokens = student_hidden.shape[:2]
