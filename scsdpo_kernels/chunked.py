@@ -9,117 +9,109 @@ products run in. Where student and teacher share an fp32 head, (h_t - h_s) Wᵀ 
 cost, and the divergence keeps its relative precision however close the teacher is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import native
+from .rows import Rows
 
 # Both logit buffers together. A chunk never has fewer rows than MIN_ROWS, below which the products lose their speed;
-# every chunk but the first reads and writes the head's gradient once more.
-BUFFER_BYTES = 448 * 2**20
+# every chunk but the first reads and writes the head's gradient once more. On a GPU, 1024 rows of 151936 entries: not
+# tuned on hardware.
+BUFFER_BYTES = {"cpu": 448 * 2**20, "gpu": 1216 * 2**20}
 MIN_ROWS = 256
 # Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.
 SLAB_ROWS = 8192
+# A buffer's rows start at multiples of so many logits, so that every vocabulary has aligned loads.
+ALIGNMENT = 64
 
 
-def linear_divergence(
-    student_hidden: Tensor,  # (..., D)
+def divergence_rows(
+    student: Tensor,  # (M, D) hidden states
     student_weight: Tensor,  # (V, D)
-    teacher_hidden: Tensor,  # (..., D_t)
-    teacher_weight: Tensor | None,  # (V, D_t)
-    token_weight: Tensor,  # (...,)
-    target_ids: Tensor | None,  # (...,)
+    teacher: Tensor,  # (M_t, D_t)
+    teacher_weight: Tensor,  # (V, D_t)
+    rows: Rows,
     *,
     beta: float,
     temperature: float,
-    grad_hidden_dtype: torch.dtype | None,  # None: not wanted
-    grad_weight_dtype: torch.dtype | None,
-):
-    """The operator's outputs, in its order."""
-    vocabulary = student_weight.shape[0]
-    shared = teacher_weight is None or _same_storage(teacher_weight, student_weight)
-    teacher_weight = student_weight if shared else teacher_weight
-
-    kept = torch.nonzero(token_weight, as_tuple=True)
-    fields = 3 if target_ids is None else 5
-    scalars = [_zeros(token_weight, torch.float32) for _ in range(fields)]
-    grad_hidden = _zeros(student_hidden, grad_hidden_dtype)
-    chunks = list(_chunks(kept[0].numel(), vocabulary))
+    teacher_is_difference: bool,  # which of shared fp32 heads are projected so
+    score_dtype: torch.dtype,  # of G
+    grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
+    grad_weight_dtype: torch.dtype | None,  # None: not wanted
+) -> tuple[Tensor, Tensor | None]:  # (3, K) fp32 row scalars, (5, K) with targets; (V, D)
+    """Row scalars of the kept rows, and the gradients of Σ weight · divergence."""
+    vocabulary, device = student_weight.shape[0], student.device
+    row_divergence = row_kernel(device)
+    chunks = list(_chunks(len(rows.weight), vocabulary, device))
+    scalars = torch.empty(3 if rows.target is None else 5, len(rows.weight), dtype=torch.float32, device=device)
     head_gradient = _HeadGradient(student_weight, grad_weight_dtype, len(chunks))
-    want_gradient = grad_hidden_dtype is not None or grad_weight_dtype is not None
+    want_gradient = grad_hidden is not None or grad_weight_dtype is not None
+    stacked = device.type != "cpu" and teacher_weight is student_weight and teacher.dtype == student.dtype
 
     longest = chunks[0].stop if chunks else 0
-    buffers = native.empty(2, longest, vocabulary, dtype=torch.float32)
+    stride = -(-vocabulary // ALIGNMENT) * ALIGNMENT
+    buffers = _empty(2 * longest, stride, dtype=torch.float32, device=device)[:, :vocabulary]
     for chunk in chunks:
-        rows = tuple(index[chunk] for index in kept)
-        student, teacher = student_hidden[rows], teacher_hidden[rows]
-        student_logits, teacher_logits = buffers[:, : len(student)].unbind()
-        _project(student, student_weight, student_logits)
-        if chunk.start == 0:
-            teacher_is_difference = (
-                shared
-                and student_weight.dtype == teacher_hidden.dtype == torch.float32
-                and _is_finite(student_weight, student_logits)
-            )
-        _project(teacher - student if teacher_is_difference else teacher, teacher_weight, teacher_logits)
+        student_chunk, teacher_chunk = student[rows.student[chunk]], teacher[rows.teacher[chunk]]
+        if teacher_is_difference:
+            teacher_chunk = teacher_chunk - student_chunk
+        length = len(student_chunk)
+        student_logits, teacher_logits = buffers[:length], buffers[length : 2 * length]
+        if stacked:
+            _project(torch.cat([student_chunk, teacher_chunk]), student_weight, buffers[: 2 * length])
+        else:
+            _project(student_chunk, student_weight, student_logits)
+            _project(teacher_chunk, teacher_weight, teacher_logits)
 
-        logit_gradient = _over(student_logits, _product_dtype(student_weight)) if want_gradient else None
-        row_scalars = native.row_divergence(
-            student_logits,
-            teacher_logits,
-            token_weight[rows].float(),
-            None if target_ids is None else target_ids[rows].long(),
-            beta=beta,
-            temperature=temperature,
-            teacher_is_difference=teacher_is_difference,
-            gradient=logit_gradient,
+        logit_gradient = _over(student_logits, score_dtype) if want_gradient else None
+        scalars[:, chunk] = torch.stack(
+            row_divergence(
+                student_logits,
+                teacher_logits,
+                rows.weight[chunk],
+                None if rows.target is None else rows.target[chunk],
+                beta=beta,
+                temperature=temperature,
+                teacher_is_difference=teacher_is_difference,
+                gradient=logit_gradient,
+            )[: len(scalars)]
         )
-        for out, values in zip(scalars, row_scalars, strict=False):
-            out[rows] = values
-        if grad_hidden_dtype is not None:
-            grad_hidden[rows] = _back_project(logit_gradient, student_weight).to(grad_hidden.dtype)
+        if grad_hidden is not None:
+            grad_hidden[rows.kept[chunk]] = _back_project(logit_gradient, student_weight).to(grad_hidden.dtype)
         if grad_weight_dtype is not None:
-            head_gradient.add(logit_gradient, student)
+            head_gradient.add(logit_gradient, student_chunk)
 
-    loss = (token_weight.double() * scalars[0].double()).sum().float()
-    logps = scalars[3:] or [scalars[0].new_empty(0), scalars[0].new_empty(0)]
     # The buffers and all views of them go before the head's gradient may need another copy.
     buffers = student_logits = teacher_logits = logit_gradient = None
-    return loss, *scalars[:3], *logps, grad_hidden, head_gradient.result()
+    return scalars, None if grad_weight_dtype is None else head_gradient.result()
 
 
-def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+def row_kernel(device: torch.device) -> Callable:
+    """The row kernel of a device, with the contract of csrc/row_divergence.h."""
+    if device.type == "cpu":
+        return native.row_divergence
+    from .row_divergence_triton import row_divergence
+
+    return row_divergence
+
+
+def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return native.empty(*shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Slices of about equal length, as long as the buffers allow, the longest first."""
-    most = max(MIN_ROWS, BUFFER_BYTES // (2 * 4 * vocabulary))
+    budget = BUFFER_BYTES["cpu" if device.type == "cpu" else "gpu"]
+    most = max(MIN_ROWS, budget // (2 * 4 * vocabulary))
     size = -(-rows // max(1, -(-rows // most))) or 1
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
-
-
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
-
-
-def _zeros(like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Zeros for a gradient of `like`, or where none is wanted an empty tensor."""
-    if dtype is None:
-        return like.new_empty(0, dtype=torch.float32)
-    return torch.zeros(like.shape, dtype=dtype, device=like.device)
-
-
-def _is_finite(weight: Tensor, logits: Tensor) -> bool:
-    """Whether a head forbids no token by an infinite entry, which would meet a difference of 0: 0 · inf is no logit.
-
-    Such an entry shows in the logits of every row, so one finite row saves a pass over the head.
-    """
-    return bool(torch.isfinite(logits[0]).all() or torch.isfinite(weight.sum()))
-
-
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    """dtype of the products with a gradient of logits: bf16 heads' own, fp32 for the rest."""
-    return torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
 
 
 def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -137,11 +129,20 @@ def _slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     """logits = hidden weightᵀ with fp32 sums, never rounded to the inputs' dtype."""
-    if hidden.dtype == weight.dtype and weight.stride(1) == 1 and native.has_project(weight.dtype):
-        return native.project(hidden, weight, logits)
-    hidden = hidden.float()
-    for slab, weight_slab in _slabs(weight):
-        torch.mm(hidden, weight_slab.t(), out=logits[:, slab])
+    if hidden.dtype == weight.dtype and hidden.device.type != "cpu":
+        product = torch.mm if hidden.dtype == torch.float32 else _mm_fp32
+        product(hidden, weight.t(), out=logits)
+    elif hidden.dtype == weight.dtype and weight.stride(1) == 1 and native.has_project(weight.dtype):
+        native.project(hidden, weight, logits)
+    else:
+        hidden = hidden.float()
+        for slab, weight_slab in _slabs(weight):
+            torch.mm(hidden, weight_slab.t(), out=logits[:, slab])
+
+
+# The accelerators' products of 16-bit numbers with an fp32 result.
+_mm_fp32 = partial(torch.mm, out_dtype=torch.float32)
+_addmm_fp32 = partial(torch.addmm, out_dtype=torch.float32)
 
 
 def _back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
@@ -160,24 +161,29 @@ class _HeadGradient:
     def __init__(self, weight: Tensor, dtype: torch.dtype | None, chunks: int):
         self.dtype = dtype
         self.chunks = 0
-        if dtype is None or chunks == 0:
-            self.sum = _zeros(weight, dtype)
-        else:
-            self.sum = native.empty(*weight.shape, dtype=dtype if chunks == 1 else torch.float32)
+        if dtype is not None and chunks == 0:
+            self.sum = torch.zeros_like(weight, dtype=dtype)
+        elif dtype is not None:
+            accumulator = dtype if chunks == 1 else torch.float32
+            self.sum = _empty(*weight.shape, dtype=accumulator, device=weight.device)
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
         hidden = hidden.to(logit_gradient.dtype)
         same = self.sum.dtype == logit_gradient.dtype
+        beta = min(self.chunks, 1)
+        self.chunks += 1
+        if not same and hidden.device.type != "cpu":
+            _addmm_fp32(self.sum, logit_gradient.t(), hidden, beta=beta, out=self.sum)
+            return
         size = self.sum.shape[0] if same else SLAB_ROWS  # what is added in another dtype exists a slab at a time
         for start in range(0, self.sum.shape[0], size):
             slab = slice(start, start + size)
             if same:
-                self.sum[slab].addmm_(logit_gradient[:, slab].t(), hidden, beta=min(self.chunks, 1))
-            elif self.chunks == 0:
+                self.sum[slab].addmm_(logit_gradient[:, slab].t(), hidden, beta=beta)
+            elif beta == 0:
                 self.sum[slab] = torch.mm(logit_gradient[:, slab].t(), hidden)
             else:
                 self.sum[slab] += torch.mm(logit_gradient[:, slab].t(), hidden)
-        self.chunks += 1
 
     def result(self) -> Tensor:
-        return self.sum if self.dtype is None else self.sum.to(self.dtype)
+        return self.sum.to(self.dtype)

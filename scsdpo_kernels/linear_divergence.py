@@ -43,6 +43,7 @@ def linear_divergence(
     temperature: float = 1.0,
     target_ids: Tensor | None = None,  # (...,) integers in [0, V)
     schedule: str = "auto",
+    rows: Tensor | None = None,  # (K,) int64 flat indices of the rows to compute; None: those of weight other than 0
 ) -> LinearDivergence:
     """Weighted divergence of student and teacher over the whole vocabulary; the logits never exist in full.
 
@@ -56,8 +57,13 @@ def linear_divergence(
         beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: generalised Jensen-Shannon.
         temperature: divides both sides' logits; there is no τ² factor.
         target_ids: sampled tokens, asks for their log-probabilities. Ids of rows of weight 0 are not looked at.
-        schedule: "chunked" projects a chunk of rows at a time; "reference" is plain
-            PyTorch with full logits, in any dtype up to float64 and differentiable twice; "auto" is "chunked".
+        schedule: "chunked" projects a chunk of rows at a time, into buffers. "tiled" (GPUs) has logits in registers
+            only: slower, and with next to no memory but the gradients'. "reference" is plain PyTorch with full logits,
+            in any dtype up to float64 and differentiable twice. "auto" is "chunked".
+        rows: every row whose token_weight is not 0, once, and any others, for a caller who knows them. On a GPU the op
+            waits for the device once, to learn how many rows there are and to check values; with `rows` it never
+            does. What would have raised then gives NaN: an incomplete list NaN in the loss and both gradients, a
+            target outside the vocabulary NaN in its log-probabilities.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
@@ -69,6 +75,7 @@ def linear_divergence(
         "teacher_weight": teacher_weight,
         "token_weight": token_weight,
         "target_ids": target_ids,
+        "rows": rows,
     }
     check_types(tensors)
     if token_weight is None:
@@ -76,21 +83,21 @@ def linear_divergence(
     dtypes = (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES
     _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, dtypes)
     _check_numbers(beta, temperature)
+    if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
+        raise ValueError(f"rows: expected shape (K,) and dtype int64, got {tuple(rows.shape)} and {rows.dtype}")
 
-    run = ops.schedules(student_hidden.device.type).get(schedule)
-    if run is None:
-        raise ValueError(ops.why_not(schedule, student_hidden.device.type))
+    run = ops.schedule(schedule, student_hidden.device)
 
     hidden, weight, teacher = _autocast(student_hidden, student_weight, teacher_hidden.detach())
     shared = teacher_weight is None or teacher_weight is student_weight
     teacher_head = None if shared else _autocast(teacher_weight.detach())[0]
-    rows = (hidden, teacher, token_weight.detach(), target_ids)
+    per_row = (hidden, teacher, token_weight.detach(), target_ids)
     single = hidden.dim() == 1  # no leading axis: a batch of one row
     if single:
-        rows = tuple(x if x is None else x.unsqueeze(0) for x in rows)
-    hidden, teacher, token_weight, target_ids = rows
+        per_row = tuple(x if x is None else x.unsqueeze(0) for x in per_row)
+    hidden, teacher, token_weight, target_ids = per_row
     numbers = float(beta), float(temperature)
-    loss, *fields = run(hidden, weight, teacher, teacher_head, token_weight, target_ids, *numbers)
+    loss, *fields = run(hidden, weight, teacher, teacher_head, token_weight, target_ids, rows, *numbers)
     return LinearDivergence(loss, *(x.squeeze(0) if single and x is not None else x for x in fields))
 
 
@@ -142,7 +149,7 @@ def _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weigh
 
 def check_types(tensors: dict[str, Tensor | None]) -> None:
     """Each is a tensor, or None where that is allowed, on the device of `student_hidden`, which is among them."""
-    optional = ("teacher_weight", "token_weight", "target_ids")
+    optional = ("teacher_weight", "token_weight", "target_ids", "rows")
     for name, tensor in tensors.items():
         if tensor is None and name in optional:
             continue

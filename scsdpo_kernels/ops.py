@@ -4,10 +4,15 @@ Gradients are made in the forward pass and wait in the autograd node: dD/d(hidde
 backward multiplies by the loss's own gradient and hands over, once.
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from .rows import Rows, as_matrix, complete, kept_rows
 
 # loss, divergence, student_entropy, teacher_entropy, student_logp, teacher_logp, grad_hidden, grad_weight: the operator
 # returns all of them, empty where they were not asked for.
@@ -22,27 +27,67 @@ def _operator(
     teacher_weight: Tensor | None,
     token_weight: Tensor,
     target_ids: Tensor | None,
+    rows: Tensor | None,
     beta: float,
     temperature: float,
+    schedule: str,
     want_grad_hidden: bool,
     want_grad_weight: bool,
 ) -> _Outputs:
-    from . import chunked
+    if schedule == "tiled":
+        from .tiled import divergence_rows
+    else:
+        from .chunked import divergence_rows
 
-    _check_values(token_weight, target_ids, vocabulary=student_weight.shape[0])
     with torch.autocast(student_hidden.device.type, enabled=False):
-        return chunked.linear_divergence(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
+        shared = teacher_weight is None or _same_storage(teacher_weight, student_weight)
+        may_subtract = shared and student_weight.dtype == teacher_hidden.dtype == torch.float32
+        kept, head_is_finite = kept_rows(
             token_weight,
             target_ids,
+            rows,
+            vocabulary=student_weight.shape[0],
+            # an infinite entry, which forbids a token, would meet a difference of 0: 0 · inf is no logit
+            summed_head=student_weight.sum() if may_subtract else None,
+        )
+        student, student_rows = as_matrix(student_hidden, kept)
+        teacher, teacher_rows = as_matrix(teacher_hidden, kept)
+        weight = token_weight.reshape(-1)[kept].float()
+        if rows is not None:  # an incomplete list may not give a gradient that looks right
+            weight = torch.where(complete(weight, token_weight), weight, torch.nan)
+        target = None if target_ids is None else target_ids.reshape(-1)[kept].long()
+        grad_hidden = _zeros(student_hidden, _gradient_dtype(student_hidden) if want_grad_hidden else None)
+        scalars, grad_weight = divergence_rows(
+            student,
+            student_weight,
+            teacher,
+            student_weight if shared else teacher_weight,
+            Rows(kept, student_rows, teacher_rows, weight, target),
             beta=beta,
             temperature=temperature,
-            grad_hidden_dtype=_gradient_dtype(student_hidden) if want_grad_hidden else None,
+            teacher_is_difference=may_subtract and head_is_finite,
+            score_dtype=torch.bfloat16 if student_weight.dtype == torch.bfloat16 else torch.float32,
+            grad_hidden=grad_hidden.view(-1, student.shape[1]) if want_grad_hidden else None,
             grad_weight_dtype=_gradient_dtype(student_weight) if want_grad_weight else None,
         )
+
+        loss = torch.where(weight == 0, 0.0, weight.double() * scalars[0].double()).sum().float()
+        per_token = torch.zeros(len(scalars), token_weight.numel(), dtype=torch.float32, device=token_weight.device)
+        per_token[:, kept] = scalars
+        fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
+        logps = fields[3:] or [_zeros(token_weight, None), _zeros(token_weight, None)]
+        return loss, *fields[:3], *logps, grad_hidden, _zeros(student_weight, None) if grad_weight is None else grad_weight
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def _zeros(like: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Zeros for a gradient of `like`, or where none is wanted an empty tensor."""
+    if dtype is None:
+        return like.new_empty(0, dtype=torch.float32)
+    return torch.zeros(like.shape, dtype=dtype, device=like.device)
 
 
 def _gradient_dtype(tensor: Tensor) -> torch.dtype:
@@ -51,8 +96,8 @@ def _gradient_dtype(tensor: Tensor) -> torch.dtype:
 
 
 @_operator.register_fake
-def _(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, beta, temperature,
-      want_grad_hidden, want_grad_weight):  # fmt: skip
+def _(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, rows, beta, temperature,
+      schedule, want_grad_hidden, want_grad_weight):  # fmt: skip
     def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return student_hidden.new_empty(shape, dtype=dtype)
 
@@ -106,17 +151,8 @@ def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
 _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check_values(token_weight: Tensor, target_ids: Tensor | None, vocabulary: int) -> None:
-    if not torch.isfinite(token_weight.float()).all():
-        raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
-    if target_ids is None:
-        return
-    ids = target_ids[token_weight != 0]
-    if ids.numel() > 0 and not (ids.amin() >= 0 and ids.amax() < vocabulary):
-        raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {ids.min().item()} to {ids.max().item()}")
-
-
-def _fused(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, beta, temperature):
+def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, rows, beta,
+           temperature):  # fmt: skip
     differentiable = torch.is_grad_enabled()
     loss, *outputs = _operator(
         student_hidden,
@@ -125,8 +161,10 @@ def _fused(student_hidden, student_weight, teacher_hidden, teacher_weight, token
         teacher_weight,
         token_weight,
         target_ids,
+        rows,
         beta,
         temperature,
+        schedule,
         differentiable and student_hidden.requires_grad,
         differentiable and student_weight.requires_grad,
     )
@@ -136,24 +174,52 @@ def _fused(student_hidden, student_weight, teacher_hidden, teacher_weight, token
     return loss, *outputs[:3], *logps
 
 
-def _reference(*args):
+def _reference(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, rows, beta,
+               temperature):  # fmt: skip
     from . import reference
 
-    _check_values(args[4], args[5], vocabulary=args[1].shape[0])
-    with torch.autocast(args[0].device.type, enabled=False):
-        return reference.linear_divergence(*args)
+    kept, _ = kept_rows(token_weight, target_ids, rows, vocabulary=student_weight.shape[0], summed_head=None)
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        return reference.linear_divergence(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, kept, beta, temperature
+        )
 
 
-def schedules(device: str) -> dict[str, Callable]:
-    """The schedules that run on a device type, by name."""
-    chunked = {"auto": _fused, "chunked": _fused} if device == "cpu" else {}
-    return {"reference": _reference, **chunked}
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules. Every one of them takes (student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight,
+# target_ids, rows, beta, temperature) and returns the fields of LinearDivergence.
+
+SCHEDULES = {
+    "auto": partial(_fused, "chunked"),  # no measurement prefers another one yet
+    "chunked": partial(_fused, "chunked"),
+    "tiled": partial(_fused, "tiled"),
+    "reference": _reference,
+}
 
 
-def why_not(schedule: str, device: str) -> str:
-    """Why a schedule is not among `schedules(device)`."""
-    if schedule == "tiled":
-        return "schedule='tiled': this version has no tiled kernels"
-    if schedule in schedules("cpu"):
-        return f"schedule={schedule!r}: this version has no row kernel for device {device!r}, only for 'cpu'"
-    return f"schedule: expected one of {', '.join(schedules(device))}, got {schedule!r}"
+def schedule(name: str, device: torch.device) -> Callable:
+    """The schedule of a name. ValueError, with the reason, if there is none or it does not run on the device."""
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
+    reason = why_not(name, device)
+    if reason:
+        raise ValueError(f"schedule={name!r}: {reason}")
+    return SCHEDULES[name]
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a schedule does not run on a device; None: it does."""
+    if name == "reference" or (name in ("auto", "chunked") and device.type == "cpu"):
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return f"its kernels for device {device.type!r} need Triton, which is not installed"
+    if device.type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "it runs on GPUs, and on a CPU under Triton's interpreter only (TRITON_INTERPRET=1)"
+    if device.type not in ("cuda", "xpu"):
+        return f"it has no kernels for device {device.type!r}, only for 'cuda', 'xpu' and 'cpu'"
+    if name == "tiled" and device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"its products need compute capability 8.0 or newer, this device has {major}.{minor}"
+    return None

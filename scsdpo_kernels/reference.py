@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from .rows import as_matrix, complete
+
 
 def linear_divergence(
     student_hidden: Tensor,  # (..., D)
@@ -17,29 +19,37 @@ def linear_divergence(
     teacher_weight: Tensor | None,  # (V, D_t)
     token_weight: Tensor,  # (...,)
     target_ids: Tensor | None,  # (...,)
+    kept: Tensor,  # (K,) int64 flat indices of the rows that are computed
     beta: float,
     temperature: float,
 ):
     """The fields of LinearDivergence, in fp32 (float64 for float64 inputs)."""
-    kept = token_weight != 0
-    log_p = _log_probabilities(student_hidden[kept], student_weight, temperature)
-    log_q = _log_probabilities(teacher_hidden[kept], student_weight if teacher_weight is None else teacher_weight,
-                               temperature).detach()  # fmt: skip
+    teacher_weight = student_weight if teacher_weight is None else teacher_weight
+    weight = token_weight.reshape(-1)[kept].double()
+    weight = torch.where(complete(weight, token_weight), weight, torch.nan)
+    log_p = _log_probabilities(_rows(student_hidden, kept), student_weight, temperature)
+    log_q = _log_probabilities(_rows(teacher_hidden, kept), teacher_weight, temperature).detach()
 
     divergence = _divergence(log_p, log_q, beta)
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
-    loss = (token_weight[kept].double() * divergence).sum().to(dtype)
+    loss = (weight * torch.where(weight == 0, 0.0, divergence)).sum().to(dtype)
 
-    def scattered(rows: Tensor) -> Tensor:  # (N,) of kept rows to (...,)
-        return torch.zeros_like(token_weight, dtype=dtype).masked_scatter(kept, rows.detach().to(dtype))
+    def scattered(rows: Tensor) -> Tensor:  # (K,) to (...,)
+        out = torch.zeros(token_weight.numel(), dtype=dtype, device=rows.device)
+        return out.index_copy(0, kept, rows.detach().to(dtype)).view(token_weight.shape)
 
     def logp(log: Tensor) -> Tensor | None:
         if target_ids is None:
             return None
-        return scattered(log.gather(-1, target_ids[kept].long().unsqueeze(-1)).squeeze(-1))
+        return scattered(log.gather(-1, target_ids.reshape(-1)[kept].long().unsqueeze(-1)).squeeze(-1))
 
     entropies = (scattered(-_expectation(log, log)) for log in (log_p, log_q))
     return loss, scattered(divergence), *entropies, logp(log_p), logp(log_q)
+
+
+def _rows(hidden: Tensor, kept: Tensor) -> Tensor:
+    matrix, numbers = as_matrix(hidden, kept)
+    return matrix[numbers]
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -34,6 +34,9 @@ def question_weights(
             of all its ranks (ids are global), and each rank gets the weights of its own. Collective: a rank whose
             arguments are refused leaves the others waiting until the group's time-out.
 
+    On a GPU it is one kernel and never waits for the device, but for the ranks' counts with `group`: a reward that
+    would have raised makes all weights NaN.
+
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
@@ -41,9 +44,15 @@ def question_weights(
     if question_ids.numel() == 0:
         question_ids = question_ids.long()  # an empty list has no dtype of its own
     _check(rewards, question_ids, exponent, success_threshold)
-    success = rewards.detach().double() if success_threshold is None else (rewards >= success_threshold).double()
-    own, success, question_ids = _gather(success, question_ids.long(), group)
+    if rewards.dtype == torch.bool:
+        rewards = rewards.to(torch.uint8)
+    own, rewards, question_ids = _gather(rewards.detach(), question_ids.long(), group)
+    if rewards.device.type != "cpu":
+        from .question_weights_triton import question_weights
 
+        return question_weights(rewards, question_ids, exponent, success_threshold)[own]
+
+    success = rewards.double() if success_threshold is None else (rewards >= success_threshold).double()
     ids, question = torch.unique(question_ids, return_inverse=True)
     rollouts = success.new_zeros(len(ids)).index_add_(0, question, torch.ones_like(success))
     successes = success.new_zeros(len(ids)).index_add_(0, question, success)
@@ -54,11 +63,11 @@ def question_weights(
     return normalised[question][own].float()
 
 
-def _gather(success: Tensor, question_ids: Tensor, group: "dist.ProcessGroup | None") -> tuple[slice, Tensor, Tensor]:
+def _gather(rewards: Tensor, question_ids: Tensor, group: "dist.ProcessGroup | None") -> tuple[slice, Tensor, Tensor]:
     """All ranks' rollouts, and where this rank's own are among them."""
     if group is None:
-        return slice(None), success, question_ids
-    count = torch.tensor([len(success)], device=success.device)
+        return slice(None), rewards, question_ids
+    count = torch.tensor([len(rewards)], device=rewards.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, count, group=group)
     lengths = [int(c) for c in counts]
@@ -71,7 +80,7 @@ def _gather(success: Tensor, question_ids: Tensor, group: "dist.ProcessGroup | N
 
     rank = dist.get_rank(group)
     start = sum(lengths[:rank])
-    return slice(start, start + lengths[rank]), gathered(success), gathered(question_ids)
+    return slice(start, start + lengths[rank]), gathered(rewards), gathered(question_ids)
 
 
 def _check(rewards: Tensor, question_ids: Tensor, exponent: float, success_threshold: float | None) -> None:
@@ -94,6 +103,8 @@ def _check(rewards: Tensor, question_ids: Tensor, exponent: float, success_thres
         raise ValueError(f"exponent: expected a finite number of at least 0, got {exponent}")
     if success_threshold is not None and math.isnan(success_threshold):
         raise ValueError("success_threshold: expected a number, got NaN")
+    if rewards.device.type != "cpu":  # values are looked at where that does not wait for a device
+        return
     if success_threshold is None and not ((rewards >= 0) & (rewards <= 1)).all():
         raise ValueError(
             "rewards: expected numbers in [0, 1] where there is no success_threshold, got "

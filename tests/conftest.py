@@ -1,5 +1,13 @@
-"""Before torch is imported: compile afresh, since torch.compile's cache on disk does not see an operator's backward."""
+"""Before torch and Triton are imported: what both do in the tests is set here."""
 
 import os
 
+# Compile afresh, since torch.compile's cache on disk does not see an operator's backward.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+
+import torch
+
+# Triton kernels run on the GPU, or without one on CPU tensors in Triton's interpreter.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"

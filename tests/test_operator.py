@@ -1,10 +1,12 @@
 """The torch.library operator: opcheck, compile, autocast, modes of autograd, and what bad input gets."""
 
+import importlib.util
+
 import pytest
 import torch
 from test_linear_divergence import DTYPES, fused, problem
 
-from scsdpo_kernels import chunked, linear_divergence, native, ops
+from scsdpo_kernels import chunked, linear_divergence, native
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -17,7 +19,7 @@ def test_opcheck(dtype, beta, target):
         arguments = (hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1]), teacher, head)
         torch.library.opcheck(
             torch.ops.scsdpo_kernels.linear_divergence.default,
-            (*arguments, torch.randn(3, 5), ids, beta, 1.0, *wants),
+            (*arguments, torch.randn(3, 5), ids, None, beta, 1.0, "chunked", *wants),
         )
 
 
@@ -281,8 +283,12 @@ def bad_calls():
         ("temperature", ValueError, {"temperature": 0.0}),
         ("temperature", ValueError, {"temperature": -1.0}),
         ("temperature", ValueError, {"temperature": float("inf")}),
-        ("schedule", ValueError, {"schedule": "fastest"}),
-        ("schedule='tiled'.*no tiled kernels", ValueError, {"schedule": "tiled"}),
+        ("rows", TypeError, {"rows": [0, 1]}),
+        ("rows", ValueError, {"rows": torch.tensor([[0, 1, 2]])}),
+        ("rows", ValueError, {"rows": torch.tensor([0, 1, 2], dtype=torch.int32)}),
+        ("rows: expected indices in", ValueError, {"rows": torch.tensor([0, 1, 9999])}),
+        ("rows: expected every row", ValueError, {"rows": torch.tensor([0, 2])}),
+        ("rows: expected every row", ValueError, {"rows": torch.tensor([0, 1, 1, 2])}),
     ]
     return [
         pytest.param({**good, **change}, error, match, id=f"{number}-{match}")
@@ -312,8 +318,16 @@ def test_ids_of_skipped_rows_are_not_looked_at(schedule):
     assert (result.student_logp[mask] < 0).all() and (result.student_logp[~mask] == 0).all()
 
 
-def test_a_device_without_kernels_says_so():
-    hidden, weight, teacher, _ = (x if x is None else x.to("meta") for x in problem())
-    with pytest.raises(ValueError, match="no row kernel for device 'meta'"):
-        linear_divergence(hidden, weight, teacher)
-    assert set(ops.schedules("cpu")) == {"auto", "chunked", "reference"}
+def test_a_schedule_that_cannot_run_says_why(monkeypatch):
+    hidden, weight, teacher, _ = problem()
+    with pytest.raises(ValueError, match="expected one of auto, chunked, tiled, reference, got 'fastest'"):
+        linear_divergence(hidden, weight, teacher, schedule="fastest")
+    with pytest.raises(ValueError, match="'chunked'.*no kernels for device 'meta'"):
+        linear_divergence(hidden.to("meta"), weight.to("meta"), teacher.to("meta"), schedule="chunked")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="'tiled'.*runs on GPUs"):
+        linear_divergence(hidden, weight, teacher, schedule="tiled")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'tiled'.*need Triton, which is not installed"):
+        linear_divergence(hidden, weight, teacher, schedule="tiled")
+    assert linear_divergence(hidden, weight, teacher).loss > 0  # a CPU needs none

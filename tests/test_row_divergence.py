@@ -1,4 +1,4 @@
-"""The native row kernel, given fp32 logits, against long-double row arithmetic, on every instruction set."""
+"""The row kernels, given fp32 logits, against long-double row arithmetic: native on every instruction set, and Triton."""
 
 import itertools
 
@@ -6,31 +6,41 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from conftest import DEVICE
 
-from scsdpo_kernels import native
+from scsdpo_kernels import native, row_divergence_triton
 
 BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
 VOCABULARIES = (1, 2, 7, 16, 17, 1021, 4999)
 INSTRUCTION_SETS = native.instruction_sets()
+KERNELS = [*INSTRUCTION_SETS, "triton"]
+best_kernels = pytest.mark.parametrize("kernel", [INSTRUCTION_SETS[-1], "triton"])
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch):
+    """A row of the tests is then longer than what Triton's kernel takes at a time."""
+    monkeypatch.setattr(row_divergence_triton, "BLOCK", 256)
+    monkeypatch.setattr(row_divergence_triton, "WARPS", 4)
 
 
 def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gradient="float32", difference=False,
-        instruction_set=None):  # fmt: skip
+        kernel=INSTRUCTION_SETS[-1]):  # fmt: skip
     """RowDivergence and the gradient, from logits that stay as they are."""
     weight = torch.ones(len(student)) if weight is None else weight
     out = None if gradient is None else torch.full(student.shape, torch.nan, dtype=getattr(torch, gradient))
-    scalars = native.row_divergence(
-        student,
-        (teacher.double() - student).float() if difference else teacher.float(),
-        weight,
-        target,
-        beta=beta,
-        temperature=temperature,
-        teacher_is_difference=difference,
-        gradient=out,
-        instruction_set=instruction_set,
-    )
-    return scalars, out
+    teacher = (teacher.double() - student).float() if difference else teacher.float()
+    options = {"beta": beta, "temperature": temperature, "teacher_is_difference": difference}
+    if kernel != "triton":
+        return native.row_divergence(
+            student, teacher, weight, target, **options, gradient=out, instruction_set=kernel
+        ), out
+    out = None if out is None else out.to(DEVICE)
+    tensors = (x if x is None else x.to(DEVICE) for x in (student, teacher, weight, target))
+    scalars = row_divergence_triton.row_divergence(*tensors, **options, gradient=out)
+    scalars = native.RowDivergence(*(x.cpu() for x in scalars), *[None] * (5 - len(scalars)))
+    return scalars, None if out is None else out.cpu()
 
 
 def logits(vocabulary, scale, distance, rows=5, seed=0):
@@ -52,18 +62,21 @@ def assert_rows(scalars, gradient, expected, floor=1e-10, gradient_floor=1e-10):
         np.testing.assert_allclose(getattr(scalars, side).numpy(), exact, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@every_kernel
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
-def test_precision(instruction_set, beta, difference):
-    for vocabulary, scale, distance in itertools.product(VOCABULARIES, (0.5, 4.0, 12.0), (1e-5, 1e-3, 0.1, 3.0)):
+def test_precision(kernel, beta, difference):
+    cases = itertools.product(VOCABULARIES, (0.5, 4.0, 12.0), (1e-5, 1e-3, 0.1, 3.0))
+    if kernel == "triton" and DEVICE == "cpu":  # Triton's interpreter is slow
+        cases = itertools.product((1, 7, 257, 1021), (0.5, 12.0), (1e-5, 0.1, 3.0))
+    for vocabulary, scale, distance in cases:
         student, teacher = logits(vocabulary, scale, distance)
         if difference:  # the kernel's teacher is then student + fp32(teacher - student)
             expected = oracle.rows(student, student.double() + (teacher - student).double(), beta, 0.75)
         else:
             expected = oracle.rows(student, teacher, beta, 0.75)
         scalars, gradient = run(student, teacher, beta, temperature=0.75, difference=difference,
-                                instruction_set=instruction_set)  # fmt: skip
+                                kernel=kernel)  # fmt: skip
         assert_rows(scalars, gradient, expected)
 
 
@@ -73,10 +86,10 @@ def test_full_vocabulary(beta):
     assert_rows(*run(student, teacher, beta), oracle.rows(student, teacher, beta))
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@every_kernel
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
-def test_peaked_rows_keep_their_gradient(instruction_set, beta, difference):
+def test_peaked_rows_keep_their_gradient(kernel, beta, difference):
     """p = 1 - 1e-8 at one entry of both: score minus mean score would be rounding there."""
     student, _ = logits(1000, 1.0, 0.0)
     student[:, 123] = 26.0
@@ -84,28 +97,30 @@ def test_peaked_rows_keep_their_gradient(instruction_set, beta, difference):
     seen = student.double() + (teacher - student.double()).float().double() if difference else teacher.float()
     expected = oracle.rows(student, seen, beta)
     assert (np.exp(expected.log_p[:, 123]) > 1 - 1e-7).all()
-    scalars, gradient = run(student, teacher, beta, difference=difference, instruction_set=instruction_set)
+    scalars, gradient = run(student, teacher, beta, difference=difference, kernel=kernel)
     assert_rows(scalars, gradient, expected, floor=1e-13, gradient_floor=0)
 
 
+@best_kernels
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("height", [15.0, 60.0, 150.0])
-def test_disagreeing_peaks(beta, height):
+def test_disagreeing_peaks(kernel, beta, height):
     """log(q / p) of up to ±150 at entries that have all the mass of one side: ratios overflow, the result does not."""
     student, teacher = logits(1000, 1.0, 0.5)
     student[:, 1] = height
     teacher[:, 2] = height
     expected = oracle.rows(student, teacher, beta)
-    scalars, gradient = run(student, teacher, beta)
+    scalars, gradient = run(student, teacher, beta, kernel=kernel)
     if height == 15.0 or beta in (0.0, 1.0):
         return assert_rows(scalars, gradient, expected)
     np.testing.assert_allclose(scalars.divergence.numpy(), expected.divergence.astype(float), rtol=1e-6)
     assert np.abs(gradient.numpy() - expected.gradient).max() < 1e-7  # saturated, see below
 
 
+@best_kernels
 @pytest.mark.parametrize("temperature", [1.0, 0.125])
 @pytest.mark.parametrize("beta", BETAS)
-def test_peaks_that_nearly_tie(beta, temperature):
+def test_peaks_that_nearly_tie(kernel, beta, temperature):
     """The teacher's largest logit is a rounding above its logit at the student's peak, whatever the logits' size."""
     for offset in (20.0, 100.0, 1000.0):
         student = offset + torch.tensor([[0.0, -3.0, -4.0, -1.0]]) * temperature
@@ -113,54 +128,58 @@ def test_peaks_that_nearly_tie(beta, temperature):
             [1, 1, temperature, temperature]
         )
         assert_rows(
-            *run(student, teacher, beta, temperature=temperature), oracle.rows(student, teacher, beta, temperature)
+            *run(student, teacher, beta, temperature=temperature, kernel=kernel), oracle.rows(student, teacher, beta, temperature)
         )
 
 
+@best_kernels
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.999, 0.9999, 1 - 1e-6])
 @pytest.mark.parametrize("distance", [1e-3, 0.3, 3.0])
-def test_shares_near_the_ends(beta, distance):
+def test_shares_near_the_ends(kernel, beta, distance):
     """1 - beta has digits of its own: the generalised Jensen-Shannon divergence goes to 0 at both ends."""
     student, teacher = logits(1000, 2.0, distance)
-    assert_rows(*run(student, teacher, beta), oracle.rows(student, teacher, beta), floor=1e-12, gradient_floor=1e-12)
+    assert_rows(*run(student, teacher, beta, kernel=kernel), oracle.rows(student, teacher, beta), floor=1e-12, gradient_floor=1e-12)
 
 
+@best_kernels
 @pytest.mark.parametrize("beta", BETAS)
-def test_entries_below_the_normal_numbers(beta):
+def test_entries_below_the_normal_numbers(kernel, beta):
     """e^-88 is 0 to the kernel, e^-86 is not: still no negative divergence."""
     for gap in range(80, 110):
         student, teacher = torch.tensor([[0.0, -gap, -3.0]]), torch.tensor([[0.0, -gap + 2.0, -3.0]])
-        scalars, gradient = run(student, teacher, beta)
+        scalars, gradient = run(student, teacher, beta, kernel=kernel)
         assert (scalars.divergence >= 0).all() and (scalars.divergence < 1e-30).all() and gradient.abs().max() < 1e-30
 
 
-def test_saturated_jensen_shannon():
+@best_kernels
+def test_saturated_jensen_shannon(kernel):
     """Disjoint supports: the gradient vanishes, and the kernel's error is that of fp32 scores, as torch's own."""
     student, teacher = logits(1000, 8.0, 40.0)
     expected = oracle.rows(student, teacher, 0.5)
-    _, gradient = run(student, teacher, 0.5)
+    _, gradient = run(student, teacher, 0.5, kernel=kernel)
     error = np.abs(gradient.numpy() - expected.gradient).max(axis=-1)
     assert (error <= 1e-6 * np.exp(expected.log_p.max(axis=-1))).all()
 
 
+@best_kernels
 @pytest.mark.parametrize("beta", BETAS)
-def test_identical_rows_are_exactly_zero(beta):
+def test_identical_rows_are_exactly_zero(kernel, beta):
     student, _ = logits(4999, 5.0, 0.0)
     for difference in (False, True):
-        scalars, gradient = run(student, student, beta, difference=difference)
+        scalars, gradient = run(student, student, beta, difference=difference, kernel=kernel)
         assert (scalars.divergence == 0).all() and (gradient == 0).all()
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@every_kernel
 @pytest.mark.parametrize("beta", BETAS)
-def test_forbidden_entries_contribute_their_limit(instruction_set, beta):
+def test_forbidden_entries_contribute_their_limit(kernel, beta):
     student, teacher = logits(1000, 2.0, 0.3)
     both, student_only, teacher_only = slice(0, 50), slice(50, 90), slice(900, 1000)
     student[:, both] = teacher[:, both] = -torch.inf
     student[:2, student_only] = -torch.inf
     teacher[:2, teacher_only] = -torch.inf
     expected = oracle.rows(student, teacher, beta)
-    scalars, gradient = run(student, teacher, beta, instruction_set=instruction_set)
+    scalars, gradient = run(student, teacher, beta, kernel=kernel)
     assert not scalars.divergence.isnan().any() and not gradient.isnan().any()
     if beta in (0.0, 1.0):
         assert (scalars.divergence[:2] == torch.inf).all() and (expected.divergence[:2] == np.inf).all()
@@ -175,62 +194,70 @@ def test_forbidden_entries_contribute_their_limit(instruction_set, beta):
         np.testing.assert_allclose(gradient[:2].numpy(), expected.gradient[:2].astype(float), atol=1e-7)
 
 
-def test_a_forbidden_entry_pushes_reverse_kl_without_nan():
+@best_kernels
+def test_a_forbidden_entry_pushes_reverse_kl_without_nan(kernel):
     student, teacher = logits(64, 1.0, 0.1)
     teacher[:, 7] = -torch.inf
-    _, gradient = run(student, teacher, 1.0)
+    _, gradient = run(student, teacher, 1.0, kernel=kernel)
     assert (gradient[:, 7] == torch.inf).all()
     others = torch.cat([gradient[:, :7], gradient[:, 8:]], dim=1)
     assert (others < -1e30).all()
 
 
+@best_kernels
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("beta", BETAS)
-def test_nan_stays_in_its_row(bad, side, beta):
+def test_nan_stays_in_its_row(kernel, bad, side, beta):
     student, teacher = logits(100, 1.0, 0.3)
-    clean, clean_gradient = run(student, teacher, beta)
+    clean, clean_gradient = run(student, teacher, beta, kernel=kernel)
     (student if side == "student" else teacher)[2, 33] = bad
-    scalars, gradient = run(student, teacher, beta)
+    scalars, gradient = run(student, teacher, beta, kernel=kernel)
     assert scalars.divergence[2].isnan() and gradient[2].isnan().all()
     others = torch.tensor([0, 1, 3, 4])
     assert torch.equal(scalars.divergence[others], clean.divergence[others])
     assert torch.equal(gradient[others], clean_gradient[others])
 
 
+@best_kernels
 @pytest.mark.parametrize("weight", [0.0, -1.0, 1e-20, 1e25, -1e30])
-def test_weight_scales_the_gradient_alone(weight):
+def test_weight_scales_the_gradient_alone(kernel, weight):
     student, teacher = logits(500, 2.0, 0.3)
-    plain, unit = run(student, teacher, 0.5)
+    plain, unit = run(student, teacher, 0.5, kernel=kernel)
     scalars, gradient = run(student, teacher, 0.5, weight=torch.full((5,), weight))
     assert torch.equal(scalars.divergence, plain.divergence)
     torch.testing.assert_close(gradient.double(), unit.double() * np.float32(weight), rtol=3e-7, atol=0)
 
 
-@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@every_kernel
 @pytest.mark.parametrize("beta", BETAS)
-def test_bf16_gradient_over_the_students_row(instruction_set, beta):
+def test_bf16_gradient_over_the_students_row(kernel, beta):
     """In place and rounded to nearest even: bit for bit the fp32 gradient's own cast."""
     student, teacher = logits(1021, 3.0, 0.3)
     student[0, 5] = torch.nan
-    _, exact = run(student, teacher, beta, instruction_set=instruction_set)
-    in_place = student.clone()
+    _, exact = run(student, teacher, beta, kernel=kernel)
+    device = DEVICE if kernel == "triton" else "cpu"
+    in_place, teacher, weight = student.clone().to(device), teacher.to(device), torch.ones(5, device=device)
     over = in_place.view(torch.bfloat16)[:, :1021]
-    native.row_divergence(in_place, teacher, torch.ones(5), None, beta=beta, temperature=1.0,
-                          teacher_is_difference=False, gradient=over, instruction_set=instruction_set)  # fmt: skip
-    assert torch.equal(over.nan_to_num(7.0), exact.bfloat16().nan_to_num(7.0))
-    same = student.clone()
-    native.row_divergence(same, teacher, torch.ones(5), None, beta=beta, temperature=1.0, teacher_is_difference=False,
-                          gradient=same, instruction_set=instruction_set)  # fmt: skip
-    assert torch.equal(same.nan_to_num(7.0), exact.nan_to_num(7.0))
+    row_divergence, options = native.row_divergence, {"instruction_set": kernel}
+    if kernel == "triton":
+        row_divergence, options = row_divergence_triton.row_divergence, {}
+    row_divergence(in_place, teacher, weight, None, beta=beta, temperature=1.0, teacher_is_difference=False,
+                   gradient=over, **options)  # fmt: skip
+    same = over.cpu().float()
+    if kernel == "triton" and device == "cpu":  # Triton's interpreter cuts bf16 off
+        torch.testing.assert_close(same, exact, rtol=2**-7, atol=0, equal_nan=True)
+    else:
+        assert torch.equal(same.nan_to_num(7.0), exact.bfloat16().float().nan_to_num(7.0))
 
 
-def test_strided_rows_and_targets():
+@best_kernels
+def test_strided_rows_and_targets(kernel):
     wide_student, wide_teacher = logits(2000, 2.0, 0.5)
     student, teacher = wide_student[:, 3:1500], wide_teacher[:, 5:1502]
     target = torch.tensor([0, 1496, 7, 8, 900])
     expected = oracle.rows(student, teacher, 0.5)
-    scalars, gradient = run(student, teacher, 0.5, target=target)
+    scalars, gradient = run(student, teacher, 0.5, target=target, kernel=kernel)
     assert_rows(scalars, gradient, expected)
     at = (np.arange(5), target.numpy())
     np.testing.assert_allclose(scalars.student_logp.numpy(), expected.log_p[at].astype(float), rtol=1e-6)
@@ -262,9 +289,9 @@ def test_an_instruction_set_that_is_not_there_raises():
     student, teacher = logits(10, 1.0, 0.1)
     for name in beyond:
         with pytest.raises(ValueError, match="instruction_set"):
-            run(student, teacher, 0.5, instruction_set=name)
+            run(student, teacher, 0.5, kernel=name)
     with pytest.raises(KeyError):
-        run(student, teacher, 0.5, instruction_set="mmx")
+        run(student, teacher, 0.5, kernel="mmx")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

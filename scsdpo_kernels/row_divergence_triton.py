@@ -1,0 +1,148 @@
+"""The row kernel in Triton: one program takes one row of resident logits from moments to weighted gradient.
+
+    pass     reads            writes
+    1        s, t (8 bytes)                  moments, online: maxima, normalisers, entropies; KL at beta 0 and 1
+    2        s, t (8 bytes)                  Jensen-Shannon only: its terms and the mean score
+    3        s, t (8 bytes)   G (2 or 4)     weight · ∂D/∂s
+
+18 bytes of a pair of logits at beta 0 and 1, 26 between, with a bf16 gradient. Jensen-Shannon's two more reads cannot go:
+its terms need both normalisers, its gradient needs the mean score, and a row of both sides fits no multiprocessor.
+Programs share nothing: no atomics, the same bits from run to run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .divergence_triton import (
+    JENSEN_SHANNON,
+    concluded,
+    divergence_terms,
+    gradient,
+    gradient_scale,
+    merged,
+    moments,
+    objective,
+    probabilities,
+    top_score,
+    value,
+)
+
+# Entries of a row at a time, and warps: 16 entries a thread. Not tuned on hardware; compiled without spills for the
+# targets in tests/test_triton_targets.py.
+BLOCK, WARPS = 4096, 8
+
+
+@triton.jit
+def _entries(student, teacher, start, vocabulary, difference: tl.constexpr, BLOCK: tl.constexpr):
+    """(1, BLOCK) of s, t, t - s and their columns; -inf beyond the vocabulary."""
+    columns = start + tl.arange(0, BLOCK)[None, :]
+    inside = columns < vocabulary
+    s = tl.load(student + columns, inside, float("-inf"))
+    if difference:
+        x = tl.load(teacher + columns, inside, 0.0)
+        return s, s + x, x, columns, inside
+    t = tl.load(teacher + columns, inside, float("-inf"))
+    return s, t, t - s, columns, inside
+
+
+@triton.jit
+def row_divergence_kernel(
+    student, teacher, weight, target, scalars, gradient_out,
+    student_stride, teacher_stride, gradient_stride, rows, vocabulary,
+    inverse_temperature, share_s, share_t,
+    objective: tl.constexpr, difference: tl.constexpr, has_target: tl.constexpr, has_gradient: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+
+    s, t, d, _, _ = _entries(student, teacher, 0, vocabulary, difference, BLOCK)
+    m = moments(s, t, d, inverse_temperature, objective)
+    max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = m
+    for start in range(BLOCK, vocabulary, BLOCK):
+        s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
+        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9 = moments(s, t, d, inverse_temperature, objective)
+        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = merged(
+            max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above,
+            a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, inverse_temperature, objective,
+        )  # fmt: skip
+    divergence, entropy_s, entropy_t, log_s, log_t, base_s, base_t, centre, offset, scale_s, scale_t, reference, mean = (
+        concluded(
+            max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, objective
+        )
+    )  # fmt: skip
+
+    if objective == JENSEN_SHANNON:
+        reference = top_score(own, centre, offset, share_s, share_t, inverse_temperature, objective)
+        of_student, of_teacher = tl.zeros_like(z_s), tl.zeros_like(z_s)
+        for start in range(0, vocabulary, BLOCK):
+            s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
+            p, q, d = probabilities(
+                s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature
+            )
+            student_sum, teacher_sum, score_sum = divergence_terms(p, q, d, reference, share_s, share_t)
+            of_student += student_sum
+            of_teacher += teacher_sum
+            mean += score_sum
+        divergence, mean = value(of_student, of_teacher, mean, share_s, share_t)
+
+    one = tl.arange(0, 1)
+    tl.store(scalars + row + one, divergence)
+    tl.store(scalars + rows + row + one, entropy_s)
+    tl.store(scalars + 2 * rows + row + one, entropy_t)
+    if has_target:
+        column = tl.load(target + row)
+        allowed = (column >= 0) & (column < vocabulary)  # any other id has no probability: NaN
+        target_s = tl.load(student + column + one, allowed, float("nan"))
+        target_t = tl.load(teacher + column + one, allowed, float("nan"))
+        if difference:
+            target_t += target_s
+        tl.store(scalars + 3 * rows + row + one, (target_s - base_s) * inverse_temperature - log_s)
+        tl.store(scalars + 4 * rows + row + one, (target_t - base_t) * inverse_temperature - log_t)
+
+    if has_gradient:
+        gradient_out += row * gradient_stride
+        scale = gradient_scale(tl.load(weight + row + one), share_s, inverse_temperature, objective)
+        for start in range(0, vocabulary, BLOCK):
+            s, t, d, columns, inside = _entries(student, teacher, start, vocabulary, difference, BLOCK)
+            tl.debug_barrier()  # a bf16 block is written over logits that another warp reads in this round
+            p, q, d = probabilities(
+                s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature
+            )
+            g = gradient(p, q, d, scale, reference, mean, share_s, share_t, objective)
+            tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
+
+
+def row_divergence(
+    student: Tensor,  # (C, V) fp32 logits, unit stride along V
+    teacher: Tensor,  # (C, V) fp32: the teacher's logits, or teacher - student
+    weight: Tensor,  # (C,) fp32
+    target: Tensor | None,  # (C,) int64; ids outside [0, V) give NaN
+    *,
+    beta: float,
+    temperature: float,
+    teacher_is_difference: bool,
+    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
+) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target
+    """Divergence, entropies and log-probabilities of each row of logits, and its weighted gradient into `gradient`.
+
+    The contract is csrc/row_divergence.h's, on the tensors' device and its current stream.
+    """
+    rows, vocabulary = student.shape
+    for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
+        assert tensor is None or (tensor.shape == student.shape and tensor.stride(1) == 1), name
+    assert student.dtype == teacher.dtype == weight.dtype == torch.float32
+    assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
+
+    scalars = torch.empty(3 if target is None else 5, rows, dtype=torch.float32, device=student.device)
+    row_divergence_kernel[(rows,)](
+        student, teacher, weight, target, scalars, gradient,
+        student.stride(0), teacher.stride(0), 0 if gradient is None else gradient.stride(0), rows, vocabulary,
+        1.0 / temperature, 1.0 - beta, beta,
+        objective=objective(beta), difference=teacher_is_difference, has_target=target is not None,
+        has_gradient=gradient is not None, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return scalars.unbind()

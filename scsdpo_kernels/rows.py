@@ -1,0 +1,77 @@
+"""Which rows are computed: those of weight other than 0, or the caller's own list."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """K rows, by number in three matrices, and what they carry."""
+
+    kept: Tensor  # (K,) int64 among all rows: of the outputs and of the hidden gradient
+    student: Tensor  # (K,) int64 of the student's hidden states
+    teacher: Tensor  # (K,) int64 of the teacher's
+    weight: Tensor  # (K,) fp32
+    target: Tensor | None  # (K,) int64
+
+
+def as_matrix(
+    hidden: Tensor,  # (..., D)
+    kept: Tensor,  # (K,) int64 flat indices of the leading shape
+) -> tuple[Tensor, Tensor]:
+    """(M, D) with unit stride along D, and the kept rows' numbers in it: a view, or where none exists the kept rows."""
+    try:
+        matrix = hidden.view(-1, hidden.shape[-1])
+    except RuntimeError:
+        matrix = hidden[torch.unravel_index(kept, hidden.shape[:-1])]
+        kept = torch.arange(len(kept), device=kept.device)
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous(), kept
+
+
+def kept_rows(
+    token_weight: Tensor,  # (...,)
+    target_ids: Tensor | None,  # (...,)
+    rows: Tensor | None,  # (K,) int64, the caller's own list
+    vocabulary: int,
+    summed_head: Tensor | None,  # () the sum of a head that must not have infinite entries
+) -> tuple[Tensor, bool]:  # (K,) int64, whether summed_head is finite
+    """The rows to compute, checked. On an accelerator it waits for the device once, and not at all where `rows` is given:
+    nothing is checked then (`complete` answers for the list) and the head is taken to be finite.
+    """
+    weight = token_weight.reshape(-1)
+    if rows is not None and weight.device.type != "cpu":
+        return rows, True
+    keep = weight != 0
+    ids = torch.zeros_like(keep, dtype=torch.int64) if target_ids is None else target_ids.reshape(-1).long()
+    ids = torch.where(keep if rows is None else _listed(rows, keep), ids, 0)
+    lowest, highest = ids.aminmax() if ids.numel() else (ids.sum(), ids.sum())
+    finite = torch.isfinite(weight.float()).all()
+    head = torch.ones_like(finite) if summed_head is None else torch.isfinite(summed_head)
+    count, finite, head, lowest, highest = torch.stack([keep.sum(), finite.long(), head.long(), lowest, highest]).tolist()
+    if not finite:
+        raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
+    if not 0 <= lowest <= highest < vocabulary:
+        raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {lowest} to {highest}")
+    if rows is not None:
+        if not complete(weight[rows], weight):
+            raise ValueError("rows: expected every row whose token_weight is not 0, once")
+        return rows, bool(head)
+    # The k-th kept row is where the running count reaches k: as torch.nonzero, without waiting for the device again.
+    running, ranks = keep.cumsum(0), torch.arange(1, count + 1, device=keep.device)
+    return torch.searchsorted(running, ranks), bool(head)
+
+
+def _listed(rows: Tensor, keep: Tensor) -> Tensor:
+    count = keep.numel()
+    if rows.numel() and not (rows.amin() >= 0 and rows.amax() < count):
+        raise ValueError(f"rows: expected indices in [0, {count}), got {rows.min().item()} to {rows.max().item()}")
+    return torch.zeros_like(keep).index_fill_(0, rows, True)
+
+
+def complete(
+    listed: Tensor,  # (K,) weights of the listed rows
+    weight: Tensor,  # (N,) all weights
+) -> Tensor:  # () bool
+    """Whether a list of rows has every row of weight other than 0 once."""
+    return listed.count_nonzero() == weight.count_nonzero()
