@@ -282,6 +282,7 @@ def concluded(max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inve
         # An infinite mean (the teacher forbids what the student allows) is taken as the largest finite one: the
         # forbidden entries' gradient is then +inf, never inf - inf.
         mean = tl.where(mean > _LARGEST, _LARGEST, mean)
+        mean = tl.where(divergence == divergence, mean, divergence)  # a NaN row is NaN throughout
     return (
         divergence, log_s - h_s / z_s, log_t - h_t / z_t, log_s, log_t,
         base_s, base_t, centre, offset, 1.0 / z_s, 1.0 / z_t, reference, mean,

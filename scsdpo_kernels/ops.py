@@ -7,6 +7,7 @@ backward multiplies by the loss's own gradient and hands over, once.
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -39,7 +40,7 @@ def _operator(
     else:
         from .chunked import divergence_rows
 
-    with torch.autocast(student_hidden.device.type, enabled=False):
+    with torch.autocast(student_hidden.device.type, enabled=False), _current(student_hidden.device):
         shared = teacher_weight is None or _same_storage(teacher_weight, student_weight)
         may_subtract = shared and student_weight.dtype == teacher_hidden.dtype == torch.float32
         kept, head_is_finite = kept_rows(
@@ -77,6 +78,11 @@ def _operator(
         fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
         logps = fields[3:] or [_zeros(token_weight, None), _zeros(token_weight, None)]
         return loss, *fields[:3], *logps, grad_hidden, _zeros(student_weight, None) if grad_weight is None else grad_weight
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 64
+BLOCK, WARPS = 64, 8
 
 
 @triton.jit
@@ -79,6 +79,6 @@ def question_weights(
         success_threshold = torch.tensor(success_threshold, dtype=rewards.dtype).item()
     question_weights_kernel[1,](
         rewards, question_ids.contiguous(), raw, weights, len(rewards),
-        exponent=float(exponent), threshold=success_threshold, BLOCK=BLOCK,
+        exponent=float(exponent), threshold=success_threshold, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return weights

@@ -36,9 +36,9 @@ from .divergence_triton import (
 
 # Bytes of G, the slab of weighted scores.
 SLAB_BYTES = 16 * 2**20
-# Between kernels: MOMENTS of every split of a row's vocabulary, SUMS of its terms, and ROW, what every entry of a row
-# needs to know of it, each a field of (splits, rows) or (rows).
-MOMENTS, SUMS, ROW = 10, 3, 8
+# Numbers a row has between kernels: moments, for every range that its vocabulary is split into, and what every entry
+# needs to know of its row.
+MOMENTS, ROW = 10, 8
 # A tile's columns are taken in so many parts, one after the other. Both sides' logits of a tile fill half of the
 # registers; what an eighth of them needs fits into the rest.
 PARTS = 8
@@ -46,17 +46,26 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class Tile(NamedTuple):
-    """Blocks of rows, vocabulary and width, warps, and stages of the loads' pipeline."""
+    """Blocks of rows, vocabulary and width, warps, stages of the loads' pipeline, and a cap that keeps ptxas from spilling
+    to fit a second program.
+    """
 
     ROWS: int
     COLUMNS: int
     WIDTH: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def blocks(self) -> dict[str, int]:
+        return {"ROWS": self.ROWS, "COLUMNS": self.COLUMNS, "WIDTH": self.WIDTH}
+
+    def options(self) -> dict[str, int]:
+        cap = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **cap}
 
     def config(self) -> triton.Config:
-        names = {"ROWS": self.ROWS, "COLUMNS": self.COLUMNS, "WIDTH": self.WIDTH}
-        return triton.Config(names, num_warps=self.num_warps, num_stages=self.num_stages)
+        return triton.Config(self.blocks(), **self.options())
 
 
 # Tiles by target and bytes of an element. Those of one target differ in what does not round, so that the choice among
@@ -67,9 +76,9 @@ TILES = {
     ("sm_90", 2): [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 8, 3)],
     ("sm_100", 2): [Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 8, 4)],
     ("gfx942", 2): [Tile(64, 64, 64, 8, 2), Tile(64, 64, 32, 8, 2)],
-    ("sm_80", 4): [Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 3)],
-    ("sm_90", 4): [Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 3)],
-    ("sm_100", 4): [Tile(64, 64, 16, 8, 2), Tile(64, 64, 16, 8, 3)],
+    ("sm_80", 4): [Tile(64, 64, 16, 8, 2, 255)],
+    ("sm_90", 4): [Tile(64, 64, 16, 8, 2, 255)],
+    ("sm_100", 4): [Tile(64, 64, 16, 8, 2, 255)],
     ("gfx942", 4): [Tile(64, 64, 16, 8, 2)],
     ("interpreter", 2): [Tile(32, 64, 16, 1, 1)],
     ("interpreter", 4): [Tile(32, 64, 16, 1, 1)],
@@ -218,7 +227,7 @@ def _part(s, t, part, first_column, vocabulary, difference: tl.constexpr):
 @triton.jit
 def _block_of_rows(student_rows, teacher_rows, count, ROWS: tl.constexpr):
     """This program's numbers among the kept rows, which of them exist, and their rows in both hidden states."""
-    numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    numbers = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = numbers < count
     return numbers, inside, tl.load(student_rows + numbers, inside, 0), tl.load(teacher_rows + numbers, inside, 0)
 
@@ -283,7 +292,7 @@ def moments_kernel(
     numbers, inside, rows_s, rows_t = _block_of_rows(student_rows, teacher_rows, count, ROWS)
     head_s = _head(student_head, student_head_stride, vocabulary, width, descriptors, COLUMNS, WIDTH)
     head_t = _head(teacher_head, teacher_head_stride, vocabulary, teacher_width, descriptors, COLUMNS, WIDTH)
-    split, splits = tl.program_id(1), tl.num_programs(1)
+    split, splits = tl.program_id(0), tl.num_programs(0)
     first = split * tiles_each * COLUMNS
     last = tl.minimum(first + tiles_each * COLUMNS, vocabulary)
     at, step = split * count + numbers, splits * count
@@ -390,15 +399,17 @@ def terms_kernel(
     shared: tl.constexpr, difference: tl.constexpr, descriptors: tl.constexpr,
     EVEN: tl.constexpr, precision: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Walk 2: sums of the Jensen-Shannon terms over `tiles_each` tiles, into partial[:, split, rows]."""
+    """Walk 2: sums of the Jensen-Shannon terms over `tiles_each` tiles, into partial[:, part, split, rows].
+
+    As the moments, the sums wait in memory.
+    """
     numbers, inside, rows_s, rows_t = _block_of_rows(student_rows, teacher_rows, count, ROWS)
     head_s = _head(student_head, student_head_stride, vocabulary, width, descriptors, COLUMNS, WIDTH)
     head_t = _head(teacher_head, teacher_head_stride, vocabulary, teacher_width, descriptors, COLUMNS, WIDTH)
-    split, splits = tl.program_id(1), tl.num_programs(1)
+    split, splits = tl.program_id(0), tl.num_programs(0)
     first = split * tiles_each * COLUMNS
     last = tl.minimum(first + tiles_each * COLUMNS, vocabulary)
-    of_student, of_teacher = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    score = tl.zeros((ROWS,), tl.float32)
+    step = parts * splits * count
     for column in range(first, last, COLUMNS):
         s, t = _logits(
             student, student_stride, head_s, student_head_stride, width,
@@ -406,34 +417,33 @@ def terms_kernel(
             rows_s, rows_t, inside, column, vocabulary,
             shared, difference, descriptors, EVEN, precision, ROWS, COLUMNS, WIDTH,
         )  # fmt: skip
-        base_s, base_t, centre, offset, scale_s, scale_t, reference, mean = _load_row(row, numbers, count, inside)
+        earlier = inside & (tl.full((ROWS,), column, tl.int32) > first)
         for part in range(parts):
             s_part, t_part, d_part, columns = _part(s, t, part, column, vocabulary, difference)
+            base_s, base_t, centre, offset, scale_s, scale_t, reference, mean = _load_row(row, numbers, count, inside)
             p, q, d_part = probabilities(
                 s_part, t_part, d_part, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature
             )
-            student_sum, teacher_sum, score_sum = divergence_terms(p, q, d_part, reference, share_s, share_t)
-            of_student += student_sum
-            of_teacher += teacher_sum
-            score += score_sum
-    to = partial + split * count + numbers
-    tl.store(to, of_student, inside)
-    tl.store(to + splits * count, of_teacher, inside)
-    tl.store(to + 2 * splits * count, score, inside)
+            of_student, of_teacher, score = divergence_terms(p, q, d_part, reference, share_s, share_t)
+            to = partial + (part * splits + split) * count + numbers
+            tl.store(to, of_student + tl.load(to, earlier, 0.0), inside)
+            tl.store(to + step, of_teacher + tl.load(to + step, earlier, 0.0), inside)
+            tl.store(to + 2 * step, score + tl.load(to + 2 * step, earlier, 0.0), inside)
+        tl.debug_barrier()  # before the next tile reads the sums
 
 
 @triton.jit
-def value_kernel(partial, splits, count, scalars, row, share_s, share_t, ROWS: tl.constexpr):
-    """Sums the splits' terms in the order of their columns: the divergence, and the mean score of row[:, rows]."""
+def value_kernel(partial, parts, count, scalars, row, share_s, share_t, ROWS: tl.constexpr):
+    """Sums all parts' terms, always in one order: the divergence, and the mean score of row[:, rows]."""
     numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = numbers < count
     of_student, of_teacher = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     score = tl.zeros((ROWS,), tl.float32)
-    for split in range(0, splits):
-        at = partial + split * count + numbers
+    for part in range(0, parts):
+        at = partial + part * count + numbers
         of_student += tl.load(at, inside, 0.0)
-        of_teacher += tl.load(at + splits * count, inside, 0.0)
-        score += tl.load(at + 2 * splits * count, inside, 0.0)
+        of_teacher += tl.load(at + parts * count, inside, 0.0)
+        score += tl.load(at + 2 * parts * count, inside, 0.0)
     divergence, mean = value(of_student, of_teacher, score, share_s, share_t)
     tl.store(scalars + numbers, divergence, inside)
     tl.store(row + 7 * count + numbers, mean, inside)
@@ -453,7 +463,7 @@ def gradient_kernel(
     numbers, inside, rows_s, rows_t = _block_of_rows(student_rows, teacher_rows, count, ROWS)
     head_s = _head(student_head, student_head_stride, vocabulary, width, descriptors, COLUMNS, WIDTH)
     head_t = _head(teacher_head, teacher_head_stride, vocabulary, teacher_width, descriptors, COLUMNS, WIDTH)
-    column = first_column + tl.program_id(1) * COLUMNS
+    column = first_column + tl.program_id(0) * COLUMNS
     s, t = _logits(
         student, student_stride, head_s, student_head_stride, width,
         teacher, teacher_stride, head_t, teacher_head_stride, teacher_width,
@@ -484,7 +494,7 @@ def grad_hidden_kernel(
     `low` (rows, width) the next 8 bits, rounded. That keeps 2⁻¹⁶ of a sum at a byte an entry. The last slab rounds to bf16.
     """
     numbers, inside, rows, _ = _block_of_rows(kept, kept, count, ROWS)
-    k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    k = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     mask = inside[:, None] & (k < width)[None, :]
     at = grad_hidden + rows[:, None] * grad_stride + k[None, :]
     total = tl.zeros((ROWS, WIDTH), tl.float32)
@@ -540,7 +550,9 @@ def divergence_rows(
         return scalars, None if grad_weight_dtype is None else torch.zeros_like(student_weight, dtype=grad_weight_dtype)
     tile = tiles(student)[0]
     blocks = triton.cdiv(count, tile.ROWS)
-    splits, each = splits_of(triton.cdiv(vocabulary, tile.COLUMNS), blocks, _processors(device))
+    processors, cache = _processors(device)
+    resident = cache // 2 // (tile.ROWS * (student.shape[1] + teacher.shape[1]) * student.element_size())
+    splits, each = splits_of(triton.cdiv(vocabulary, tile.COLUMNS), blocks, processors, resident)
     which, numbers = objective(beta), (1.0 / temperature, 1.0 - beta, beta)
     problem = (
         student, student.stride(0), student_weight, student_weight.stride(0), student.shape[1],
@@ -561,7 +573,7 @@ def divergence_rows(
     row = torch.empty(ROW, count, dtype=torch.float32, device=device)
     partial = torch.empty(MOMENTS, splits, count, dtype=torch.float32, device=device)
     scratch = torch.empty(MOMENTS, PARTS, splits, count, dtype=torch.float32, device=device)
-    moments_kernel[blocks, splits](*problem, PARTS, scratch, partial, each, numbers[0], objective=which, **variant)
+    moments_kernel[splits, blocks](*problem, PARTS, scratch, partial, each, numbers[0], objective=which, **variant)
     target_logits = None
     if rows.target is not None:
         target_logits = torch.empty(2, count, dtype=torch.float32, device=device)
@@ -572,8 +584,8 @@ def divergence_rows(
         objective=which, has_target=rows.target is not None, **by_row,
     )  # fmt: skip
     if which == JENSEN_SHANNON.value:
-        terms_kernel[blocks, splits](*problem, PARTS, row, partial, each, *numbers, **variant)
-        value_kernel[triton.cdiv(count, 128),](partial, splits, count, scalars, row, *numbers[1:], **by_row)
+        terms_kernel[splits, blocks](*problem, PARTS, row, scratch, each, *numbers, **variant)
+        value_kernel[triton.cdiv(count, 128),](scratch, PARTS * splits, count, scalars, row, *numbers[1:], **by_row)
     del partial, scratch
     if grad_hidden is None and grad_weight_dtype is None:
         return scalars, None
@@ -589,7 +601,7 @@ def divergence_rows(
         low = torch.empty(count, student.shape[1], dtype=torch.uint8, device=device)
     for first in range(0, vocabulary, columns):
         here = min(columns, vocabulary - first)
-        gradient_kernel[blocks, triton.cdiv(here, tile.COLUMNS)](
+        gradient_kernel[triton.cdiv(here, tile.COLUMNS), blocks](
             *problem, PARTS, row, rows.weight, slab, first, columns, *numbers, objective=which, **variant
         )
         if grad_weight is not None:
@@ -606,19 +618,20 @@ def _add_grad_hidden(slab, columns, head, rows, grad_hidden, low, first: bool, l
     halves = low is not None
     tile = GRAD_HIDDEN_TILES[target(slab.device), slab.element_size()]
     width = head.shape[1]
-    grad_hidden_kernel[triton.cdiv(len(rows), tile.ROWS), triton.cdiv(width, tile.WIDTH)](
+    grad_hidden_kernel[triton.cdiv(width, tile.WIDTH), triton.cdiv(len(rows), tile.ROWS)](
         slab, slab.stride(0), head, head.stride(0), width, rows, len(rows), columns,
         grad_hidden.view(torch.int16) if halves else grad_hidden, grad_hidden.stride(0), low, int(first), int(last),
         halves=halves, EVEN=width % tile.WIDTH == 0, precision=_precision(slab.dtype), enable_fp_fusion=True,
-        **tile._asdict(),
+        **tile.blocks(), **tile.options(),
     )  # fmt: skip
 
 
-def splits_of(tiles: int, blocks: int, processors: int) -> tuple[int, int]:
-    """Into how many ranges of how many tiles the vocabulary is cut, so that the programs fill the processors.
+def splits_of(tiles: int, blocks: int, processors: int, resident: int) -> tuple[int, int]:
+    """Into how many ranges of how many tiles the vocabulary is cut: one program for each range and block of rows.
 
-    One wave of programs where there are fewer blocks of rows than processors; else as few ranges as keep the last wave
-    full, since each range costs the moments of all rows once more.
+    Programs start range by range, so that about processors / ranges blocks of rows run at once. That is at most
+    `resident`, blocks whose hidden states stay in the cache while all of them walk the vocabulary. Among such numbers of
+    ranges, few, since each costs the moments of all rows once more, and such that the last programs end together.
     """
 
     def idle(splits: int) -> float:  # share of the processors' time, by whole waves of programs of equal length
@@ -626,8 +639,8 @@ def splits_of(tiles: int, blocks: int, processors: int) -> tuple[int, int]:
         waves = -(-blocks * -(-tiles // each) // processors)
         return 1 - blocks * tiles / (waves * processors * each)
 
-    most = min(tiles, max(4, -(-processors // blocks)))
-    splits = min(range(1, most + 1), key=lambda splits: (round(idle(splits), 2), splits))
+    least = min(tiles, -(-processors // max(1, min(resident, blocks))))
+    splits = min(range(least, min(tiles, least + 8) + 1), key=lambda splits: (round(idle(splits), 2), splits))
     each = -(-tiles // splits)
     return -(-tiles // each), each
 
@@ -642,10 +655,14 @@ def _compact(hidden: Tensor, rows: Rows) -> Tensor:
     return hidden if len(rows.student) == len(hidden) else hidden[rows.student]
 
 
-def _processors(device: torch.device) -> int:
+def _processors(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of the cache that they share."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return torch.xpu.get_device_properties(device).gpu_subslice_count if device.type == "xpu" else 6
+        properties = torch.cuda.get_device_properties(device)
+        return properties.multi_processor_count, properties.L2_cache_size
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).gpu_subslice_count, 64 * 2**20
+    return 6, 2**20
 
 
 def _has_descriptors(*heads: Tensor) -> bool:

@@ -50,7 +50,8 @@ def question_weights(
     if rewards.device.type != "cpu":
         from .question_weights_triton import question_weights
 
-        return question_weights(rewards, question_ids, exponent, success_threshold)[own]
+        with torch.get_device_module(rewards.device).device(rewards.device):  # Triton launches on the current one
+            return question_weights(rewards, question_ids, exponent, success_threshold)[own]
 
     success = rewards.double() if success_threshold is None else (rewards >= success_threshold).double()
     ids, question = torch.unique(question_ids, return_inverse=True)

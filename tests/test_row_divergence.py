@@ -43,6 +43,12 @@ def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gr
     return scalars, None if out is None else out.cpu()
 
 
+def assert_same(got, expected, kernel):
+    """The same bits; in Triton's interpreter nearly so, since NumPy's sums depend on where an array lies in memory."""
+    tolerance = 2e-6 if kernel == "triton" and DEVICE == "cpu" else 0
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance * 1e-3, equal_nan=True)
+
+
 def logits(vocabulary, scale, distance, rows=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     student = torch.randn(rows, vocabulary, generator=generator) * scale
@@ -215,8 +221,8 @@ def test_nan_stays_in_its_row(kernel, bad, side, beta):
     scalars, gradient = run(student, teacher, beta, kernel=kernel)
     assert scalars.divergence[2].isnan() and gradient[2].isnan().all()
     others = torch.tensor([0, 1, 3, 4])
-    assert torch.equal(scalars.divergence[others], clean.divergence[others])
-    assert torch.equal(gradient[others], clean_gradient[others])
+    assert_same(scalars.divergence[others], clean.divergence[others], kernel)
+    assert_same(gradient[others], clean_gradient[others], kernel)
 
 
 @best_kernels
@@ -225,8 +231,11 @@ def test_weight_scales_the_gradient_alone(kernel, weight):
     student, teacher = logits(500, 2.0, 0.3)
     plain, unit = run(student, teacher, 0.5, kernel=kernel)
     scalars, gradient = run(student, teacher, 0.5, weight=torch.full((5,), weight))
-    assert torch.equal(scalars.divergence, plain.divergence)
-    torch.testing.assert_close(gradient.double(), unit.double() * np.float32(weight), rtol=3e-7, atol=0)
+    assert_same(scalars.divergence, plain.divergence, kernel)
+    scaled = unit.double() * np.float32(weight)
+    if kernel == "triton":  # it also reads its logits again
+        return torch.testing.assert_close(gradient.double(), scaled, rtol=2e-5, atol=1e-6 * scaled.abs().max().item())
+    torch.testing.assert_close(gradient.double(), scaled, rtol=3e-7, atol=0)
 
 
 @every_kernel

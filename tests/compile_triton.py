@@ -1,0 +1,163 @@
+"""Compiles every Triton kernel with every configuration that is shipped, ahead of time, for GPUs that are not here.
+
+    python compile_triton.py sm_90      prints one line of JSON a kernel
+
+A script of its own because Triton's interpreter, which the tests run kernels in, excludes its compiler from a process.
+`PYTHONPATH` chooses the Triton.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from scsdpo_kernels import question_weights_triton, row_divergence_triton, tiled
+
+# Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 99 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+TYPES = {2: "bf16", 4: "fp32"}
+INTEGERS = (
+    "width teacher_width count vocabulary tiles_each splits first_column slab_columns columns first last parts rows"
+).split()
+FP32 = "target_logits scratch partial scalars row weight weights".split()
+OPERANDS = "student teacher student_head teacher_head head slab".split()
+
+
+def kernels(target):
+    """(kernel, element, constants, options) of all that is launched on a target."""
+    for objective, difference, gradient in itertools.product((0, 1, 2), (False, True), ("bf16", "fp32")):
+        yield (
+            row_divergence_triton.row_divergence_kernel,
+            {"student": "fp32", "teacher": "fp32", "gradient_out": gradient},
+            {
+                "objective": objective,
+                "difference": difference,
+                "has_target": True,
+                "has_gradient": True,
+                "BLOCK": row_divergence_triton.BLOCK,
+            },
+            row_divergence_triton.options("cuda" if target.startswith("sm") else "hip"),
+        )
+    for bytes_, tile in ((b, t) for b in (2, 4) for t in tiled.TILES[target, b]):
+        # descriptors, shared, difference, precision: fp32 heads that are shared are projected as a difference, and on
+        # matrix units where PyTorch is told so
+        variants = [(False, True, False, "ieee"), (False, False, False, "ieee")]
+        if bytes_ == 2 and target in ("sm_90", "sm_100"):
+            variants = [(True, True, False, "ieee"), (True, False, False, "ieee"), (False, True, False, "ieee")]
+        elif bytes_ == 4:
+            variants = [(False, True, True, "ieee"), (False, False, False, "ieee"), (False, True, True, "tf32")]
+        for has_descriptors, shared, difference, precision in variants:
+            constants = {
+                "shared": shared,
+                "difference": difference,
+                "descriptors": has_descriptors,
+                "EVEN": True,
+                "precision": precision,
+                **tile.blocks(),
+            }
+            options = tile.options()
+            for kernel, objectives in (
+                (tiled.moments_kernel, (0, 2)),
+                (tiled.terms_kernel, (None,)),
+                (tiled.gradient_kernel, (0, 2)),
+            ):
+                for objective in objectives:
+                    yield kernel.fn, dict.fromkeys(OPERANDS, TYPES[bytes_]), {**constants, "objective": objective}, options
+    for bytes_ in (2, 4):
+        tile = tiled.GRAD_HIDDEN_TILES[target, bytes_]
+        constants = {"halves": bytes_ == 2, "EVEN": True, "precision": "ieee", **tile.blocks()}
+        yield tiled.grad_hidden_kernel, dict.fromkeys(OPERANDS, TYPES[bytes_]), constants, tile.options()
+    small = dict.fromkeys(OPERANDS, "bf16")
+    for objective in (0, 1, 2):
+        yield tiled.conclude_kernel, small, {"objective": objective, "has_target": True, "ROWS": 128}, {}
+    yield tiled.value_kernel, small, {"ROWS": 128}, {}
+    yield tiled.target_kernel, small, {"WIDTH": 1024}, {}
+    for exponent, threshold in ((0.5, None), (1.0, 0.5)):
+        constants = {"exponent": exponent, "threshold": threshold, "BLOCK": question_weights_triton.BLOCK}
+        options = {"num_warps": question_weights_triton.WARPS}
+        yield question_weights_triton.question_weights_kernel, {"rewards": "fp32"}, constants, options
+
+
+def compiled(kernel, elements, constants, options, target):
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in elements:
+            signature[name] = "*" + elements[name]
+        elif name in FP32:
+            signature[name] = "*fp32"
+        elif name in ("kept", "target", "student_rows", "teacher_rows", "question_ids"):
+            signature[name] = "*i64"
+        elif name == "grad_hidden":
+            signature[name] = "*i16" if constants["halves"] else "*fp32"
+        elif name in ("low", "raw"):
+            signature[name] = {"low": "*u8", "raw": "*fp64"}[name]
+        elif name.endswith("stride"):
+            signature[name] = "i64"
+        else:
+            signature[name] = "i32" if name in INTEGERS else "fp32"
+        aligned = name.endswith("stride") or name in ("width", "teacher_width", "slab_columns", "vocabulary")
+        if signature[name][0] == "*" or aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
+
+
+def usage(kernel):
+    """Registers, bytes of stack (spills and arrays), and how often the target's matrix instruction stands there."""
+    if "cubin" in kernel.asm:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+            text = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+        ptx = kernel.asm["ptx"]
+        return {
+            "registers": int(re.search(r"REG:(\d+)", text)[1]),
+            "stack": int(re.search(r"STACK:(\d+)", text)[1]),
+            "mma": {name: ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx},
+            "bulk copies": ptx.count("cp.async.bulk.tensor"),
+        }
+    text = kernel.asm["amdgcn"]
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
+        "stack": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),
+        "mma": {"v_mfma": text.count("v_mfma")} if "v_mfma" in text else {},
+        "bulk copies": 0,
+    }
+
+
+def main(name: str) -> None:
+    target, shared_memory = TARGETS[name]
+    for kernel, elements, constants, options in kernels(name):
+        result = compiled(kernel, elements, constants, options, target)
+        line = {
+            "triton": triton.__version__,
+            "target": name,
+            "kernel": kernel.__name__,
+            "elements": sorted(set(elements.values())),
+            "constants": {key: str(value) for key, value in constants.items() if key in kernel.arg_names},
+            **options,
+            **usage(result),
+            "shared": result.metadata.shared,
+            "shared_limit": shared_memory,
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

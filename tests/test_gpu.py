@@ -1,0 +1,259 @@
+"""On a real GPU, at real sizes: `pytest -m gpu`. Float64 is the GPU's own here.
+
+The kernels' own tests (test_row_divergence.py, test_tiled.py, test_weights.py) run on the GPU too where there is one.
+"""
+
+import warnings
+
+import pytest
+import torch
+from oracle import relative_error
+
+from scsdpo_kernels import chunked, linear_divergence, question_weights, row_divergence_triton, scsdpo_loss, tiled
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+    pytest.mark.timeout(300),
+]
+VOCABULARY, WIDTH = 151936, 4096  # Qwen3-8B
+SCHEDULES = ("chunked", "tiled")
+
+
+def problem(rows, dtype=torch.bfloat16, vocabulary=VOCABULARY, width=WIDTH, distance=0.1, own=False, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    hidden, weight = randn(rows, width), randn(vocabulary, width) * (2 * width**-0.5)
+    teacher = hidden + distance * randn(rows, width)
+    head = (weight * (1 + distance * randn(1, width))).to(dtype) if own else None
+    return hidden.to(dtype), weight.to(dtype), teacher.to(dtype), head
+
+
+def fused(hidden, weight, teacher, head=None, **options):
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    result = linear_divergence(hidden, weight, teacher, head, **options)
+    return result, *torch.autograd.grad(result.loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("own", [False, True], ids=["shared head", "own head"])
+def test_bf16_contract(schedule, beta, own):
+    """At Qwen3-8B's head: values to fp32 rounding, gradients within 2× of rounding the exact logit gradient to bf16."""
+    hidden, weight, teacher, head = problem(150, own=own)
+    ids = torch.randint(VOCABULARY, (150,), device="cuda")
+    exact, exact_hidden, exact_weight = fused(
+        *(x if x is None else x.double() for x in (hidden, weight, teacher, head)),
+        beta=beta, target_ids=ids, schedule="reference",
+    )  # fmt: skip
+    result, grad_hidden, grad_weight = fused(
+        hidden, weight, teacher, head, beta=beta, target_ids=ids, schedule=schedule
+    )
+    for name in ("divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp"):
+        assert relative_error(getattr(result, name), getattr(exact, name)) < 1e-4, name
+    logits = hidden.double() @ weight.double().T
+    teacher_logits = teacher.double() @ (weight if head is None else head).double().T
+    log_p, log_q = torch.log_softmax(logits, -1), torch.log_softmax(teacher_logits, -1)
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0.0:
+        gradient = p - q
+    elif beta == 1.0:
+        gradient = p * (log_p - log_q - (p * (log_p - log_q)).sum(-1, keepdim=True))
+    else:
+        log_m = torch.log((1 - beta) * p + beta * q)
+        gradient = (1 - beta) * p * (log_p - log_m - (p * (log_p - log_m)).sum(-1, keepdim=True))
+    rounded = gradient.bfloat16().double()
+    sticks = (rounded @ weight.double()).bfloat16(), (rounded.T @ hidden.double()).bfloat16()
+    for got, stick, expected in zip(
+        (grad_hidden, grad_weight), sticks, (exact_hidden, exact_weight), strict=True
+    ):
+        assert relative_error(got, expected) <= 2 * relative_error(stick, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("own", [False, True], ids=["shared head", "own head"])
+def test_other_dtypes(schedule, dtype, own):
+    tensors = problem(200, dtype=dtype, vocabulary=50257, width=1024, own=own)
+    exact, *exact_gradients = fused(*(x if x is None else x.double() for x in tensors), schedule="reference")
+    result, *gradients = fused(*tensors, schedule=schedule)
+    assert relative_error(result.divergence, exact.divergence) < 1e-4
+    for got, expected in zip(gradients, exact_gradients, strict=True):
+        assert got.dtype == dtype and relative_error(got, expected) < {torch.float32: 1e-4, torch.float16: 1e-3}[dtype]
+
+
+def test_several_chunks_and_slabs(monkeypatch):
+    """fp32 sums of the head's gradient over chunks, 24-bit sums of the hidden gradient over slabs."""
+    tensors = problem(700, vocabulary=100278, width=2048)
+    exact, *expected = fused(*tensors)
+    monkeypatch.setitem(chunked.BUFFER_BYTES, "gpu", 0)
+    monkeypatch.setattr(tiled, "SLAB_BYTES", 2**21)
+    for schedule in SCHEDULES:
+        result, *gradients = fused(*tensors, schedule=schedule)
+        torch.testing.assert_close(result.divergence, exact.divergence, rtol=1e-4, atol=1e-7)
+        for got, want in zip(gradients, expected, strict=True):
+            assert relative_error(got, want) < 4e-3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_same_bits_from_run_to_run(schedule):
+    tensors = problem(500, width=1024)
+    token_weight = torch.randn(500, device="cuda") * (torch.arange(500, device="cuda") % 3 > 0)
+    first = fused(*tensors, token_weight=token_weight, schedule=schedule)
+    again = fused(*tensors, token_weight=token_weight, schedule=schedule)
+    assert torch.equal(first[0].divergence, again[0].divergence)
+    assert torch.equal(first[1], again[1]) and torch.equal(first[2], again[2])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_more_than_2_to_the_31_logits(schedule, monkeypatch):
+    """In one chunk: the last rows are those of a call of their own."""
+    rows = 14400
+    monkeypatch.setitem(chunked.BUFFER_BYTES, "gpu", 2 * 4 * rows * (VOCABULARY + 64))
+    hidden, weight, teacher, _ = problem(rows, width=128)
+    assert rows * VOCABULARY > 2**31
+    result, grad_hidden, _ = fused(hidden, weight, teacher, schedule=schedule)
+    tail, tail_hidden, _ = fused(hidden[-100:], weight, teacher[-100:], schedule=schedule)
+    torch.testing.assert_close(result.divergence[-100:], tail.divergence, rtol=1e-4, atol=1e-7)
+    assert relative_error(grad_hidden[-100:], tail_hidden) < 4e-3
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 50257, 100278, 151936, 262144])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_row_kernel_in_place(vocabulary, beta):
+    """A bf16 gradient over the student's rows has the bits of an fp32 gradient elsewhere, rounded."""
+    student = torch.randn(300, vocabulary, device="cuda") * 3
+    teacher = student + 0.3 * torch.randn_like(student)
+    weight, options = torch.randn(300, device="cuda"), {"beta": beta, "temperature": 1.0, "teacher_is_difference": False}
+    gradient = torch.full_like(student, torch.nan)
+    expected = row_divergence_triton.row_divergence(student, teacher, weight, None, **options, gradient=gradient)
+    over = student.view(torch.bfloat16)[:, :vocabulary]
+    scalars = row_divergence_triton.row_divergence(student, teacher, weight, None, **options, gradient=over)
+    assert all(torch.equal(x, y) for x, y in zip(scalars, expected, strict=True))
+    assert torch.equal(over, gradient.bfloat16())
+
+
+def peak_mib(rows, schedule, grad=True):
+    """MiB over inputs and gradients, of a second call: the library's workspace is there already."""
+    hidden, weight, teacher, _ = problem(rows)
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        if grad:
+            result = fused(hidden, weight, teacher, schedule=schedule)
+            gradients = sum(x.nbytes for x in result[1:])
+        else:
+            with torch.no_grad():
+                result, gradients = linear_divergence(hidden, weight, teacher, schedule=schedule), 0
+        peak = torch.cuda.max_memory_allocated() - before - gradients
+        del result
+    return peak / 2**20
+
+
+def test_tiled_needs_next_to_no_memory():
+    """Qwen3-8B's head, 8192 rows, of which the logits of one side are 4.6 GiB in fp32."""
+    assert peak_mib(8192, "tiled") <= 64
+    assert peak_mib(8192, "tiled", grad=False) <= 16
+
+
+def test_chunked_memory_does_not_grow_with_rows():
+    """Two buffers, and from the second chunk on an fp32 sum of the head's gradient."""
+    buffers = chunked.BUFFER_BYTES["gpu"] / 2**20
+    assert peak_mib(512, "chunked") <= buffers
+    several = [peak_mib(rows, "chunked") for rows in (2048, 4096)]
+    assert max(several) <= buffers + 4 * VOCABULARY * WIDTH / 2**20 + 64
+    assert several[1] - several[0] <= 64
+
+
+def waits(run):
+    """How often the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_host_waits_once_or_never(schedule):
+    hidden, weight, teacher, _ = problem(64, vocabulary=5003, width=256)
+    hidden, teacher = hidden.view(8, 8, 256).requires_grad_(), teacher.view(8, 8, 256)
+    rewards = (torch.arange(8, device="cuda") % 3 == 0).float()
+    batch = {
+        "rewards": rewards,
+        "question_ids": torch.arange(8, device="cuda") // 4,
+        "mask": torch.ones(8, 8, device="cuda"),
+        "target_ids": torch.zeros(8, 8, dtype=torch.long, device="cuda"),
+        "schedule": schedule,
+    }
+    rows = torch.arange(64, device="cuda")
+
+    def step(**options):
+        scsdpo_loss(hidden, weight, teacher, **batch, **options).loss.backward()
+
+    step()  # compiles, tunes
+    assert waits(step) == 1
+    assert waits(lambda: step(rows=rows)) == 0
+    assert waits(lambda: question_weights(rewards, batch["question_ids"])) == 0
+
+
+def test_question_weights_have_the_cpus_values():
+    generator = torch.Generator().manual_seed(0)
+    for count in (0, 1, 8, 256, 3000):
+        rewards = torch.randint(2, (count,), generator=generator).float()
+        ids = torch.randint(-50, 50, (count,), generator=generator)
+        for options in ({}, {"exponent": 1.0}, {"success_threshold": 0.5}):
+            expected = question_weights(rewards, ids, **options)
+            got = question_weights(rewards.cuda(), ids.cuda(), **options).cpu()
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_would_have_raised_is_nan_with_rows(schedule):
+    hidden, weight, teacher, _ = problem(20, vocabulary=301, width=64)
+    token_weight, ids = torch.ones(20, device="cuda"), torch.zeros(20, dtype=torch.long, device="cuda")
+    ids[3] = 301
+    rows = torch.arange(20, device="cuda")
+    result, *gradients = fused(hidden, weight, teacher, target_ids=ids, rows=rows, schedule=schedule)
+    assert result.student_logp[3].isnan() and result.student_logp[4].isfinite()
+    assert all(x.isfinite().all() for x in gradients)
+    result, *gradients = fused(hidden, weight, teacher, token_weight=token_weight, rows=rows[:-1], schedule=schedule)
+    assert result.loss.isnan() and all(x.isnan().any() for x in gradients)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_compiles_into_one_graph(schedule):
+    hidden, weight, teacher, _ = problem(40, vocabulary=3001, width=64)
+
+    def step(hidden, weight):
+        return linear_divergence(hidden, weight, teacher, schedule=schedule).loss * 3
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = run(*inputs)
+        results.append((loss, *torch.autograd.grad(loss, inputs)))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_two_streams_at_once():
+    problems = [problem(200, vocabulary=20011, width=512, seed=seed) for seed in (0, 1)]
+    expected = [fused(*tensors) for tensors in problems]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in problems]
+    got = []
+    for stream, tensors in zip(streams, problems, strict=True):
+        with torch.cuda.stream(stream):
+            got.append(fused(*tensors))
+    torch.cuda.synchronize()
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one[0].divergence, other[0].divergence)
+        assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
