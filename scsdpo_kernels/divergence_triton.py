@@ -9,11 +9,12 @@ A first walk over the vocabulary sums, with e = e^((s - max s)/τ) and φ(y) = e
     Z = Σ e      Y = Σ e y      Φ = Σ e φ(y)      and so      η = log(1 + x),  x = (Y + Φ)/Z
     KL(p‖q) = η - Y/Z = Φ/Z - (x - log(1 + x))
 
-which has nothing left to cancel when c is the mean of t - s under p. Each set of entries takes its own mean; merging two
-sets moves both to the mean of all, as the parallel variance does. A row whose student has more than half of its mass in
-one entry takes that entry's own t - s instead: its y is then exactly 0, and so does not round what the gradient of a
-peaked row is made of. KL(q‖p) is the same with the sides exchanged. The Jensen-Shannon divergence needs both normalisers
-before its value: its first walk sums S = Σ e (e^y - 1), of which η = log(1 + S/Z), and a second one the terms.
+which has nothing left to cancel when c is the mean of t - s under p. Each set of entries takes its own mean; merging
+two sets moves both to the mean of all, as the parallel variance does. A row whose student has more than half of its
+mass in one entry takes that entry's own t - s instead: its y is then exactly 0, and so does not round what the
+gradient of a peaked row is made of. KL(q‖p) is the same with the sides exchanged. The Jensen-Shannon divergence needs
+both normalisers before its value: its first walk sums S = Σ e (e^y - 1), of which η = log(1 + S/Z), and a second one
+the terms.
 
 Every function takes blocks of rows × entries, so that one copy serves rows of resident logits and tiles that exist in
 registers only. -inf logits contribute their limit; NaN and +inf come out as NaN.
@@ -333,7 +334,7 @@ def _score(d, share_s, share_t, objective: tl.constexpr):
 
 @triton.jit
 def top_score(own, centre, offset, share_s, share_t, inverse_temperature, objective: tl.constexpr):
-    """(R,) the score of the student's most likely entry: the reference that a peaked row's mean keeps its digits from."""
+    """(R,) the score of the student's most likely entry, from which the scores of a peaked row are counted."""
     score = _score((own - centre) * inverse_temperature - offset, share_s, share_t, objective)
     return tl.where(tl.abs(score) < _INFINITY, score, 0.0)
 

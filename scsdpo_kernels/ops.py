@@ -77,7 +77,8 @@ def _operator(
         per_token[:, kept] = scalars
         fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
         logps = fields[3:] or [_zeros(token_weight, None), _zeros(token_weight, None)]
-        return loss, *fields[:3], *logps, grad_hidden, _zeros(student_weight, None) if grad_weight is None else grad_weight
+        grad_weight = _zeros(student_weight, None) if grad_weight is None else grad_weight
+        return loss, *fields[:3], *logps, grad_hidden, grad_weight
 
 
 def _current(device: torch.device) -> AbstractContextManager:
@@ -157,8 +158,8 @@ def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
 _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, rows, beta,
-           temperature):  # fmt: skip
+def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, rows,
+           beta, temperature):  # fmt: skip
     differentiable = torch.is_grad_enabled()
     loss, *outputs = _operator(
         student_hidden,
@@ -187,7 +188,15 @@ def _reference(student_hidden, student_weight, teacher_hidden, teacher_weight, t
     kept, _ = kept_rows(token_weight, target_ids, rows, vocabulary=student_weight.shape[0], summed_head=None)
     with torch.autocast(student_hidden.device.type, enabled=False):
         return reference.linear_divergence(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, kept, beta, temperature
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            token_weight,
+            target_ids,
+            kept,
+            beta,
+            temperature,
         )
 
 
@@ -220,8 +229,9 @@ def why_not(name: str, device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return f"its kernels for device {device.type!r} need Triton, which is not installed"
     if device.type == "cpu":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        return None if interpreted else "it runs on GPUs, and on a CPU under Triton's interpreter only (TRITON_INTERPRET=1)"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "it runs on GPUs, and on a CPU in Triton's interpreter only (TRITON_INTERPRET=1)"
     if device.type not in ("cuda", "xpu"):
         return f"it has no kernels for device {device.type!r}, only for 'cuda', 'xpu' and 'cpu'"
     if name == "tiled" and device.type == "cuda" and torch.version.hip is None:

@@ -1,7 +1,8 @@
 """Question weights (arXiv 2605.27765, eq. 15-16) in one launch, without waiting for the device.
 
-One program compares every pair of rollouts. Rollouts with the same id make a question; its first one stands for it in the
-mean over questions. B² comparisons are about 2·10⁵ for the paper's batch of 256, and still milliseconds for 10⁴ rollouts.
+One program compares every pair of rollouts. Rollouts with the same id make a question; its first one stands for it in
+the mean over questions. B² comparisons are about 2·10⁵ for the paper's batch of 256, and still milliseconds for 10⁴
+rollouts.
 """
 
 import torch
@@ -75,7 +76,7 @@ def question_weights(
     rewards = rewards.contiguous()
     weights = torch.empty(len(rewards), dtype=torch.float32, device=rewards.device)
     raw = torch.empty(len(rewards), dtype=torch.float64, device=rewards.device)
-    if success_threshold is not None and rewards.is_floating_point():  # compared as torch compares, in the rewards' dtype
+    if success_threshold is not None and rewards.is_floating_point():  # torch compares in the rewards' dtype
         success_threshold = torch.tensor(success_threshold, dtype=rewards.dtype).item()
     question_weights_kernel[1,](
         rewards, question_ids.contiguous(), raw, weights, len(rewards),

@@ -5,8 +5,8 @@
     2        s, t (8 bytes)                  Jensen-Shannon only: its terms and the mean score
     3        s, t (8 bytes)   G (2 or 4)     weight · ∂D/∂s
 
-18 bytes of a pair of logits at beta 0 and 1, 26 between, with a bf16 gradient. Jensen-Shannon's two more reads cannot go:
-its terms need both normalisers, its gradient needs the mean score, and a row of both sides fits no multiprocessor.
+18 bytes of a pair of logits at beta 0 and 1, 26 between, with a bf16 gradient. Jensen-Shannon's two more reads cannot
+go: its terms need both normalisers, its gradient needs the mean score, and a row of both sides fits no multiprocessor.
 Programs share nothing: no atomics, the same bits from run to run.
 """
 
@@ -29,10 +29,10 @@ from .divergence_triton import (
     value,
 )
 
-# Entries of a row at a time, warps, and blocks on their way from memory while one is computed. 16 entries a thread; three
-# programs of 33 KiB fit a multiprocessor's registers. Without a cap on these, ptxas spills to fit four. Not timed on
-# hardware yet; SASS for sm_90 has 235 instructions an entry for Jensen-Shannon with a bf16 gradient, 99 and 87 at beta 0
-# and 1, where copying the bytes above leaves an H200 room for about 180 and 124.
+# Entries of a row at a time, warps, and blocks on their way from memory while one is computed. 16 entries a thread;
+# three programs of 33 KiB fit a multiprocessor's registers. Without a cap on these, ptxas spills to fit four. Not
+# timed on hardware yet; SASS for sm_90 has 235 instructions an entry for Jensen-Shannon with a bf16 gradient, 99 and
+# 87 at beta 0 and 1, where copying the bytes above leaves an H200 room for about 180 and 124.
 BLOCK, WARPS = 2048, 4
 STAGES = tl.constexpr(3)
 
@@ -78,10 +78,11 @@ def row_divergence_kernel(
             max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above,
             a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, inverse_temperature, objective,
         )  # fmt: skip
-    divergence, entropy_s, entropy_t, log_s, log_t, base_s, base_t, centre, offset, scale_s, scale_t, reference, mean = (
-        concluded(
-            max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, objective
-        )
+    (
+        divergence, entropy_s, entropy_t, log_s, log_t,
+        base_s, base_t, centre, offset, scale_s, scale_t, reference, mean,
+    ) = concluded(
+        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, objective
     )  # fmt: skip
 
     if objective == JENSEN_SHANNON:
@@ -89,9 +90,7 @@ def row_divergence_kernel(
         of_student, of_teacher = tl.zeros_like(z_s), tl.zeros_like(z_s)
         for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
             s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
-            p, q, d = probabilities(
-                s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature
-            )
+            p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
             student_sum, teacher_sum, score_sum = divergence_terms(p, q, d, reference, share_s, share_t)
             of_student += student_sum
             of_teacher += teacher_sum
@@ -119,9 +118,7 @@ def row_divergence_kernel(
         for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
             s, t, d, columns, inside = _entries(student, teacher, start, vocabulary, difference, BLOCK)
             tl.debug_barrier()  # a bf16 block is written over logits that another warp reads in this round
-            p, q, d = probabilities(
-                s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature
-            )
+            p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
             g = gradient(p, q, d, scale, reference, mean, share_s, share_t, objective)
             tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
 

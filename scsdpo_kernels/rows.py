@@ -36,8 +36,10 @@ def kept_rows(
     vocabulary: int,
     summed_head: Tensor | None,  # () the sum of a head that must not have infinite entries
 ) -> tuple[Tensor, bool]:  # (K,) int64, whether summed_head is finite
-    """The rows to compute, checked. On an accelerator it waits for the device once, and not at all where `rows` is given:
-    nothing is checked then (`complete` answers for the list) and the head is taken to be finite.
+    """The rows to compute, checked.
+
+    On an accelerator this waits for the device once, and not at all where `rows` is given: nothing is checked then
+    (`complete` answers for the list) and the head is taken to be finite.
     """
     weight = token_weight.reshape(-1)
     if rows is not None and weight.device.type != "cpu":
@@ -48,7 +50,9 @@ def kept_rows(
     lowest, highest = ids.aminmax() if ids.numel() else (ids.sum(), ids.sum())
     finite = torch.isfinite(weight.float()).all()
     head = torch.ones_like(finite) if summed_head is None else torch.isfinite(summed_head)
-    count, finite, head, lowest, highest = torch.stack([keep.sum(), finite.long(), head.long(), lowest, highest]).tolist()
+    count, finite, head, lowest, highest = torch.stack(
+        [keep.sum(), finite.long(), head.long(), lowest, highest]
+    ).tolist()
     if not finite:
         raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
     if not 0 <= lowest <= highest < vocabulary:

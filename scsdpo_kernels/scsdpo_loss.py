@@ -41,9 +41,10 @@ def scsdpo_loss(
     for the whole batch.
 
     Args:
-        reduction: "token-mean": Σ w̄ m D / Σ m. "weighted-token-mean": Σ w̄ m D / Σ w̄ m. "sequence-mean": the mean over
-            each rollout's tokens, then over all B rollouts. "sum": Σ w̄ m D. `token_weight` multiplies D in each of them
-            and is in no denominator.
+        reduction: "token-mean": Σ w̄ m D / Σ m. "weighted-token-mean": Σ w̄ m D / Σ w̄ m. "sequence-mean": the mean
+        over
+            each rollout's tokens, then over all B rollouts. "sum": Σ w̄ m D. `token_weight` multiplies D in each of
+            them and is in no denominator.
         denominator: tokens (or rollouts, for "sequence-mean") of the whole optimiser step, where this call is one
             micro-batch or rank of it. None: this call's.
         divergence_options: beta, temperature, target_ids, schedule of `linear_divergence`.

@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import Rows
 from .divergence_triton import (
     JENSEN_SHANNON,
     concluded,
@@ -33,6 +32,7 @@ from .divergence_triton import (
     top_score,
     value,
 )
+from .rows import Rows
 
 # Bytes of G, the slab of weighted scores.
 SLAB_BYTES = 16 * 2**20
@@ -46,8 +46,9 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class Tile(NamedTuple):
-    """Blocks of rows, vocabulary and width, warps, stages of the loads' pipeline, and a cap that keeps ptxas from spilling
-    to fit a second program.
+    """Blocks of rows, vocabulary and width, warps, and stages of the loads' pipeline.
+
+    maxnreg is a cap on registers: with one, ptxas does not spill to fit a second program.
     """
 
     ROWS: int
@@ -76,8 +77,8 @@ TILES = {
     ("sm_90", 2): [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 8, 3)],
     ("sm_100", 2): [Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 8, 4)],
     ("gfx942", 2): [Tile(64, 64, 64, 8, 2), Tile(64, 64, 32, 8, 2)],
-    ("sm_80", 4): [Tile(64, 64, 16, 8, 2, 255)],
-    ("sm_90", 4): [Tile(64, 64, 16, 8, 2, 255)],
+    ("sm_80", 4): [Tile(64, 64, 16, 8, 2)],
+    ("sm_90", 4): [Tile(64, 64, 16, 8, 2)],
     ("sm_100", 4): [Tile(64, 64, 16, 8, 2, 255)],
     ("gfx942", 4): [Tile(64, 64, 16, 8, 2)],
     ("interpreter", 2): [Tile(32, 64, 16, 1, 1)],
@@ -191,7 +192,8 @@ def _logits(
         for start in range(0, teacher_width, WIDTH):
             k = start + tl.arange(0, WIDTH)
             x = _matrix_tile(teacher, teacher_rows, teacher_stride, k, teacher_width, inside, EVEN)
-            w = _head_tile(teacher_head, teacher_head_stride, first_column, start, vocabulary, teacher_width, descriptors,
+            w = _head_tile(teacher_head, teacher_head_stride, first_column, start, vocabulary, teacher_width,
+            descriptors,
                            EVEN, COLUMNS, WIDTH)  # fmt: skip
             t = _dot(x, w, t, precision)
     return s, t
@@ -317,9 +319,7 @@ def moments_kernel(
                 max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above,
                 a, b, c, d, e, f, g, h, i, j, inverse_temperature, objective,
             )  # fmt: skip
-        _store_moments(
-            partial, at, step, inside, max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above
-        )
+        _store_moments(partial, at, step, inside, max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above)
         tl.debug_barrier()  # before the next tile's parts are written to scratch
 
 
@@ -366,9 +366,21 @@ def conclude_kernel(
             max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above,
             a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, inverse_temperature, objective,
         )  # fmt: skip
-    divergence, entropy_s, entropy_t, log_s, log_t, base_s, base_t, centre, offset, scale_s, scale_t, reference, mean = (
-        concluded(max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, objective)
-    )
+    (
+        divergence,
+        entropy_s,
+        entropy_t,
+        log_s,
+        log_t,
+        base_s,
+        base_t,
+        centre,
+        offset,
+        scale_s,
+        scale_t,
+        reference,
+        mean,
+    ) = concluded(max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, objective)
     if objective == JENSEN_SHANNON:
         reference = top_score(own, centre, offset, share_s, share_t, inverse_temperature, objective)
     tl.store(scalars + numbers, divergence, inside)
@@ -419,8 +431,8 @@ def terms_kernel(
         )  # fmt: skip
         earlier = inside & (tl.full((ROWS,), column, tl.int32) > first)
         for part in range(parts):
-            s_part, t_part, d_part, columns = _part(s, t, part, column, vocabulary, difference)
-            base_s, base_t, centre, offset, scale_s, scale_t, reference, mean = _load_row(row, numbers, count, inside)
+            s_part, t_part, d_part, _columns = _part(s, t, part, column, vocabulary, difference)
+            base_s, base_t, centre, offset, scale_s, scale_t, reference, _mean = _load_row(row, numbers, count, inside)
             p, q, d_part = probabilities(
                 s_part, t_part, d_part, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature
             )
@@ -491,7 +503,8 @@ def grad_hidden_kernel(
     """grad_hidden[kept] += slab · head, tile by tile of rows × width, with fp32 sums.
 
     A bf16 gradient is summed in 24 bits between slabs (`halves`): its own 16 hold the upper half of the fp32 number,
-    `low` (rows, width) the next 8 bits, rounded. That keeps 2⁻¹⁶ of a sum at a byte an entry. The last slab rounds to bf16.
+    `low` (rows, width) the next 8 bits, rounded. That keeps 2⁻¹⁶ of a sum at a byte an entry. The last slab rounds to
+    bf16.
     """
     numbers, inside, rows, _ = _block_of_rows(kept, kept, count, ROWS)
     k = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
@@ -630,8 +643,8 @@ def splits_of(tiles: int, blocks: int, processors: int, resident: int) -> tuple[
     """Into how many ranges of how many tiles the vocabulary is cut: one program for each range and block of rows.
 
     Programs start range by range, so that about processors / ranges blocks of rows run at once. That is at most
-    `resident`, blocks whose hidden states stay in the cache while all of them walk the vocabulary. Among such numbers of
-    ranges, few, since each costs the moments of all rows once more, and such that the last programs end together.
+    `resident`, blocks whose hidden states stay in the cache while all of them walk the vocabulary. Among such numbers
+    of ranges, few, since each costs the moments of all rows once more, and such that the last programs end together.
     """
 
     def idle(splits: int) -> float:  # share of the processors' time, by whole waves of programs of equal length
@@ -666,8 +679,9 @@ def _processors(device: torch.device) -> tuple[int, int]:
 
 
 def _has_descriptors(*heads: Tensor) -> bool:
-    """Whether the copy engine fetches tiles of the heads: a device that has one, 16-bit entries (fp32 kernels would spill),
-    16-byte alignment.
+    """Whether the copy engine fetches the heads' tiles.
+
+    That takes a device that has one, 16-byte alignment, and 16-bit entries: with fp32 ones the kernels would spill.
     """
     if target(heads[0].device) not in ("sm_90", "sm_100", "interpreter") or heads[0].element_size() != 2:
         return False

@@ -28,11 +28,23 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 TYPES = {2: "bf16", 4: "fp32"}
-INTEGERS = (
-    "width teacher_width count vocabulary tiles_each splits first_column slab_columns columns first last parts rows"
-).split()
-FP32 = "target_logits scratch partial scalars row weight weights".split()
-OPERANDS = "student teacher student_head teacher_head head slab".split()
+INTEGERS = [
+    "width",
+    "teacher_width",
+    "count",
+    "vocabulary",
+    "tiles_each",
+    "splits",
+    "first_column",
+    "slab_columns",
+    "columns",
+    "first",
+    "last",
+    "parts",
+    "rows",
+]
+FP32 = ["target_logits", "scratch", "partial", "scalars", "row", "weight", "weights"]
+OPERANDS = ["student", "teacher", "student_head", "teacher_head", "head", "slab"]
 
 
 def kernels(target):
@@ -74,7 +86,8 @@ def kernels(target):
                 (tiled.gradient_kernel, (0, 2)),
             ):
                 for objective in objectives:
-                    yield kernel.fn, dict.fromkeys(OPERANDS, TYPES[bytes_]), {**constants, "objective": objective}, options
+                    operands = dict.fromkeys(OPERANDS, TYPES[bytes_])
+                    yield kernel.fn, operands, {**constants, "objective": objective}, options
     for bytes_ in (2, 4):
         tile = tiled.GRAD_HIDDEN_TILES[target, bytes_]
         constants = {"halves": bytes_ == 2, "EVEN": True, "precision": "ieee", **tile.blocks()}

@@ -20,6 +20,13 @@ VOCABULARY, WIDTH = 151936, 4096  # Qwen3-8B
 SCHEDULES = ("chunked", "tiled")
 
 
+@pytest.fixture(autouse=True)
+def mostly_untuned(request):
+    """The contract is tested with the configurations that are chosen by timing, the rest without waiting for that."""
+    if request.node.originalname != "test_bf16_contract":
+        request.getfixturevalue("untuned")
+
+
 def problem(rows, dtype=torch.bfloat16, vocabulary=VOCABULARY, width=WIDTH, distance=0.1, own=False, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
 
@@ -67,9 +74,7 @@ def test_bf16_contract(schedule, beta, own):
         gradient = (1 - beta) * p * (log_p - log_m - (p * (log_p - log_m)).sum(-1, keepdim=True))
     rounded = gradient.bfloat16().double()
     sticks = (rounded @ weight.double()).bfloat16(), (rounded.T @ hidden.double()).bfloat16()
-    for got, stick, expected in zip(
-        (grad_hidden, grad_weight), sticks, (exact_hidden, exact_weight), strict=True
-    ):
+    for got, stick, expected in zip((grad_hidden, grad_weight), sticks, (exact_hidden, exact_weight), strict=True):
         assert relative_error(got, expected) <= 2 * relative_error(stick, expected)
 
 
@@ -127,7 +132,8 @@ def test_row_kernel_in_place(vocabulary, beta):
     """A bf16 gradient over the student's rows has the bits of an fp32 gradient elsewhere, rounded."""
     student = torch.randn(300, vocabulary, device="cuda") * 3
     teacher = student + 0.3 * torch.randn_like(student)
-    weight, options = torch.randn(300, device="cuda"), {"beta": beta, "temperature": 1.0, "teacher_is_difference": False}
+    weight = torch.randn(300, device="cuda")
+    options = {"beta": beta, "temperature": 1.0, "teacher_is_difference": False}
     gradient = torch.full_like(student, torch.nan)
     expected = row_divergence_triton.row_divergence(student, teacher, weight, None, **options, gradient=gradient)
     over = student.view(torch.bfloat16)[:, :vocabulary]

@@ -322,12 +322,12 @@ def test_a_schedule_that_cannot_run_says_why(monkeypatch):
     hidden, weight, teacher, _ = problem()
     with pytest.raises(ValueError, match="expected one of auto, chunked, tiled, reference, got 'fastest'"):
         linear_divergence(hidden, weight, teacher, schedule="fastest")
-    with pytest.raises(ValueError, match="'chunked'.*no kernels for device 'meta'"):
+    with pytest.raises(ValueError, match=r"'chunked'.*no kernels for device 'meta'"):
         linear_divergence(hidden.to("meta"), weight.to("meta"), teacher.to("meta"), schedule="chunked")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="'tiled'.*runs on GPUs"):
+    with pytest.raises(ValueError, match=r"'tiled'.*runs on GPUs"):
         linear_divergence(hidden, weight, teacher, schedule="tiled")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="'tiled'.*need Triton, which is not installed"):
+    with pytest.raises(ValueError, match=r"'tiled'.*need Triton, which is not installed"):
         linear_divergence(hidden, weight, teacher, schedule="tiled")
     assert linear_divergence(hidden, weight, teacher).loss > 0  # a CPU needs none

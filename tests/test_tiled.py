@@ -12,6 +12,7 @@ from test_package import LargestTensor
 
 from scsdpo_kernels import linear_divergence, tiled
 
+pytestmark = pytest.mark.usefixtures("untuned")
 BETAS = (0.0, 0.3, 1.0)
 
 
@@ -46,7 +47,7 @@ def test_fp32_contract(beta, head):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_shared_fp32_head_keeps_relative_precision(beta):
-    """The difference is projected: D = c/2 Var_p(delta . W) to second order, c = 1 at the ends, else beta (1 - beta)."""
+    """The difference is projected: D = c/2 Var_p(delta . W) to second order, c = 1 or beta (1 - beta)."""
     hidden, weight, teacher, _ = problem(distance=1e-6, scale=4.0, vocabulary=301)
     exact = oracle.end_to_end(hidden, weight, teacher, beta=beta)
     result, grad_hidden, grad_weight = run(hidden, weight, teacher, beta=beta)
@@ -174,7 +175,8 @@ def test_strided_hidden_states_and_heads(rows):
 def test_no_rows():
     hidden, weight, teacher, _ = problem(leading=(4,), vocabulary=50)
     for leading in (0, 4):
-        result, grad_hidden, grad_weight = run(hidden[:leading], weight, teacher[:leading], token_weight=torch.zeros(leading))
+        rows = hidden[:leading], weight, teacher[:leading]
+        result, grad_hidden, grad_weight = run(*rows, token_weight=torch.zeros(leading))
         assert result.loss == 0 and (grad_hidden == 0).all() and (grad_weight == 0).all()
 
 
@@ -209,8 +211,8 @@ def test_splits_cover_the_vocabulary():
         assert (splits - 1) * each < tiles <= splits * each
         # no more blocks at once than are resident, unless there are too few tiles
         assert processors <= 1.5 * splits * max(resident, 1) or splits * 4 > tiles or blocks < resident
-    # Qwen3-8B in tiles of 128 on an H200, where 14 blocks' hidden states fit half of the cache: ten ranges for 64 blocks
-    # of rows, 640 programs in five waves; and a single full wave for four blocks
+    # Qwen3-8B in tiles of 128 on an H200, where 14 blocks' hidden states fit half of the cache: ten ranges for 64
+    # blocks of rows, 640 programs in five waves; and a single full wave for four blocks
     assert tiled.splits_of(1187, 64, 132, 14) == (10, 119)
     assert tiled.splits_of(1187, 4, 132, 14) == (33, 36)
 

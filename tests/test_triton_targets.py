@@ -60,8 +60,9 @@ def test_every_configuration_compiles_without_spills(compiled, version, target):
     lines = compiled[version, target].result()
     for line in lines:
         print(
-            f"{line['triton']} {target} {label(line)} warps={line.get('num_warps', 4)} stages={line.get('num_stages', '-')}: "
-            f"{line['registers']} registers, {line['shared']} bytes shared, {line['stack']} bytes spilled, {line['mma']}"
+            f"{line['triton']} {target} {label(line)} warps={line.get('num_warps', 4)} "
+            f"stages={line.get('num_stages', '-')}: {line['registers']} registers, {line['shared']} bytes shared, "
+            f"{line['stack']} bytes spilled, {line['mma']}"
         )
     assert {line["triton"] for line in lines} == {version}
     assert {line["kernel"] for line in lines} >= MATRIX_KERNELS | {"row_divergence_kernel", "question_weights_kernel"}

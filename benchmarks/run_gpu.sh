@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Everything there is to know of this package on a GPU, in one command of less than nine minutes:
+#
+#   benchmarks/run_gpu.sh OUT
+#
+# for a machine whose python3 holds torch >= 2.8, triton >= 3.6, pybind11, scikit-build-core and pytest, and which needs no
+# package registry. Builds in place, runs the kernels' tests and the GPU tests, then measures; results are in OUT as they come.
+# Peers are measured too where they are installed, or lie as wheels in .whl/.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${1:?usage: benchmarks/run_gpu.sh OUT}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+begun=$SECONDS
+left() { echo $((530 - (SECONDS - begun))); }  # seconds of the nine minutes
+
+{
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv 2>/dev/null
+  "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__, torch.cuda.get_device_name())'
+} | tee "$out/machine.txt"
+
+echo "== build"
+if ! "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --editable . >"$out/build.log" 2>&1; then
+  tail -n 30 "$out/build.log"
+  exit 1
+fi
+for wheel in .whl/*.whl; do
+  [[ -e $wheel ]] && "$python" -m pip install --quiet --no-deps --no-index "$wheel" >>"$out/build.log" 2>&1
+done
+
+failed=0
+workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8") # most of the small tests' time is Triton's compiler
+tests() {                                                        # name, seconds, arguments of pytest
+  local name=$1 limit=$2
+  shift 2
+  echo "== tests: $name"
+  timeout "$limit" "$python" -m pytest -q --maxfail=12 -p no:cacheprovider -o timeout=0 -W ignore "$@" >"$out/tests-$name.log" 2>&1 || failed=1
+  tail -n 15 "$out/tests-$name.log"
+}
+# The row kernel first: what everything else rests on.
+tests rows 70 $workers tests/test_row_divergence.py -k triton
+tests tiled 90 $workers tests/test_tiled.py
+tests weights 40 tests/test_weights.py
+tests gpu 150 -m gpu tests/test_gpu.py
+
+echo "== measure"
+timeout "$(left)" "$python" benchmarks/gpu.py --output "$out" --seconds $(($(left) - 60)) 2>&1 | tee "$out/gpu.md" | tail -n 120
+exit $failed
