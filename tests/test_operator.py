@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 from test_linear_divergence import DTYPES, fused, problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scsdpo_kernels import chunked, linear_divergence, native
 
@@ -331,3 +332,53 @@ def test_a_schedule_that_cannot_run_says_why(monkeypatch):
     with pytest.raises(ValueError, match=r"'tiled'.*need Triton, which is not installed"):
         linear_divergence(hidden, weight, teacher, schedule="tiled")
     assert linear_divergence(hidden, weight, teacher).loss > 0  # a CPU needs none
+
+
+@pytest.mark.parametrize("schedule", ["chunked", "reference", "tiled"])
+def test_rows_that_the_caller_knows(schedule):
+    """The list may have rows of weight 0 as well, and any order: the loss and the gradients are those without it."""
+    hidden, weight, teacher, _ = problem(leading=(3, 4), vocabulary=50)
+    token_weight = torch.randn(3, 4)
+    token_weight[1] = 0
+    ids = torch.randint(50, (3, 4))
+    options = {"token_weight": token_weight, "target_ids": ids, "schedule": schedule}
+    expected, *gradients = fused(hidden, weight, teacher, **options)
+    rows = torch.tensor([11, 0, 1, 2, 3, 8, 9, 10, 5])
+    result, *got = fused(hidden, weight, teacher, rows=rows, **options)
+    for x, y in zip((result.loss, *got), (expected.loss, *gradients), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    listed = torch.zeros(12, dtype=torch.bool).index_fill(0, rows, True).view(3, 4)
+    for x, y in zip(result[1:], expected[1:], strict=True):
+        torch.testing.assert_close(x[token_weight != 0], y[token_weight != 0], rtol=1e-5, atol=1e-5)
+        assert (x[~listed] == 0).all()
+    assert result.divergence[1, 1] > 0  # listed, though its weight is 0
+
+
+class Waits(TorchDispatchMode):
+    """Names of operators that would make the host wait for an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"):
+            self.names.append(name)
+        if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            self.names.append("index by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", ["chunked", "tiled"])
+def test_the_host_waits_for_nothing_but_the_number_of_rows(monkeypatch, schedule):
+    """What needs a value on the host is asked for in one transfer, and not at all with `rows`."""
+    hidden, weight, teacher, _ = problem(leading=(3, 4), vocabulary=50)
+    options = {"target_ids": torch.zeros(3, 4, dtype=torch.long), "schedule": schedule}
+    transfers, tolist = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(len(self)) or tolist(self))
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    with Waits() as waits:
+        loss = linear_divergence(hidden, weight, teacher, **options).loss
+    assert loss > 0 and transfers == [5] and waits.names == []

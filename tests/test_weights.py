@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scsdpo_kernels import question_weights
+from scsdpo_kernels import question_weights, question_weights_triton
 
 
 def by_hand(rewards, ids, exponent=0.5):
@@ -86,6 +87,45 @@ def test_reward_dtypes_and_lists(dtype):
 
 def test_no_gradient():
     assert not question_weights(torch.rand(4, requires_grad=True), torch.zeros(4, dtype=torch.long)).requires_grad
+
+
+def kernel(rewards, ids, exponent=0.5, success_threshold=None):
+    """The Triton kernel, wherever the tensors are."""
+    tensors = rewards.to(DEVICE), ids.to(DEVICE)
+    return question_weights_triton.question_weights(*tensors, exponent, success_threshold).cpu()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("exponent, threshold", [(0.5, None), (1.0, None), (0.25, 0.5), (0.0, 1.0)])
+def test_the_kernel_equals_the_definition(count, exponent, threshold):
+    """Degenerate questions, ids of any size, questions whose rollouts lie in several blocks, one rollout a question."""
+    generator = torch.Generator().manual_seed(count)
+    rewards = torch.randint(2, (count,), generator=generator).float()
+    for ids in (
+        torch.randint(9, (count,), generator=generator) - 4 + 2**40,
+        torch.arange(count) % 2,
+        torch.arange(count),
+    ):
+        expected = question_weights(rewards, ids, exponent=exponent, success_threshold=threshold)
+        torch.testing.assert_close(kernel(rewards, ids, exponent, threshold), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.float64])
+def test_the_kernels_thresholds_are_compared_as_torch_compares(dtype):
+    rewards = (torch.tensor([0.1, 0.3, 0.7, 0.9]) * (10 if not dtype.is_floating_point else 1)).to(dtype)
+    ids = torch.zeros(4, dtype=torch.int32)
+    for threshold in (rewards[1].item(), 0.3, 0.1, 5):
+        expected = question_weights(rewards, ids, success_threshold=threshold)
+        assert torch.equal(kernel(rewards, ids, 0.5, threshold), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -0.5, 1.5])
+def test_the_kernel_makes_all_weights_nan_where_a_reward_is_refused(bad):
+    """In another question too: no weight of a batch with a broken reward looks right."""
+    rewards, ids = torch.tensor([1.0, 0.0, bad, 1.0, 0.0]), torch.tensor([0, 0, 1, 1, 1])
+    assert kernel(rewards, ids).isnan().all()
+    with_threshold = kernel(rewards, ids, 0.5, 0.5)
+    assert with_threshold.isnan().all() if math.isnan(bad) else with_threshold.isfinite().all()
 
 
 ZEROS = torch.zeros(2, dtype=torch.long)
