@@ -53,9 +53,10 @@ def _operator(
         )
         student, student_rows = as_matrix(student_hidden, kept)
         teacher, teacher_rows = as_matrix(teacher_hidden, kept)
-        weight = token_weight.reshape(-1)[kept].float()
+        weight = token_weight.reshape(-1)[kept]
         if rows is not None:  # an incomplete list may not give a gradient that looks right
             weight = torch.where(complete(weight, token_weight), weight, torch.nan)
+        weight = weight.float()
         target = None if target_ids is None else target_ids.reshape(-1)[kept].long()
         grad_hidden = _zeros(student_hidden, _gradient_dtype(student_hidden) if want_grad_hidden else None)
         scalars, grad_weight = divergence_rows(

@@ -153,6 +153,22 @@ def test_slabs_add_up_with_more_than_the_gradients_digits(monkeypatch, dtype):
         assert relative_error(many, one) < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 2e-3}[dtype]
 
 
+def test_the_24_bits_are_rounded_without_bias():
+    """fp32 sums of positive terms, kept between 60 slabs: cut off, they would fall short by 60 × 2⁻¹⁷."""
+    rows, columns, width = 32, 32, 32
+    slab, head = (torch.rand(shape, dtype=torch.float32).bfloat16() for shape in ((rows, columns), (columns, width)))
+    slab, head, kept = on_device(slab, head, torch.arange(rows))
+    grad_hidden = torch.empty(rows, width, dtype=torch.bfloat16, device=DEVICE)
+    low = torch.empty(rows, width, dtype=torch.uint8, device=DEVICE)
+    for number in range(60):
+        tiled._add_grad_hidden(slab, columns, head, kept, grad_hidden, low, first=number == 0, last=False)
+    upper = grad_hidden.view(torch.int16).int() << 16
+    total = (upper | (low.int() << 8)).view(torch.float32).cpu().double()
+    exact = 60 * (slab.double() @ head.double()).cpu()
+    error = (total - exact) / exact
+    assert error.abs().max() < 5e-4 and error.mean().abs() < 5e-5
+
+
 def test_nan_survives_the_24_bits():
     hidden, weight, teacher, _ = problem(leading=(4,), vocabulary=300, dtype=torch.bfloat16)
     hidden[1] = torch.nan
@@ -191,6 +207,21 @@ def test_evaluation_allocates_rows_only(monkeypatch, beta):
     splits, _ = tiled.splits_of(-(-vocabulary // 64), -(-rows // 32), 6, 1024)
     if DEVICE == "cpu":
         assert largest.numel <= tiled.MOMENTS * tiled.PARTS * splits * rows < rows * vocabulary / 3
+
+
+def test_training_allocates_no_logits(monkeypatch):
+    monkeypatch.setattr(tiled, "SLAB_BYTES", 0)
+    rows, width, vocabulary = 40, 8, 2000
+    hidden, weight, teacher, _ = on_device(*problem(leading=(rows,), width=width, vocabulary=vocabulary))
+    with LargestTensor() as largest:
+        fused(hidden, weight, teacher, schedule="tiled")
+    splits, _ = tiled.splits_of(-(-vocabulary // 64), -(-rows // 32), 6, 1024)
+    if DEVICE == "cpu":
+        assert (
+            largest.numel
+            <= max(tiled.MOMENTS * tiled.PARTS * splits * rows, vocabulary * width)
+            < rows * vocabulary / 3
+        )
 
 
 def test_frozen_sides():
