@@ -3,7 +3,7 @@
 #
 #   benchmarks/run_gpu.sh OUT
 #
-# for a machine whose python3 holds torch >= 2.8, triton >= 3.6, pybind11, scikit-build-core and pytest, and which needs no
+# for a machine whose python3 holds torch >= 2.10, triton >= 3.6, pybind11, scikit-build-core and pytest, and which needs no
 # package registry. Builds in place, runs the kernels' tests and the GPU tests, then measures; results are in OUT as they come.
 # Peers are measured too where they are installed, or lie as wheels in .whl/.
 set -uo pipefail
@@ -12,7 +12,7 @@ out=${1:?usage: benchmarks/run_gpu.sh OUT}
 mkdir -p "$out"
 python=${PYTHON:-python3}
 begun=$SECONDS
-left() { echo $((530 - (SECONDS - begun))); }  # seconds of the nine minutes
+left() { echo $((530 - (SECONDS - begun) > 60 ? 530 - (SECONDS - begun) : 60)); } # seconds of the nine minutes
 
 {
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv 2>/dev/null
@@ -34,7 +34,7 @@ tests() {                                                        # name, seconds
   local name=$1 limit=$2
   shift 2
   echo "== tests: $name"
-  timeout "$limit" "$python" -m pytest -q --maxfail=12 -p no:cacheprovider -o timeout=0 -W ignore "$@" >"$out/tests-$name.log" 2>&1 || failed=1
+  timeout -k 5 "$limit" "$python" -m pytest -q --maxfail=12 -p no:cacheprovider -o timeout=0 -W ignore "$@" >"$out/tests-$name.log" 2>&1 || failed=1
   tail -n 15 "$out/tests-$name.log"
 }
 # The row kernel first: what everything else rests on.
@@ -44,5 +44,6 @@ tests weights 40 tests/test_weights.py
 tests gpu 150 -m gpu tests/test_gpu.py
 
 echo "== measure"
-timeout "$(left)" "$python" benchmarks/gpu.py --output "$out" --seconds $(($(left) - 60)) 2>&1 | tee "$out/gpu.md" | tail -n 120
+timeout -k 5 "$(left)" "$python" benchmarks/gpu.py --output "$out" --seconds $(($(left) - 50)) 2>&1 | tee "$out/gpu.md" | tail -n 120
+((PIPESTATUS[0] == 0)) || failed=1
 exit $failed

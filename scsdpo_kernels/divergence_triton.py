@@ -270,20 +270,22 @@ def concluded(max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inve
     reference = tl.zeros_like(z)
     mean = tl.zeros_like(z)
     divergence = tl.zeros_like(z)
-    if objective == JENSEN_SHANNON:
-        divergence += offset * 0.0  # NaN stays
-    else:
+    if objective != JENSEN_SHANNON:
         _, curvature = _log_series(x)
         eta = tl.where(trusted, tl.log(1.0 + x), -apart if objective == FORWARD else apart)
         divergence = tl.where(_is_small(x), above / z - curvature, eta - linear / z)
         divergence = tl.where(divergence < 0, 0.0, divergence)
+    # A NaN row is NaN throughout, even if its own entry's share has underflowed: both sums have kept it.
+    divergence = tl.where((z_s == z_s) & (z_t == z_t), divergence, float("nan"))
     if objective == REVERSE:
         offset = tl.zeros_like(z)
         mean = -linear / z
         # An infinite mean (the teacher forbids what the student allows) is taken as the largest finite one: the
         # forbidden entries' gradient is then +inf, never inf - inf.
         mean = tl.where(mean > _LARGEST, _LARGEST, mean)
-        mean = tl.where(divergence == divergence, mean, divergence)  # a NaN row is NaN throughout
+        mean = tl.where(divergence == divergence, mean, divergence)
+    else:
+        offset = tl.where(divergence == divergence, offset, divergence)
     return (
         divergence, log_s - h_s / z_s, log_t - h_t / z_t, log_s, log_t,
         base_s, base_t, centre, offset, 1.0 / z_s, 1.0 / z_t, reference, mean,

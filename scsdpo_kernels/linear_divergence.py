@@ -86,6 +86,10 @@ def linear_divergence(
     if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
         raise ValueError(f"rows: expected shape (K,) and dtype int64, got {tuple(rows.shape)} and {rows.dtype}")
 
+    if rows is not None and rows.numel() > token_weight.numel():
+        raise ValueError(f"rows: expected at most the {token_weight.numel()} rows that there are, got {rows.numel()}")
+    rows = None if rows is None else rows.contiguous()
+
     run = ops.schedule(schedule, student_hidden.device)
 
     hidden, weight, teacher = _autocast(student_hidden, student_weight, teacher_hidden.detach())

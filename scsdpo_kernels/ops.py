@@ -42,6 +42,7 @@ def _operator(
 
     with torch.autocast(student_hidden.device.type, enabled=False), _current(student_hidden.device):
         shared = teacher_weight is None or _same_storage(teacher_weight, student_weight)
+        silent = rows is not None and token_weight.device.type != "cpu"  # nothing waits, nothing is checked
         may_subtract = shared and student_weight.dtype == teacher_hidden.dtype == torch.float32
         kept, head_is_finite = kept_rows(
             token_weight,
@@ -49,14 +50,15 @@ def _operator(
             rows,
             vocabulary=student_weight.shape[0],
             # an infinite entry, which forbids a token, would meet a difference of 0: 0 · inf is no logit
-            summed_head=student_weight.sum() if may_subtract else None,
+            summed_head=student_weight.sum() if may_subtract and not silent else None,
         )
         student, student_rows = as_matrix(student_hidden, kept)
         teacher, teacher_rows = as_matrix(teacher_hidden, kept)
-        weight = token_weight.reshape(-1)[kept]
-        if rows is not None:  # an incomplete list may not give a gradient that looks right
-            weight = torch.where(complete(weight, token_weight), weight, torch.nan)
-        weight = weight.float()
+        weight = token_weight.reshape(-1)[kept].float()
+        poison = torch.zeros((), device=weight.device)
+        if silent:  # a wrong list may not give a loss or a gradient that looks right
+            poison = torch.where(complete(rows, token_weight.reshape(-1)), poison, torch.nan)
+            weight = weight + poison
         target = None if target_ids is None else target_ids.reshape(-1)[kept].long()
         grad_hidden = _zeros(student_hidden, _gradient_dtype(student_hidden) if want_grad_hidden else None)
         scalars, grad_weight = divergence_rows(
@@ -64,7 +66,7 @@ def _operator(
             student_weight,
             teacher,
             student_weight if shared else teacher_weight,
-            Rows(kept, student_rows, teacher_rows, weight, target),
+            Rows(kept, student_rows, teacher_rows, weight, target, rows is None and len(kept) == token_weight.numel()),
             beta=beta,
             temperature=temperature,
             teacher_is_difference=may_subtract and head_is_finite,
@@ -73,7 +75,10 @@ def _operator(
             grad_weight_dtype=_gradient_dtype(student_weight) if want_grad_weight else None,
         )
 
-        loss = torch.where(weight == 0, 0.0, weight.double() * scalars[0].double()).sum().float()
+        loss = torch.where(weight == 0, 0.0, weight.double() * scalars[0].double()).sum().float() + poison
+        if silent and len(kept) == 0:
+            for gradient in (grad_hidden, grad_weight):
+                _ = gradient is None or gradient.add_(poison)
         per_token = torch.zeros(len(scalars), token_weight.numel(), dtype=torch.float32, device=token_weight.device)
         per_token[:, kept] = scalars
         fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]

@@ -26,7 +26,7 @@ def linear_divergence(
     """The fields of LinearDivergence, in fp32 (float64 for float64 inputs)."""
     teacher_weight = student_weight if teacher_weight is None else teacher_weight
     weight = token_weight.reshape(-1)[kept].double()
-    weight = torch.where(complete(weight, token_weight), weight, torch.nan)
+    weight = torch.where(complete(kept, token_weight.reshape(-1)), weight, torch.nan)
     log_p = _log_probabilities(_rows(student_hidden, kept), student_weight, temperature)
     log_q = _log_probabilities(_rows(teacher_hidden, kept), teacher_weight, temperature).detach()
 

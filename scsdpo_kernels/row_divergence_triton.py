@@ -29,10 +29,10 @@ from .divergence_triton import (
     value,
 )
 
-# Entries of a row at a time, warps, and blocks on their way from memory while one is computed. 16 entries a thread;
-# three programs of 33 KiB fit a multiprocessor's registers. Without a cap on these, ptxas spills to fit four. Not
-# timed on hardware yet; SASS for sm_90 has 235 instructions an entry for Jensen-Shannon with a bf16 gradient, 99 and
-# 87 at beta 0 and 1, where copying the bytes above leaves an H200 room for about 180 and 124.
+# Entries of a row at a time, warps, and, in the passes that only read, stages of the loads' pipeline. 16 entries a
+# thread; three programs of 33 KiB fit a multiprocessor's registers. Without a cap on these, ptxas spills to fit four.
+# Not timed on hardware yet: SASS for sm_90 has 235 instructions an entry for Jensen-Shannon with a bf16 gradient, 99
+# and 87 at beta 0 and 1, where copying the bytes above leaves an H200 room for about 180 and 124.
 BLOCK, WARPS = 2048, 4
 STAGES = tl.constexpr(3)
 
@@ -115,7 +115,7 @@ def row_divergence_kernel(
     if has_gradient:
         gradient_out += row * gradient_stride
         scale = gradient_scale(tl.load(weight + row + one), share_s, inverse_temperature, objective)
-        for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
+        for start in range(0, vocabulary, BLOCK):
             s, t, d, columns, inside = _entries(student, teacher, start, vocabulary, difference, BLOCK)
             tl.debug_barrier()  # a bf16 block is written over logits that another warp reads in this round
             p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)

@@ -14,6 +14,7 @@ class Rows(NamedTuple):
     teacher: Tensor  # (K,) int64 of the teacher's
     weight: Tensor  # (K,) fp32
     target: Tensor | None  # (K,) int64
+    are_all: bool  # the rows are all rows, in order
 
 
 def as_matrix(
@@ -24,7 +25,11 @@ def as_matrix(
     try:
         matrix = hidden.view(-1, hidden.shape[-1])
     except RuntimeError:
-        matrix = hidden[torch.unravel_index(kept, hidden.shape[:-1])]
+        index, rest = [], kept
+        for size in reversed(hidden.shape[:-1]):
+            index.insert(0, rest % size)
+            rest = rest // size
+        matrix = hidden[tuple(index)]
         kept = torch.arange(len(kept), device=kept.device)
     return matrix if matrix.stride(1) == 1 else matrix.contiguous(), kept
 
@@ -43,7 +48,7 @@ def kept_rows(
     """
     weight = token_weight.reshape(-1)
     if rows is not None and weight.device.type != "cpu":
-        return rows, True
+        return rows.clamp(0, max(0, weight.numel() - 1)), True
     keep = weight != 0
     ids = torch.zeros_like(keep, dtype=torch.int64) if target_ids is None else target_ids.reshape(-1).long()
     ids = torch.where(keep if rows is None else _listed(rows, keep), ids, 0)
@@ -58,7 +63,7 @@ def kept_rows(
     if not 0 <= lowest <= highest < vocabulary:
         raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {lowest} to {highest}")
     if rows is not None:
-        if not complete(weight[rows], weight):
+        if not complete(rows, weight):
             raise ValueError("rows: expected every row whose token_weight is not 0, once")
         return rows, bool(head)
     # The k-th kept row is where the running count reaches k: as torch.nonzero, without waiting for the device again.
@@ -74,8 +79,13 @@ def _listed(rows: Tensor, keep: Tensor) -> Tensor:
 
 
 def complete(
-    listed: Tensor,  # (K,) weights of the listed rows
+    rows: Tensor,  # (K,) int64
     weight: Tensor,  # (N,) all weights
 ) -> Tensor:  # () bool
-    """Whether a list of rows has every row of weight other than 0 once."""
-    return listed.count_nonzero() == weight.count_nonzero()
+    """Whether a list of rows has every row of weight other than 0 once, no row twice and none that does not exist."""
+    within = (rows >= 0) & (rows < len(weight))
+    listed = rows.clamp(0, max(0, len(weight) - 1))
+    times = torch.zeros_like(weight, dtype=torch.int32).index_add_(
+        0, listed, torch.ones_like(listed, dtype=torch.int32)
+    )
+    return within.all() & ((times == 1) | ((times == 0) & (weight == 0))).all()

@@ -96,8 +96,10 @@ def target(device: torch.device) -> str:
     return "gfx942" if device.type == "cuda" else "sm_80"
 
 
-def tiles(tensor: Tensor) -> list[Tile]:
-    return TILES[target(tensor.device), tensor.element_size()]
+def tiles(student: Tensor, teacher: Tensor, width: int, teacher_width: int) -> list[Tile]:
+    """The configurations for two sides' hidden states. Widths that no model has would spill in the large tiles."""
+    large = student.element_size() == teacher.element_size() == 2 and width % 64 == teacher_width % 64 == 0
+    return TILES[target(student.device), 2 if large else 4]
 
 
 # `grad_hidden_kernel` adds in place and so is not tuned by running it. Its COLUMNS are the slab's, walked inside.
@@ -116,9 +118,12 @@ GRAD_HIDDEN_TILES = {
 
 _tuned = triton.autotune(
     [tile.config() for tile in dict.fromkeys(tile for choice in TILES.values() for tile in choice)],
-    key=["width", "teacher_width", "shared", "difference", "descriptors"],
+    key=["width", "teacher_width", "magnitude", "shared", "difference", "descriptors"],
     prune_configs_by={
-        "early_config_prune": lambda configs, arguments, **_: [tile.config() for tile in tiles(arguments["student"])]
+        "early_config_prune": lambda configs, arguments, **_: [
+            tile.config()
+            for tile in tiles(*(arguments[name] for name in ("student", "teacher", "width", "teacher_width")))
+        ]
     },
     cache_results=True,
 )
@@ -282,7 +287,7 @@ def _store_moments(partial, at, step, inside, a, b, c, d, e, f, g, h, i, j):
 def moments_kernel(
     student, student_stride, student_head, student_head_stride, width,
     teacher, teacher_stride, teacher_head, teacher_head_stride, teacher_width,
-    student_rows, teacher_rows, count, vocabulary, parts,
+    student_rows, teacher_rows, count, vocabulary, magnitude, parts,
     scratch, partial, tiles_each, inverse_temperature,
     objective: tl.constexpr, shared: tl.constexpr, difference: tl.constexpr, descriptors: tl.constexpr,
     EVEN: tl.constexpr, precision: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
@@ -406,7 +411,7 @@ def conclude_kernel(
 def terms_kernel(
     student, student_stride, student_head, student_head_stride, width,
     teacher, teacher_stride, teacher_head, teacher_head_stride, teacher_width,
-    student_rows, teacher_rows, count, vocabulary, parts,
+    student_rows, teacher_rows, count, vocabulary, magnitude, parts,
     row, partial, tiles_each, inverse_temperature, share_s, share_t,
     shared: tl.constexpr, difference: tl.constexpr, descriptors: tl.constexpr,
     EVEN: tl.constexpr, precision: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
@@ -466,7 +471,7 @@ def value_kernel(partial, parts, count, scalars, row, share_s, share_t, ROWS: tl
 def gradient_kernel(
     student, student_stride, student_head, student_head_stride, width,
     teacher, teacher_stride, teacher_head, teacher_head_stride, teacher_width,
-    student_rows, teacher_rows, count, vocabulary, parts,
+    student_rows, teacher_rows, count, vocabulary, magnitude, parts,
     row, weight, slab, first_column, slab_columns, inverse_temperature, share_s, share_t,
     objective: tl.constexpr, shared: tl.constexpr, difference: tl.constexpr, descriptors: tl.constexpr,
     EVEN: tl.constexpr, precision: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
@@ -554,15 +559,18 @@ def divergence_rows(
     grad_weight_dtype: torch.dtype | None,  # None: not wanted
 ) -> tuple[Tensor, Tensor | None]:  # (3, K) fp32 row scalars, (5, K) with targets; (V, D)
     """Row scalars of the kept rows, and the gradients of Σ weight · divergence."""
-    student, teacher, student_weight, teacher_weight = (
-        x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher, student_weight, teacher_weight)
-    )
+    shared = teacher_weight is student_weight
+    student_weight = _unit_stride(student_weight)
+    teacher_weight = student_weight if shared else _unit_stride(teacher_weight)
     count, vocabulary, device = len(rows.weight), student_weight.shape[0], student.device
     scalars = torch.empty(3 if rows.target is None else 5, count, dtype=torch.float32, device=device)
     if count == 0:
         return scalars, None if grad_weight_dtype is None else torch.zeros_like(student_weight, dtype=grad_weight_dtype)
-    tile = tiles(student)[0]
+    choice = tiles(student, teacher, student.shape[1], teacher.shape[1])
+    tile = choice[0]
     blocks = triton.cdiv(count, tile.ROWS)
+    if MOMENTS * PARTS * count * 128 >= 2**31:  # the kernels count moments in 32 bits
+        raise ValueError(f"schedule='tiled': expected fewer than 200000 rows in one call, got {count}; split the call")
     processors, cache = _processors(device)
     resident = cache // 2 // (tile.ROWS * (student.shape[1] + teacher.shape[1]) * student.element_size())
     splits, each = splits_of(triton.cdiv(vocabulary, tile.COLUMNS), blocks, processors, resident)
@@ -572,11 +580,13 @@ def divergence_rows(
         teacher, teacher.stride(0), teacher_weight, teacher_weight.stride(0), teacher.shape[1],
         rows.student, rows.teacher, count, vocabulary,
     )  # fmt: skip
+    # What configurations are chosen by, beside the widths: programs for a few rows are not those for many.
+    magnitude = min(blocks.bit_length(), 7)
     variant = {
-        "shared": student_weight.data_ptr() == teacher_weight.data_ptr(),
+        "shared": shared,
         "difference": teacher_is_difference,
-        "descriptors": _has_descriptors(student_weight, teacher_weight),
-        "EVEN": all(x.shape[1] % choice.WIDTH == 0 for x in (student, teacher) for choice in tiles(student)),
+        "descriptors": tile in TILES[target(device), 2] and _has_descriptors(student_weight, teacher_weight),
+        "EVEN": all(x.shape[1] % tile.WIDTH == 0 for x in (student, teacher) for tile in choice),
         "precision": _precision(student.dtype),
         "enable_fp_fusion": True,
     }
@@ -586,7 +596,9 @@ def divergence_rows(
     row = torch.empty(ROW, count, dtype=torch.float32, device=device)
     partial = torch.empty(MOMENTS, splits, count, dtype=torch.float32, device=device)
     scratch = torch.empty(MOMENTS, PARTS, splits, count, dtype=torch.float32, device=device)
-    moments_kernel[splits, blocks](*problem, PARTS, scratch, partial, each, numbers[0], objective=which, **variant)
+    moments_kernel[splits, blocks](
+        *problem, magnitude, PARTS, scratch, partial, each, numbers[0], objective=which, **variant
+    )
     target_logits = None
     if rows.target is not None:
         target_logits = torch.empty(2, count, dtype=torch.float32, device=device)
@@ -597,7 +609,7 @@ def divergence_rows(
         objective=which, has_target=rows.target is not None, **by_row,
     )  # fmt: skip
     if which == JENSEN_SHANNON.value:
-        terms_kernel[splits, blocks](*problem, PARTS, row, scratch, each, *numbers, **variant)
+        terms_kernel[splits, blocks](*problem, magnitude, PARTS, row, scratch, each, *numbers, **variant)
         value_kernel[triton.cdiv(count, 128),](scratch, PARTS * splits, count, scalars, row, *numbers[1:], **by_row)
     del partial, scratch
     if grad_hidden is None and grad_weight_dtype is None:
@@ -608,14 +620,14 @@ def divergence_rows(
     grad_weight = hidden = None
     if grad_weight_dtype is not None:
         grad_weight = torch.empty_like(student_weight, dtype=grad_weight_dtype)
-        hidden = _compact(student, rows).to(score_dtype)
+        hidden = (student if rows.are_all else student[rows.student]).to(score_dtype)
     low = None
     if grad_hidden is not None and grad_hidden.dtype == torch.bfloat16:
         low = torch.empty(count, student.shape[1], dtype=torch.uint8, device=device)
     for first in range(0, vocabulary, columns):
         here = min(columns, vocabulary - first)
         gradient_kernel[triton.cdiv(here, tile.COLUMNS), blocks](
-            *problem, PARTS, row, rows.weight, slab, first, columns, *numbers, objective=which, **variant
+            *problem, magnitude, PARTS, row, rows.weight, slab, first, columns, *numbers, objective=which, **variant
         )
         if grad_weight is not None:
             torch.mm(slab[:, :here].t(), hidden, out=grad_weight[first : first + here])
@@ -629,8 +641,8 @@ def divergence_rows(
 
 def _add_grad_hidden(slab, columns, head, rows, grad_hidden, low, first: bool, last: bool) -> None:
     halves = low is not None
-    tile = GRAD_HIDDEN_TILES[target(slab.device), slab.element_size()]
     width = head.shape[1]
+    tile = GRAD_HIDDEN_TILES[target(slab.device), slab.element_size() if width % 64 == 0 else 4]
     grad_hidden_kernel[triton.cdiv(width, tile.WIDTH), triton.cdiv(len(rows), tile.ROWS)](
         slab, slab.stride(0), head, head.stride(0), width, rows, len(rows), columns,
         grad_hidden.view(torch.int16) if halves else grad_hidden, grad_hidden.stride(0), low, int(first), int(last),
@@ -663,9 +675,8 @@ def slab_columns(rows: int, vocabulary: int, itemsize: int, step: int) -> int:
     return min(max(SLAB_BYTES // (rows * itemsize) // step, 1), -(-vocabulary // step)) * step
 
 
-def _compact(hidden: Tensor, rows: Rows) -> Tensor:
-    """The kept rows: without a copy where they are all."""
-    return hidden if len(rows.student) == len(hidden) else hidden[rows.student]
+def _unit_stride(head: Tensor) -> Tensor:
+    return head if head.stride(1) == 1 else head.contiguous()
 
 
 def _processors(device: torch.device) -> tuple[int, int]:
@@ -683,7 +694,7 @@ def _has_descriptors(*heads: Tensor) -> bool:
 
     That takes a device that has one, 16-byte alignment, and 16-bit entries: with fp32 ones the kernels would spill.
     """
-    if target(heads[0].device) not in ("sm_90", "sm_100", "interpreter") or heads[0].element_size() != 2:
+    if target(heads[0].device) not in ("sm_90", "sm_100", "interpreter") or any(x.element_size() != 2 for x in heads):
         return False
     return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in heads)
 

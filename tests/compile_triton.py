@@ -29,6 +29,7 @@ TARGETS = {
 }
 TYPES = {2: "bf16", 4: "fp32"}
 INTEGERS = [
+    "magnitude",
     "width",
     "teacher_width",
     "count",
@@ -88,6 +89,16 @@ def kernels(target):
                 for objective in objectives:
                     operands = dict.fromkeys(OPERANDS, TYPES[bytes_])
                     yield kernel.fn, operands, {**constants, "objective": objective}, options
+    # Widths that are no multiples of 64, and sides of different dtypes, take the tiles of fp32.
+    tile = tiled.TILES[target, 4][0]
+    constants = {"difference": False, "descriptors": False, "EVEN": False, "precision": "ieee", **tile.blocks()}
+    mixed = {**dict.fromkeys(OPERANDS, "bf16"), "teacher": "fp32", "teacher_head": "fp32"}
+    for operands, shared in ((dict.fromkeys(OPERANDS, "bf16"), True), (mixed, False)):
+        for kernel in (tiled.moments_kernel, tiled.terms_kernel, tiled.gradient_kernel):
+            yield kernel.fn, operands, {**constants, "shared": shared, "objective": 2}, tile.options()
+    tile = tiled.GRAD_HIDDEN_TILES[target, 4]
+    constants = {"halves": True, "EVEN": False, "precision": "ieee", **tile.blocks()}
+    yield tiled.grad_hidden_kernel, dict.fromkeys(OPERANDS, "bf16"), constants, tile.options()
     for bytes_ in (2, 4):
         tile = tiled.GRAD_HIDDEN_TILES[target, bytes_]
         constants = {"halves": bytes_ == 2, "EVEN": True, "precision": "ieee", **tile.blocks()}
@@ -124,6 +135,7 @@ def compiled(kernel, elements, constants, options, target):
         else:
             signature[name] = "i32" if name in INTEGERS else "fp32"
         aligned = name.endswith("stride") or name in ("width", "teacher_width", "slab_columns", "vocabulary")
+        aligned = aligned and constants.get("EVEN", True)
         if signature[name][0] == "*" or aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)

@@ -129,17 +129,21 @@ def test_more_than_2_to_the_31_logits(schedule, monkeypatch):
 @pytest.mark.parametrize("vocabulary", [1, 7, 50257, 100278, 151936, 262144])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_row_kernel_in_place(vocabulary, beta):
-    """A bf16 gradient over the student's rows has the bits of an fp32 gradient elsewhere, rounded."""
+    """A bf16 gradient over the student's rows has the bits of one elsewhere: an fp32 gradient but for rounding."""
     student = torch.randn(300, vocabulary, device="cuda") * 3
     teacher = student + 0.3 * torch.randn_like(student)
     weight = torch.randn(300, device="cuda")
     options = {"beta": beta, "temperature": 1.0, "teacher_is_difference": False}
-    gradient = torch.full_like(student, torch.nan)
+    exact = torch.full_like(student, torch.nan)
+    row_divergence_triton.row_divergence(student, teacher, weight, None, **options, gradient=exact)
+    gradient = torch.full((300, 2 * vocabulary), torch.nan, dtype=torch.bfloat16, device="cuda")[:, :vocabulary]
     expected = row_divergence_triton.row_divergence(student, teacher, weight, None, **options, gradient=gradient)
     over = student.view(torch.bfloat16)[:, :vocabulary]
     scalars = row_divergence_triton.row_divergence(student, teacher, weight, None, **options, gradient=over)
     assert all(torch.equal(x, y) for x, y in zip(scalars, expected, strict=True))
-    assert torch.equal(over, gradient.bfloat16())
+    assert torch.equal(over, gradient)
+    if vocabulary > 1:
+        assert relative_error(over, exact) < 4e-3
 
 
 def peak_mib(rows, schedule, grad=True):
@@ -163,7 +167,7 @@ def peak_mib(rows, schedule, grad=True):
 def test_tiled_needs_next_to_no_memory():
     """Qwen3-8B's head, 8192 rows, of which the logits of one side are 4.6 GiB in fp32."""
     assert peak_mib(8192, "tiled") <= 64
-    assert peak_mib(8192, "tiled", grad=False) <= 16
+    assert peak_mib(8192, "tiled", grad=False) <= 32  # 360 bytes a row for each of ten ranges of the vocabulary
 
 
 def test_chunked_memory_does_not_grow_with_rows():
@@ -191,6 +195,7 @@ def waits(run):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_host_waits_once_or_never(schedule):
     hidden, weight, teacher, _ = problem(64, vocabulary=5003, width=256)
+    weight.requires_grad_()
     hidden, teacher = hidden.view(8, 8, 256).requires_grad_(), teacher.view(8, 8, 256)
     rewards = (torch.arange(8, device="cuda") % 3 == 0).float()
     batch = {
@@ -205,9 +210,14 @@ def test_the_host_waits_once_or_never(schedule):
     def step(**options):
         scsdpo_loss(hidden, weight, teacher, **batch, **options).loss.backward()
 
-    step()  # compiles, tunes
-    assert waits(step) == 1
-    assert waits(lambda: step(rows=rows)) == 0
+    def shifted(**options):  # no view of these is a matrix
+        linear_divergence(hidden[:, :-1], weight, teacher[:, 1:], schedule=schedule, **options).loss.backward()
+
+    for run, every in ((step, rows), (shifted, rows[:56])):
+        run()  # compiles, tunes
+        run(rows=every)
+        assert waits(run) == 1
+        assert waits(lambda run=run, every=every: run(rows=every)) == 0
     assert waits(lambda: question_weights(rewards, batch["question_ids"])) == 0
 
 

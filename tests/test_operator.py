@@ -2,12 +2,14 @@
 
 import importlib.util
 
+import oracle
 import pytest
 import torch
 from test_linear_divergence import DTYPES, fused, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scsdpo_kernels import chunked, linear_divergence, native
+from scsdpo_kernels.rows import complete
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -352,6 +354,49 @@ def test_rows_that_the_caller_knows(schedule):
         torch.testing.assert_close(x[token_weight != 0], y[token_weight != 0], rtol=1e-5, atol=1e-5)
         assert (x[~listed] == 0).all()
     assert result.divergence[1, 1] > 0  # listed, though its weight is 0
+
+
+@pytest.mark.parametrize("schedule", ["chunked", "reference", "tiled"])
+def test_all_rows_in_another_order(schedule):
+    hidden, weight, teacher, _ = problem(leading=(12,), vocabulary=50)
+    expected, *gradients = fused(hidden, weight, teacher, schedule=schedule)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for rows in (order, torch.stack([order, order], dim=1)[:, 0]):  # with any stride
+        result, *got = fused(hidden, weight, teacher, rows=rows, schedule=schedule)
+        for x, y in zip((result.divergence, *got), (expected.divergence, *gradients), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "rows, weight, right",
+    [
+        ([0, 1, 2], [1.0, 2.0, 3.0], True),
+        ([2, 0], [1.0, 0.0, 3.0], True),
+        ([1, 2, 0], [1.0, 0.0, 3.0], True),
+        ([], [0.0, 0.0], True),
+        ([0, 1], [1.0, 2.0, 3.0], False),
+        ([0, 0, 0], [1.0, 2.0, 3.0], False),
+        ([0, 2, 2], [1.0, 0.0, 3.0], False),
+        ([1, 1, 0], [1.0, 0.0], False),
+        ([0, -1], [1.0, 2.0], False),
+        ([0, 2], [1.0, 2.0], False),
+        ([], [1.0], False),
+    ],
+)
+def test_a_list_of_rows_is_complete_or_not(rows, weight, right):
+    assert complete(torch.tensor(rows, dtype=torch.long), torch.tensor(weight)).item() == right
+
+
+@pytest.mark.parametrize("schedule", ["chunked", "tiled"])
+def test_heads_that_share_memory_but_not_shape_or_strides(schedule):
+    """A transposed head is itself on both sides; a narrower view of the student's is a head of its own."""
+    hidden, weight, teacher, _ = problem(leading=(12,), width=16, vocabulary=50)
+    transposed = weight.t().contiguous().t()
+    for head, teacher_hidden, teacher_head in ((transposed, teacher, None), (weight, teacher[:, :8], weight[:, :8])):
+        exact = oracle.end_to_end(hidden, head, teacher_hidden, teacher_head)
+        result, *gradients = fused(hidden, head, teacher_hidden, teacher_head, schedule=schedule)
+        for got, expected in zip((result.divergence, *gradients), exact[1:], strict=True):
+            assert oracle.relative_error(got, expected) < 3e-6
 
 
 class Waits(TorchDispatchMode):

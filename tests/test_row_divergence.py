@@ -97,7 +97,7 @@ def test_full_vocabulary(beta):
 @pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
 @pytest.mark.parametrize("height, offset", [(26.0, 0.0), (20.0, 1.3)])
 def test_peaked_rows_keep_their_gradient(kernel, beta, difference, height, offset):
-    """p = 1 - 1e-8 or 1 - 3e-6 at one entry of both: score minus mean score would be rounding there, whatever the offset."""
+    """p = 1 - 1e-8 or 1 - 3e-6 at one entry of both: score minus mean score would be rounding there."""
     student, _ = logits(1000, 1.0, 0.0)
     student[:, 123] = height
     teacher = student.double() + offset + 1e-2 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))
@@ -228,11 +228,25 @@ def test_nan_stays_in_its_row(kernel, bad, side, beta):
 
 
 @best_kernels
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("beta", BETAS)
+def test_nan_among_entries_that_underflow(kernel, side, beta):
+    """A NaN 300 below the row's largest logits: its share of every sum is 0, and the row is NaN all the same."""
+    student, teacher = logits(1000, 1.0, 0.3)
+    student[:, 500:] -= 300
+    teacher[:, 500:] -= 300
+    (student if side == "student" else teacher)[2, 700] = torch.nan
+    scalars, gradient = run(student, teacher, beta, kernel=kernel)
+    assert scalars.divergence[2].isnan() and gradient[2, :500].isnan().all()
+    assert scalars.divergence[[0, 1, 3, 4]].isfinite().all()
+
+
+@best_kernels
 @pytest.mark.parametrize("weight", [0.0, -1.0, 1e-20, 1e25, -1e30])
 def test_weight_scales_the_gradient_alone(kernel, weight):
     student, teacher = logits(500, 2.0, 0.3)
     plain, unit = run(student, teacher, 0.5, kernel=kernel)
-    scalars, gradient = run(student, teacher, 0.5, weight=torch.full((5,), weight))
+    scalars, gradient = run(student, teacher, 0.5, weight=torch.full((5,), weight), kernel=kernel)
     assert_same(scalars.divergence, plain.divergence, kernel)
     scaled = unit.double() * np.float32(weight)
     if kernel == "triton":  # it also reads its logits again
