@@ -121,7 +121,8 @@ def step(loss: Callable, tensors: tuple[Tensor, ...], token_weight: Tensor, beta
 
 def gradient_errors(loss: Callable, tensors: tuple[Tensor, ...], beta: float) -> list[float]:
     hidden, weight, teacher = (x.detach() for x in tensors)
-    hidden, teacher, ones = hidden[:SUBSAMPLE], teacher[:SUBSAMPLE], torch.ones(SUBSAMPLE, device="cuda")
+    hidden, teacher = hidden[:SUBSAMPLE], teacher[:SUBSAMPLE]
+    ones = torch.ones(len(hidden), device="cuda")
     exact = hidden.double().requires_grad_(), weight.double().requires_grad_()
     linear_divergence(*exact, teacher.double(), beta=beta, schedule="reference").loss.backward()
     got = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
