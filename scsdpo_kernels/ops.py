@@ -55,10 +55,9 @@ def _operator(
         student, student_rows = as_matrix(student_hidden, kept)
         teacher, teacher_rows = as_matrix(teacher_hidden, kept)
         weight = token_weight.reshape(-1)[kept].float()
-        poison = torch.zeros((), device=weight.device)
         if silent:  # a wrong list may not give a loss or a gradient that looks right
-            poison = torch.where(complete(rows, token_weight.reshape(-1)), poison, torch.nan)
-            weight = weight + poison
+            right = complete(rows, token_weight.reshape(-1))
+            weight = torch.where(right, weight, torch.nan)
         target = None if target_ids is None else target_ids.reshape(-1)[kept].long()
         grad_hidden = _zeros(student_hidden, _gradient_dtype(student_hidden) if want_grad_hidden else None)
         scalars, grad_weight = divergence_rows(
@@ -75,10 +74,10 @@ def _operator(
             grad_weight_dtype=_gradient_dtype(student_weight) if want_grad_weight else None,
         )
 
-        loss = torch.where(weight == 0, 0.0, weight.double() * scalars[0].double()).sum().float() + poison
-        if silent and len(kept) == 0:
-            for gradient in (grad_hidden, grad_weight):
-                _ = gradient is None or gradient.add_(poison)
+        loss = torch.where(weight == 0, 0.0, weight.double() * scalars[0].double()).sum().float()
+        if silent and len(kept) == 0:  # nothing above has become NaN
+            for result in (loss, grad_hidden, grad_weight):
+                _ = result is None or result.masked_fill_(~right, torch.nan)
         per_token = torch.zeros(len(scalars), token_weight.numel(), dtype=torch.float32, device=token_weight.device)
         per_token[:, kept] = scalars
         fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
