@@ -13,6 +13,7 @@ is up.
 """
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -54,14 +55,16 @@ def liger(hidden, weight, teacher, token_weight, beta):
     return LigerFusedLinearJSD(jsd_beta=beta)(hidden, weight, teacher, weight.detach(), None) * len(hidden)
 
 
-def liger_chunked(hidden, weight, teacher, token_weight, beta):
+@functools.cache
+def _liger_loss(beta: float) -> Callable:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = liger_chunked.__dict__.setdefault(
-        beta, LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=True)
-    )
+    return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=True)
+
+
+def liger_chunked(hidden, weight, teacher, token_weight, beta):
     labels = torch.zeros(len(hidden), dtype=torch.long, device="cuda")  # none is ignored; the hard loss has weight 0
-    return loss(hidden, weight, teacher, weight.detach(), labels) * len(hidden)
+    return _liger_loss(beta)(hidden, weight, teacher, weight.detach(), labels) * len(hidden)
 
 
 def trl(hidden, weight, teacher, token_weight, beta):

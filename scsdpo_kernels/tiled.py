@@ -198,8 +198,7 @@ def _logits(
             k = start + tl.arange(0, WIDTH)
             x = _matrix_tile(teacher, teacher_rows, teacher_stride, k, teacher_width, inside, EVEN)
             w = _head_tile(teacher_head, teacher_head_stride, first_column, start, vocabulary, teacher_width,
-            descriptors,
-                           EVEN, COLUMNS, WIDTH)  # fmt: skip
+                           descriptors, EVEN, COLUMNS, WIDTH)  # fmt: skip
             t = _dot(x, w, t, precision)
     return s, t
 

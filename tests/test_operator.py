@@ -417,7 +417,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("schedule", ["chunked", "tiled"])
 def test_the_host_waits_for_nothing_but_the_number_of_rows(monkeypatch, schedule):
-    """What needs a value on the host is asked for in one transfer, and not at all with `rows`."""
+    """What needs a value on the host is asked for in one transfer."""
     hidden, weight, teacher, _ = problem(leading=(3, 4), vocabulary=50)
     options = {"target_ids": torch.zeros(3, 4, dtype=torch.long), "schedule": schedule}
     transfers, tolist = [], torch.Tensor.tolist
