@@ -52,6 +52,7 @@ PYBIND11_MODULE(_C, m) {
   Fields<RowDivergence>(m, "RowDivergence")
       .field("rows", &RowDivergence::rows)
       .field("vocabulary", &RowDivergence::vocabulary)
+      .field("logits_dtype", &RowDivergence::logits_dtype)
       .field("student", &RowDivergence::student)
       .field("student_stride", &RowDivergence::student_stride)
       .field("teacher", &RowDivergence::teacher)

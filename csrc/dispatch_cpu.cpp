@@ -1,6 +1,7 @@
 // What the processor at hand can run: chooses the instruction set of every CPU kernel at run time.
 #include <algorithm>
 
+#include "mixture.h"
 #include "parallel.h"
 #include "project.h"
 #include "row_divergence.h"
@@ -8,10 +9,10 @@
 namespace scsdpo {
 
 // row_divergence_simd.cpp, once for each instruction set
-void row_divergence_baseline(const RowDivergence&, int64_t begin, int64_t end);
+void row_divergence_baseline(const RowDivergence&, const Mixture&, int64_t row);
 #if defined(SCSDPO_X86)
-void row_divergence_avx2(const RowDivergence&, int64_t begin, int64_t end);
-void row_divergence_avx512(const RowDivergence&, int64_t begin, int64_t end);
+void row_divergence_avx2(const RowDivergence&, const Mixture&, int64_t row);
+void row_divergence_avx512(const RowDivergence&, const Mixture&, int64_t row);
 
 // project_avx512.cpp: how many head rows stay in cache together, and the logits of some of them
 int64_t project_block_avx512(const Projection&);
@@ -29,13 +30,14 @@ InstructionSet best_instruction_set() {
 }
 
 void row_divergence_cpu(const RowDivergence& task, int threads, InstructionSet instruction_set) {
-  auto rows = row_divergence_baseline;
+  auto row = row_divergence_baseline;
 #if defined(SCSDPO_X86)
-  if (instruction_set == InstructionSet::kAVX2) rows = row_divergence_avx2;
-  if (instruction_set == InstructionSet::kAVX512) rows = row_divergence_avx512;
+  if (instruction_set == InstructionSet::kAVX2) row = row_divergence_avx2;
+  if (instruction_set == InstructionSet::kAVX512) row = row_divergence_avx512;
 #endif
 
-  parallel_for(task.rows, threads, [&](int64_t r) { rows(task, r, r + 1); });
+  Mixture mix = mixture(task.beta);
+  parallel_for(task.rows, threads, [&](int64_t r) { row(task, mix, r); });
 }
 
 bool has_project(DType dtype) {

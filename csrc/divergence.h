@@ -1,27 +1,28 @@
-// One vocabulary entry of the divergence: its value and its score, written once for host and device.
+// One vocabulary entry of the divergence, and what it needs to know of its row: written once for host and device.
 //
-// p, q: student and teacher probability of the entry; d = log(q / p). Every divergence here is a sum of relative
-// entropies in the form that keeps its linear term,
+// p, q: student and teacher probability of the entry; d = log(q / p). Every divergence here is a sum of entries that are
+// never negative, so nothing cancels when p and q are almost equal. With phi(x) = e^x - 1 - x >= 0,
 //
-//     kl_term(p, m) = p log(p / m) - p + m = p phi(log(m / p)),     phi(x) = e^x - 1 - x >= 0,
+//     kl_term(p, m) = p log(p / m) - p + m = p phi(log(m / p))
 //
-// which sums to KL(p || m) because p and m both sum to one. No term is negative, so nothing cancels when p and q are
-// almost equal, and phi is a polynomial there, exact to rounding however small x is.
+// sums to KL(p || m), because p and m both sum to one. Near d = 0 every entry is a polynomial, exact to rounding however
+// small d is.
 //
 //     forward  (beta = 0)    D = KL(q || p)                                      dD/dz = p - q
 //     reverse  (beta = 1)    D = KL(p || q)                                      dD/dz = p (-d - KL(p || q))
 //     between                D = (1 - beta) KL(p || m) + beta KL(q || m)         dD/dz = (1 - beta) p (-a - KL(p || m))
-//                            m = (1 - beta) p + beta q,  a = log(m / p),  b = log(m / q) = a - d
-//
-// The mixture's shares 1 - beta and beta come as a pair, each with its own digits.
+//                            m = (1 - beta) p + beta q,  a = log(m / p)          entry = beta q d - m a
 //
 // Functions are templates on F: float, or a vector of floats with the compiler's element-wise operators (on which
 // `mask ? x : y` selects per element). -inf logits arrive as p = 0 or q = 0 with d = +inf, -inf or NaN and contribute
 // their limit; a NaN in p or q comes out as NaN.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "mixture.h"
 
 #if defined(__CUDACC__)
 #define SCSDPO_INLINE __host__ __device__ __forceinline__
@@ -34,11 +35,6 @@ namespace scsdpo {
 namespace {
 
 enum class Objective { kForward, kReverse, kJensenShannon };
-
-struct Shares {
-  float student;  // 1 - beta
-  float teacher;  // beta
-};
 
 // ---------------------------------------------------------------------------------------------------------------
 // Elementary functions, branch-free. Relative errors were measured against long double over the stated range.
@@ -85,9 +81,15 @@ SCSDPO_INLINE F phi(F x) {
   return x * x * r;
 }
 
-// e^x for x <= 0, to 2e-7 relative; 0 below -87, where the result would leave the normal numbers.
+// e^x for x <= 80, to 2e-7 relative (on a GPU 3e-7 + 1e-7 |x|); 0 below -87, where the result would leave the normal
+// numbers.
 template <class F>
-SCSDPO_INLINE F exp_nonpositive(F x) {
+SCSDPO_INLINE F exponential(F x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+#else
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
   F bounded = x < -87.0f ? splat<F>(-87.0f) : x;
   F shifted = bounded * 1.44269504f + round;
@@ -96,11 +98,22 @@ SCSDPO_INLINE F exp_nonpositive(F x) {
   F scale = from_bits<F>((to_bits(shifted) + 127) << 23);
   F y = scale + scale * (r + phi(r));
   return x < -87.0f ? splat<F>(0.0f) : y;
+#endif
 }
 
-// log(1 + y), to 3e-7 relative, given u = 1 + y > 0 rounded and y itself, which still has the digits that u lost.
+// log(1 + y), to 3e-7 relative (on a GPU 5e-7), given u = 1 + y > 0 rounded and y itself, which still has the digits
+// that u lost.
 template <class F>
 SCSDPO_INLINE F log_one_plus(F u, F y) {
+#if defined(__CUDA_ARCH__)
+  float inverse, bits;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y + 2.0f));
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(bits) : "f"(u));
+  F z = y * inverse;  // log(1 + y) = 2 artanh(z)
+  F w = z * z;
+  F series = w * ((w * 0.14790256f + 0.19994383f) * w + 0.33333343f);
+  return fabsf(y) < 0.29f ? (z + z) * series + (z + z) : bits * 0.69314718f;
+#else
   auto k = (to_bits(u) - 0x3f3504f3) >> 23;  // u = 2^k m, sqrt(1/2) <= m < sqrt(2)
   F exponent = from_bits<F>(k + 0x4b400000) - 12582912.0f;
   F f = k == 0 ? y : from_bits<F>(to_bits(u) - (k << 23)) - 1.0f;
@@ -108,6 +121,7 @@ SCSDPO_INLINE F log_one_plus(F u, F y) {
   F w = z * z;
   F series = w * ((w * 0.14790256f + 0.19994383f) * w + 0.33333343f);
   return exponent * 0.69314718f + (z + z) * (series + 1.0f);
+#endif
 }
 
 // p x, where p = 0 wins over an infinite x.
@@ -122,8 +136,27 @@ SCSDPO_INLINE F excess(F p, F q, F x) {
   return abs_value(x) < 1.0f ? p * (x + phi(x)) : q - p;
 }
 
+// x, and `below` where x is less or NaN.
+template <class F>
+SCSDPO_INLINE F at_least(float below, F x) {
+  return x > below ? x : splat<F>(below);
+}
+
 // ---------------------------------------------------------------------------------------------------------------
-// The divergence.
+// An entry.
+
+template <class F>
+struct Entry {
+  F divergence;  // its share of D
+  F score;       // dD/dz = p (score - mean score), times the student's share for the mixtures
+};
+
+template <class F>
+SCSDPO_INLINE F polynomial(const float (&c)[kTerms], F x) {
+  F y = splat<F>(c[kTerms - 1]);
+  for (int i = kTerms - 2; i >= 0; --i) y = y * x + c[i];
+  return y;
+}
 
 // Entry of KL(p || m) with log_ratio = log(m / p).
 template <class F>
@@ -132,72 +165,151 @@ SCSDPO_INLINE F kl_term(F p, F m, F log_ratio) {
 }
 
 template <class F>
-struct Mixture {
-  F m;  // (1 - beta) p + beta q
-  F a;  // log(m / p)
-  F b;  // log(m / q)
+SCSDPO_INLINE Entry<F> mixture_near(F p, F d, const Mixture& mix) {  // |d| <= 1
+  return {p * d * d * polynomial(mix.divergence, d), -d * polynomial(mix.score, d)};
+}
+
+template <class F>
+SCSDPO_INLINE Entry<F> mixture_far(F p, F q, F d, const Mixture& mix) {  // |d| >= 1, and finite
+  auto turned = d > mix.turn;  // u = m / q rather than m / p
+  F x = turned ? -d : d;
+  F share = turned ? splat<F>(mix.student) : splat<F>(mix.teacher);
+  F rest = turned ? splat<F>(mix.teacher) : splat<F>(mix.student);
+  F ratio = exponential(x);
+  F log_u = log_one_plus(ratio * share + rest, (ratio - 1.0f) * share);
+  F m = p * mix.student + q * mix.teacher;
+  return {share * (turned ? p : q) * x - m * log_u, turned ? -d - log_u : -log_u};
+}
+
+template <Objective objective, class F>
+SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
+  if constexpr (objective == Objective::kForward) return {kl_term(q, p, -d), splat<F>(0.0f)};
+  if constexpr (objective == Objective::kReverse) return {kl_term(p, q, d), -d};
+  F low = at_least(-120.0f, d), finite = low < 120.0f ? low : splat<F>(120.0f);
+  Entry<F> near = mixture_near(p, finite, mix), far = mixture_far(p, q, finite, mix);
+  auto is_near = abs_value(finite) < 1.0f;
+  return {is_near ? near.divergence : far.divergence, is_near ? near.score : far.score};
+}
+
+// p x for an x made of scores. The mixtures' are finite.
+template <Objective objective, class F>
+SCSDPO_INLINE F weighted_score(F p, F x) {
+  if constexpr (objective == Objective::kJensenShannon) return p * x;
+  return times(p, x);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// A row: first the largest logits, then the normalisers, then the entries.
+
+template <class F>
+struct Logits {
+  F s, t, difference;  // difference = t - s, with all its digits
 };
 
-// a keeps its relative precision as d -> 0. Far above it, and where p has left the normal numbers, the ratio is turned
-// over, so that nothing overflows.
-template <class F>
-SCSDPO_INLINE Mixture<F> mixture(F p, F q, F d, Shares shares) {
-  F m = p * shares.student + q * shares.teacher;
-  auto near = abs_value(d) < 1.0f;
-  auto above = (d >= 20.0f) | ((d >= 1.0f) & (p == 0.0f));
-  F ratio = above ? p / q : q / p;
-  F share = above ? splat<F>(shares.student) : splat<F>(shares.teacher);  // of the ratio's numerator in m
-  F rest = above ? splat<F>(shares.teacher) : splat<F>(shares.student);
-  F y = (near ? d + phi(d) : ratio - 1.0f) * share;  // m / q - 1 where d is above, else m / p - 1
-  F log_u = log_one_plus(near ? y + 1.0f : ratio * share + rest, y);
-  return {m, above ? log_u + d : log_u, above ? log_u : log_u - d};
-}
-
-// One entry's share of the three sums that a row needs.
-template <class F>
-struct Terms {
-  F student;  // of KL(p || .)
-  F teacher;  // of KL(q || .)
-  F score;    // of the mean score, counted from `reference`
+// What every entry needs to know of its row. y = (t - s - centre) / temperature is counted from the student's most
+// likely entry: it is exactly 0 at the entry that may have nearly all the mass, and d = y - log_ratio.
+struct Row {
+  float max_student, max_teacher;
+  float centre;
+  float teacher_scale;  // puts e^(t - max_teacher) on the footing of e^y
+  float peak;           // y of the student's most likely entry: 0, unless the teacher forbids it
+  float inverse_temperature;
+  float inverse_student, inverse_teacher;  // 1 / Z_s, 1 / Z_t
+  float log_ratio;                         // log(Z_t / Z_s) counted from centre
+  float log_student, log_teacher;          // log Z_s, log Z_t
+  float reference;                         // score of the most likely entry, from which scores are counted: the mean
+  float mean_score;                        // of a peaked row is then a sum of small terms, where nothing cancels
 };
 
-// dD/dz is p (score - mean score): the score is -d for the reverse KL and -a for the mixtures. `reference` is the score
-// of the student's most likely entry: counted from it, the mean of a peaked row is a sum of small terms, where
-// score - mean would cancel in the one entry that has nearly all of p.
-template <Objective objective, class F>
-SCSDPO_INLINE F score(F p, F q, F d, Shares shares) {
-  if constexpr (objective == Objective::kJensenShannon) return -mixture(p, q, d, shares).a;
-  return -d;
+// `own` is the difference at the student's largest logit.
+SCSDPO_INLINE Row row_of(float max_student, float max_teacher, float own, float temperature) {
+  Row row{};
+  row.max_student = max_student;
+  row.max_teacher = max_teacher;
+  row.inverse_temperature = 1.0f / temperature;
+  row.centre = std::isfinite(own) ? own : max_teacher - max_student;
+  float apart = static_cast<float>(double{max_teacher} - max_student - row.centre);
+  row.teacher_scale = std::exp(apart * row.inverse_temperature);
+  row.peak = std::isfinite(own) ? 0.0f : (own - row.centre) * row.inverse_temperature;
+  return row;
 }
 
+template <class F>
+struct Sums {
+  F student, teacher;                // Z_s = sum e_s with e_s = e^((s - max_student) / temperature), Z_t alike
+  F student_moment, teacher_moment;  // sum e_s (s - max_student), and alike
+  F excess;                          // sum e_s expm1(y) = Z_s expm1(log_ratio): keeps its digits as t -> s
+  F linear;                          // sum e_s (y - peak), for the reverse KL
+};
+
 template <Objective objective, class F>
-SCSDPO_INLINE Terms<F> divergence_terms(F p, F q, F d, Shares shares, float reference) {
-  const F zero = splat<F>(0.0f);
-  if constexpr (objective == Objective::kForward) return {zero, kl_term(q, p, -d), zero};
-  if constexpr (objective == Objective::kReverse) return {kl_term(p, q, d), zero, times(p, -d - reference)};
-  Mixture<F> mix = mixture(p, q, d, shares);
-  return {kl_term(p, mix.m, mix.a), kl_term(q, mix.m, mix.b), times(p, -mix.a - reference)};
+SCSDPO_INLINE void add(Sums<F>& sums, const Logits<F>& at, const Row& row) {
+  F u_student = at.s - row.max_student, u_teacher = at.t - row.max_teacher;
+  F e_student = exponential(u_student * row.inverse_temperature);
+  F e_teacher = exponential(u_teacher * row.inverse_temperature);
+  F y = (at.difference - row.centre) * row.inverse_temperature;
+  sums.student += e_student;
+  sums.teacher += e_teacher;
+  sums.student_moment += e_student * at_least(-1e30f, u_student);
+  sums.teacher_moment += e_teacher * at_least(-1e30f, u_teacher);
+  sums.excess += excess(e_student, e_teacher * row.teacher_scale, y);
+  if constexpr (objective == Objective::kReverse) sums.linear += times(e_student, y - row.peak);
 }
 
-// D from the sums of divergence_terms.
+template <class F>
+struct Probabilities {
+  F p, q, d;
+};
+
+template <class F>
+SCSDPO_INLINE Probabilities<F> probabilities(const Logits<F>& at, const Row& row) {
+  return {exponential((at.s - row.max_student) * row.inverse_temperature) * row.inverse_student,
+          exponential((at.t - row.max_teacher) * row.inverse_temperature) * row.inverse_teacher,
+          (at.difference - row.centre) * row.inverse_temperature - row.log_ratio};
+}
+
+struct Entropies {
+  float student, teacher;
+};
+
+// An infinite mean score (the reverse KL where the teacher forbids what the student allows) is taken as the largest
+// finite one: the forbidden entries' gradient is then +inf, never inf - inf.
+SCSDPO_INLINE float bounded_mean(float mean) { return mean > 3.4e38f ? 3.4e38f : mean; }
+
+// All of the row but the mean score of a mixture.
+template <Objective objective, class Real>
+SCSDPO_INLINE Entropies conclude(const Sums<Real>& sums, const Mixture& mix, Row& row) {
+  Real log_student = std::log(sums.student), log_teacher = std::log(sums.teacher);
+  row.log_student = static_cast<float>(log_student);
+  row.log_teacher = static_cast<float>(log_teacher);
+  row.inverse_student = static_cast<float>(1 / sums.student);
+  row.inverse_teacher = static_cast<float>(1 / sums.teacher);
+  Real ratio = sums.excess / sums.student;  // Z_t / Z_s - 1, which cancels where Z_t is much the smaller
+  Real apart = static_cast<Real>(double{row.max_teacher} - row.max_student - row.centre) * row.inverse_temperature;
+  bool trusted = ratio > Real(-0.5) && std::isfinite(ratio);
+  row.log_ratio = static_cast<float>(trusted ? std::log1p(ratio) : log_teacher - log_student + apart);
+
+  float d = row.peak - row.log_ratio;
+  float q = exponential(d) * row.inverse_student;
+  row.reference = entry<objective>(row.inverse_student, q, d, mix).score;
+  if (!std::isfinite(row.reference)) row.reference = 0.0f;
+  row.mean_score = bounded_mean(static_cast<float>(-sums.linear / sums.student));
+  return {static_cast<float>(log_student - sums.student_moment / sums.student * row.inverse_temperature),
+          static_cast<float>(log_teacher - sums.teacher_moment / sums.teacher * row.inverse_temperature)};
+}
+
+// What multiplies a row's `slope`; z are the logits before the temperature.
 template <Objective objective>
-SCSDPO_INLINE double divergence_value(Terms<double> sum, double beta) {
-  if constexpr (objective == Objective::kForward) return sum.teacher;
-  if constexpr (objective == Objective::kReverse) return sum.student;
-  return (1.0 - beta) * sum.student + beta * sum.teacher;
+SCSDPO_INLINE float slope_scale(float weight, const Mixture& mix, const Row& row) {
+  float scale = weight * row.inverse_temperature;
+  return objective == Objective::kJensenShannon ? scale * mix.student : scale;
 }
 
-// What multiplies every entry's score in the gradient of D.
-template <Objective objective>
-SCSDPO_INLINE float score_scale(Shares shares) {
-  return objective == Objective::kJensenShannon ? shares.student : 1.0f;
-}
-
-// dD/dz of one entry without score_scale; z are the logits after the temperature, mean_score the sum of Terms::score.
+// dD/dz of one entry without slope_scale.
 template <Objective objective, class F>
-SCSDPO_INLINE F centred_score(F p, F q, F d, Shares shares, float reference, float mean_score) {
-  if constexpr (objective == Objective::kForward) return -excess(p, q, d);
-  return times(p, (score<objective>(p, q, d, shares) - reference) - mean_score);
+SCSDPO_INLINE F slope(const Probabilities<F>& at, F score, const Row& row) {
+  if constexpr (objective == Objective::kForward) return -excess(at.p, at.q, at.d);
+  return weighted_score<objective>(at.p, (score - row.reference) - row.mean_score);
 }
 
 }  // namespace

@@ -18,9 +18,10 @@ struct RowDivergence {
   int64_t rows;
   int64_t vocabulary;
 
-  const float* student;  // [rows, vocabulary], unit stride along the vocabulary
+  DType logits_dtype;
+  const void* student;  // [rows, vocabulary], unit stride along the vocabulary
   int64_t student_stride;
-  const float* teacher;  // the teacher's logits, or teacher's minus student's where teacher_is_difference
+  const void* teacher;  // the teacher's logits, or teacher's minus student's where teacher_is_difference
   int64_t teacher_stride;
   bool teacher_is_difference;
 

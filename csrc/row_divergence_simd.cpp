@@ -1,16 +1,16 @@
-// Rows [begin, end) of a RowDivergence on one instruction set. CMake compiles this file once for each, with its flags
+// One row of a RowDivergence on one instruction set. CMake compiles this file once for each, with its flags
 // and SCSDPO_INSTRUCTION_SET = baseline | avx2 | avx512; dispatch_cpu.cpp chooses among them at run time.
 //
-// Four passes over a row, which stays in cache between them:
+// Three or four passes over a row, which stays in cache between them:
 //
-//     maxima       m_s and the teacher's logit there, m_t
-//     normalizers  Z_s = sum e^(s - m_s), Z_t, their entropies, and S = sum e^(s - m_s) expm1(y)
-//                  with y = (t - s) - (m_t - m_s): log(Z_t / Z_s) = log1p(S / Z_s) keeps its digits as t -> s
-//                  (y may be counted from another constant near m_t - m_s: see Normalizers)
-//     divergence   the three sums of divergence.h, with d = y - log(Z_t / Z_s)
-//     gradient     weight * p (score - mean score), over the student's row if the caller wants that
+//     maxima       and the student's most likely entry
+//     sums         normalisers, entropies, and what keeps the digits of a near-equal row
+//     divergence   of a mixture, with its mean score
+//     gradient     weight * p (score - mean score), over the student's row if the caller wants that; at beta 0 and 1,
+//                  where the mean score is there already, together with the divergence
 //
-// Elements and short sums are fp32, sums of blocks and everything that exists once a row is float64.
+// divergence.h has the formulas. Elements and short sums are fp32, sums of blocks and everything that exists once a row is
+// float64.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -50,16 +50,26 @@ SCSDPO_INLINE Floats load(const float* from, int count, float padding) {
   return x;
 }
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
+SCSDPO_INLINE Floats load(const BFloat16* from, int count, float padding) {
+  Floats x = splat<Floats>(padding);
+  Halves y = __builtin_convertvector(to_bits(x) >> 16 & 0xffff, Halves);
+  if (count == kLanes)
+    memcpy(&y, from, sizeof y);
+  else
+    memcpy(&y, from, 2 * count);
+  return from_bits<Floats>(__builtin_convertvector(y, Ints) << 16);
+}
+
 SCSDPO_INLINE void store(float* to, Floats x, int count) {
   if (count == kLanes)
     memcpy(to, &x, sizeof x);
   else
     memcpy(to, &x, 4 * count);
 }
-
-struct BFloat16 {
-  uint16_t bits;
-};
 
 SCSDPO_INLINE void store(BFloat16* to, Floats x, int count) {  // to nearest, ties to even; NaN stays NaN
   Ints bits = to_bits(x);
@@ -78,18 +88,14 @@ SCSDPO_INLINE double sum(Floats x) {
   return total;
 }
 
-// One row's logits, student's s and teacher's t, and their difference t - s.
-template <bool difference>
-struct Row {
-  const float* student;
-  const float* teacher;
+// A row's logits of a type, in memory.
+template <class Logit, bool difference>
+struct Memory {
+  const Logit* student;
+  const Logit* teacher;
   int64_t vocabulary;
 
-  struct Entry {
-    Floats s, t, difference_ts;
-  };
-
-  SCSDPO_INLINE Entry entry(int64_t v, int count) const {
+  SCSDPO_INLINE Logits<Floats> at(int64_t v, int count) const {
     Floats s = load(student + v, count, -kInfinity);
     if constexpr (difference) {
       Floats x = load(teacher + v, count, 0.0f);
@@ -113,192 +119,125 @@ struct Row {
   }
 };
 
-// What every entry needs to know of its row.
-struct Normalizers {
-  float max_student, max_teacher;
-  float difference;  // of the logits, that y is counted from: max_teacher - max_student, or a number very close to it
-  float teacher_scale;  // e^(max_teacher - max_student - difference): puts e^(t - max_teacher) on the footing of e^y
-  float inverse_temperature;
-  float inverse_student, inverse_teacher;  // 1 / Z_s, 1 / Z_t
-  float log_ratio;                         // log(Z_t / Z_s)
-  double log_student, log_teacher;         // log Z_s, log Z_t
-
-  template <class Entry>
-  SCSDPO_INLINE Floats shifted_student(const Entry& e) const {
-    return (e.s - max_student) * inverse_temperature;
-  }
-  template <class Entry>
-  SCSDPO_INLINE Floats shifted_teacher(const Entry& e) const {
-    return (e.t - max_teacher) * inverse_temperature;
-  }
-  template <class Entry>
-  SCSDPO_INLINE Floats shifted_difference(const Entry& e) const {
-    return (e.difference_ts - difference) * inverse_temperature;
-  }
-};
-
-struct Entropies {
-  double student, teacher;
-};
-
-// The student's most likely entry, and the largest logits. A NaN is passed over here and shows in the sums.
-template <bool difference>
-typename Row<difference>::Entry maxima(const Row<difference>& row, float temperature, Normalizers& n) {
-  using Entry = typename Row<difference>::Entry;
+// A NaN is passed over here and shows in the sums.
+template <class Memory>
+Row maxima(const Memory& memory, float temperature) {
   const Floats lowest = splat<Floats>(-kInfinity);
-  Floats teacher = lowest;
-  Entry top{lowest, lowest, splat<Floats>(0.0f)};  // lane by lane
-  row.walk(
+  Floats student = lowest, teacher = lowest, own = splat<Floats>(0.0f);  // lane by lane
+  memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
-        Entry e = row.entry(v, count);
-        auto higher = e.s > top.s;
-        top = {higher ? e.s : top.s, higher ? e.t : top.t, higher ? e.difference_ts : top.difference_ts};
-        teacher = e.t > teacher ? e.t : teacher;
+        auto at = memory.at(v, count);
+        auto higher = at.s > student;
+        student = higher ? at.s : student;
+        own = higher ? at.difference : own;
+        teacher = at.t > teacher ? at.t : teacher;
       },
       [] {});
   int best = 0;
   for (int i = 1; i < kLanes; ++i) {
-    if (top.s[i] > top.s[best]) best = i;
+    if (student[i] > student[best]) best = i;
     if (teacher[i] > teacher[0]) teacher[0] = teacher[i];
   }
-  n.max_student = top.s[best];
-  n.max_teacher = teacher[0];
-  n.difference = n.max_teacher - n.max_student;
-  n.teacher_scale = 1.0f;
-  n.inverse_temperature = 1.0f / temperature;
-
-  // Where top's own difference is the same but for rounding, counting from it makes y exactly zero at the entry that
-  // may have nearly all the mass.
-  float own = top.difference_ts[best];
-  double apart = (double{n.max_teacher} - n.max_student - own) / temperature;
-  if (std::abs(apart) * temperature <= 1e-6 * (std::abs(n.max_student) + std::abs(n.max_teacher)) &&
-      std::abs(apart) < 1) {
-    n.difference = own;
-    n.teacher_scale = static_cast<float>(std::exp(apart));
-  }
-  return {splat<Floats>(top.s[best]), splat<Floats>(top.t[best]), splat<Floats>(own)};
+  return row_of(student[best], teacher[0], own[best], temperature);
 }
 
-template <bool difference>
-Entropies normalizers(const Row<difference>& row, Normalizers& n) {
-  double z_student = 0, z_teacher = 0, excess_sum = 0, mean_student = 0, mean_teacher = 0;
-  const Floats zero = splat<Floats>(0.0f);
-  Floats zs = zero, zt = zero, ex = zero, ms = zero, mt = zero;
-  row.walk(
-      [&](int64_t v, int count) __attribute__((always_inline)) {
-        auto e = row.entry(v, count);
-        Floats u_student = n.shifted_student(e), u_teacher = n.shifted_teacher(e);
-        Floats e_student = exp_nonpositive(u_student), e_teacher = exp_nonpositive(u_teacher);
-        zs += e_student;
-        zt += e_teacher;
-        ex += excess(e_student, e_teacher * n.teacher_scale, n.shifted_difference(e));
-        ms += times(e_student, u_student);
-        mt += times(e_teacher, u_teacher);
-      },
-      [&]() __attribute__((always_inline)) {
-        z_student += sum(zs);
-        z_teacher += sum(zt);
-        excess_sum += sum(ex);
-        mean_student += sum(ms);
-        mean_teacher += sum(mt);
-        zs = zt = ex = ms = mt = zero;
-      });
-  n.inverse_student = static_cast<float>(1.0 / z_student);
-  n.inverse_teacher = static_cast<float>(1.0 / z_teacher);
-  n.log_student = std::log(z_student);
-  n.log_teacher = std::log(z_teacher);
-  double ratio = excess_sum / z_student;  // Z_t / Z_s - 1, which cancels where Z_t is much the smaller
-  n.log_ratio = static_cast<float>(ratio > -0.5 ? std::log1p(ratio)
-                                                : n.log_teacher - n.log_student + std::log(double{n.teacher_scale}));
-  return {n.log_student - mean_student / z_student, n.log_teacher - mean_teacher / z_teacher};
-}
-
-struct Probabilities {
-  Floats p, q, d;
-};
-
-template <class Entry>
-SCSDPO_INLINE Probabilities probabilities(const Entry& e, const Normalizers& n) {
-  return {exp_nonpositive(n.shifted_student(e)) * n.inverse_student,
-          exp_nonpositive(n.shifted_teacher(e)) * n.inverse_teacher, n.shifted_difference(e) - n.log_ratio};
-}
-
-template <Objective objective, bool difference>
-Terms<double> divergence(const Row<difference>& row, const Normalizers& n, Shares shares, float reference) {
-  Terms<double> total{0, 0, 0};
-  const Floats zero = splat<Floats>(0.0f);
-  Terms<Floats> partial{zero, zero, zero};
-  row.walk(
-      [&](int64_t v, int count) __attribute__((always_inline)) {
-        auto [p, q, d] = probabilities(row.entry(v, count), n);
-        Terms<Floats> terms = divergence_terms<objective>(p, q, d, shares, reference);
-        partial.student += terms.student;
-        partial.teacher += terms.teacher;
-        partial.score += terms.score;
-      },
-      [&]() __attribute__((always_inline)) {
-        total.student += sum(partial.student);
-        total.teacher += sum(partial.teacher);
-        total.score += sum(partial.score);
-        partial = {zero, zero, zero};
-      });
+template <Objective objective, class Memory>
+Sums<double> sums(const Memory& memory, const Row& row) {
+  Sums<double> total{};
+  Sums<Floats> partial{};
+  memory.walk([&](int64_t v, int count) __attribute__((always_inline)) { add<objective>(partial, memory.at(v, count), row); },
+              [&]() __attribute__((always_inline)) {
+                total.student += sum(partial.student);
+                total.teacher += sum(partial.teacher);
+                total.student_moment += sum(partial.student_moment);
+                total.teacher_moment += sum(partial.teacher_moment);
+                total.excess += sum(partial.excess);
+                total.linear += sum(partial.linear);
+                partial = Sums<Floats>{};
+              });
   return total;
 }
 
-template <Objective objective, bool difference, class Gradient>
-void gradient(const Row<difference>& row, const Normalizers& n, Shares shares, float reference, float mean_score,
-              float scale, Gradient* to) {
-  row.walk(
+// The divergence, and of a mixture the mean score, which the gradient then needs; the other gradients are written on the
+// way, if `gradient` is given.
+template <Objective objective, class Memory, class Gradient>
+double divergence(const Memory& memory, const Mixture& mix, Row& row, float scale, Gradient* gradient) {
+  double divergence = 0, mean_score = 0;
+  Floats d_sum{}, score_sum{};
+  memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
-        auto [p, q, d] = probabilities(row.entry(v, count), n);
-        store(to + v, centred_score<objective>(p, q, d, shares, reference, mean_score) * scale, count);
+        auto at = probabilities(memory.at(v, count), row);
+        auto [d, score] = entry<objective>(at.p, at.q, at.d, mix);
+        d_sum += d;
+        if constexpr (objective == Objective::kJensenShannon)
+          score_sum += weighted_score<objective>(at.p, score - row.reference);
+        else if (gradient)
+          store(gradient + v, slope<objective>(at, score, row) * scale, count);
       },
-      [] {});
+      [&]() __attribute__((always_inline)) {
+        divergence += sum(d_sum);
+        mean_score += sum(score_sum);
+        d_sum = score_sum = Floats{};
+      });
+  if (objective == Objective::kJensenShannon) row.mean_score = static_cast<float>(mean_score);
+  return divergence < 0 ? 0 : divergence;  // what is left of a row whose entries have underflowed
 }
 
-template <Objective objective, bool difference>
-void one_row(const RowDivergence& task, int64_t r) {
-  Row<difference> row{task.student + r * task.student_stride, task.teacher + r * task.teacher_stride, task.vocabulary};
+template <Objective objective, class Memory, class Gradient>
+void one_row(const RowDivergence& task, const Mixture& mix, const Memory& memory, int64_t r) {
+  Row row = maxima(memory, task.temperature);
+  Entropies entropy = conclude<objective>(sums<objective>(memory, row), mix, row);
+  auto gradient = static_cast<Gradient*>(task.gradient);
+  if (gradient) gradient += r * task.gradient_stride;
+  float scale = gradient ? slope_scale<objective>(task.weight[r], mix, row) : 0.0f;
+  Logits<Floats> target{};
+  if (task.target) target = memory.at(task.target[r], 1);  // read before the gradient is written
+  double value = divergence<objective>(memory, mix, row, scale, gradient);
 
-  Normalizers n{};
-  Shares shares{static_cast<float>(1 - task.beta), static_cast<float>(task.beta)};
-  auto top = maxima(row, task.temperature, n);
-  Entropies entropy = normalizers(row, n);
-  auto [p_top, q_top, d_top] = probabilities(top, n);
-  float reference = score<objective>(p_top, q_top, d_top, shares)[0];
-  if (!std::isfinite(reference)) reference = 0.0f;
-  Terms<double> terms = divergence<objective>(row, n, shares, reference);
-
-  double value = divergence_value<objective>(terms, task.beta);
-  if (value < 0) value = 0;  // what is left of a row whose terms have underflowed
   task.divergence[r] = static_cast<float>(value);
-  task.student_entropy[r] = static_cast<float>(entropy.student);
-  task.teacher_entropy[r] = static_cast<float>(entropy.teacher);
+  task.student_entropy[r] = entropy.student;
+  task.teacher_entropy[r] = entropy.teacher;
   if (task.target) {
-    auto e = row.entry(task.target[r], 1);
-    task.student_logp[r] = static_cast<float>(n.shifted_student(e)[0] - n.log_student);
-    task.teacher_logp[r] = static_cast<float>(n.shifted_teacher(e)[0] - n.log_teacher);
+    task.student_logp[r] = (target.s[0] - row.max_student) * row.inverse_temperature - row.log_student;
+    task.teacher_logp[r] = (target.t[0] - row.max_teacher) * row.inverse_temperature - row.log_teacher;
   }
-  if (!task.gradient) return;
-
-  // An infinite mean score (reverse KL where the teacher forbids what the student allows) is taken as the largest
-  // finite one: the forbidden entries' gradient is then +inf, never inf - inf. A NaN row is NaN throughout.
-  constexpr double largest = std::numeric_limits<float>::max();
-  float mean_score = static_cast<float>(std::isnan(value) ? value : std::min(terms.score, largest));
-  float scale = task.weight[r] * score_scale<objective>(shares) / task.temperature;
-  int64_t offset = r * task.gradient_stride;
-  if (task.gradient_dtype == DType::kFloat32)
-    gradient<objective>(row, n, shares, reference, mean_score, scale, static_cast<float*>(task.gradient) + offset);
-  else
-    gradient<objective>(row, n, shares, reference, mean_score, scale, static_cast<BFloat16*>(task.gradient) + offset);
+  if constexpr (objective == Objective::kJensenShannon) {
+    if (!gradient) return;
+    if (std::isnan(value)) row.mean_score = static_cast<float>(value);  // a NaN row is NaN throughout
+    memory.walk(
+        [&](int64_t v, int count) __attribute__((always_inline)) {
+          auto at = probabilities(memory.at(v, count), row);
+          Floats score = entry<objective>(at.p, at.q, at.d, mix).score;
+          store(gradient + v, slope<objective>(at, score, row) * scale, count);
+        },
+        [] {});
+  }
 }
 
-template <bool difference>
-void rows(const RowDivergence& task, int64_t begin, int64_t end) {
-  auto row = task.beta == 0   ? one_row<Objective::kForward, difference>
-             : task.beta == 1 ? one_row<Objective::kReverse, difference>
-                              : one_row<Objective::kJensenShannon, difference>;
-  for (int64_t r = begin; r < end; ++r) row(task, r);
+template <class Logit, bool difference, class Gradient>
+void one_row(const RowDivergence& task, const Mixture& mix, int64_t r) {
+  Memory<Logit, difference> memory{static_cast<const Logit*>(task.student) + r * task.student_stride,
+                                   static_cast<const Logit*>(task.teacher) + r * task.teacher_stride, task.vocabulary};
+  auto row = task.beta == 0   ? one_row<Objective::kForward, decltype(memory), Gradient>
+             : task.beta == 1 ? one_row<Objective::kReverse, decltype(memory), Gradient>
+                              : one_row<Objective::kJensenShannon, decltype(memory), Gradient>;
+  row(task, mix, memory, r);
+}
+
+template <class Logit, bool difference>
+void one_row(const RowDivergence& task, const Mixture& mix, int64_t r) {
+  if (task.gradient_dtype == DType::kFloat32)
+    one_row<Logit, difference, float>(task, mix, r);
+  else
+    one_row<Logit, difference, BFloat16>(task, mix, r);
+}
+
+template <class Logit>
+void one_row(const RowDivergence& task, const Mixture& mix, int64_t r) {
+  if (task.teacher_is_difference)
+    one_row<Logit, true>(task, mix, r);
+  else
+    one_row<Logit, false>(task, mix, r);
 }
 
 }  // namespace
@@ -306,8 +245,8 @@ void rows(const RowDivergence& task, int64_t begin, int64_t end) {
 #define SCSDPO_CONCATENATE(a, b) a##b
 #define SCSDPO_ROWS(set) SCSDPO_CONCATENATE(row_divergence_, set)
 
-void SCSDPO_ROWS(SCSDPO_INSTRUCTION_SET)(const RowDivergence& task, int64_t begin, int64_t end) {
-  task.teacher_is_difference ? rows<true>(task, begin, end) : rows<false>(task, begin, end);
+void SCSDPO_ROWS(SCSDPO_INSTRUCTION_SET)(const RowDivergence& task, const Mixture& mix, int64_t r) {
+  task.logits_dtype == DType::kFloat32 ? one_row<float>(task, mix, r) : one_row<BFloat16>(task, mix, r);
 }
 
 }  // namespace scsdpo

@@ -33,8 +33,8 @@ def instruction_sets() -> list[str]:
 
 
 def row_divergence(
-    student: Tensor,  # (C, V) fp32 logits, unit stride along V
-    teacher: Tensor,  # (C, V) fp32: the teacher's logits, or teacher - student
+    student: Tensor,  # (C, V) fp32 or bf16 logits, unit stride along V
+    teacher: Tensor,  # (C, V) same dtype: the teacher's logits, or teacher - student
     weight: Tensor,  # (C,) fp32
     target: Tensor | None,  # (C,) int64 in [0, V)
     *,
@@ -52,7 +52,7 @@ def row_divergence(
     for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
         assert tensor is None or (tensor.shape == student.shape and tensor.stride(1) == 1), name
         assert tensor is None or tensor.device.type == "cpu", name
-    assert student.dtype == teacher.dtype == weight.dtype == torch.float32
+    assert student.dtype == teacher.dtype and weight.dtype == torch.float32
     assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
 
     divergence, student_entropy, teacher_entropy = _fp32(3, rows).unbind()
@@ -60,6 +60,7 @@ def row_divergence(
     task = _C.RowDivergence(
         rows=rows,
         vocabulary=vocabulary,
+        logits_dtype=_DTYPES[student.dtype],
         **_matrix(student=student),
         **_matrix(teacher=teacher),
         teacher_is_difference=teacher_is_difference,

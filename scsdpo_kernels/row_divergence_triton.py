@@ -48,11 +48,11 @@ def _entries(student, teacher, start, vocabulary, difference: tl.constexpr, BLOC
     """(1, BLOCK) of s, t, t - s and their columns; -inf beyond the vocabulary."""
     columns = start + tl.arange(0, BLOCK)[None, :]
     inside = columns < vocabulary
-    s = tl.load(student + columns, inside, float("-inf"))
+    s = tl.load(student + columns, inside, float("-inf")).to(tl.float32)
     if difference:
-        x = tl.load(teacher + columns, inside, 0.0)
+        x = tl.load(teacher + columns, inside, 0.0).to(tl.float32)
         return s, s + x, x, columns, inside
-    t = tl.load(teacher + columns, inside, float("-inf"))
+    t = tl.load(teacher + columns, inside, float("-inf")).to(tl.float32)
     return s, t, t - s, columns, inside
 
 
@@ -105,8 +105,8 @@ def row_divergence_kernel(
         column = tl.load(target + row)
         exists = (column >= 0) & (column < vocabulary)  # any other id has no probability: NaN
         column = tl.where(exists, column, 0)
-        target_s = tl.where(exists, tl.load(student + column + one), float("nan"))
-        target_t = tl.where(exists, tl.load(teacher + column + one), float("nan"))
+        target_s = tl.where(exists, tl.load(student + column + one).to(tl.float32), float("nan"))
+        target_t = tl.where(exists, tl.load(teacher + column + one).to(tl.float32), float("nan"))
         if difference:
             target_t += target_s
         tl.store(scalars + 3 * rows + row + one, (target_s - base_s) * inverse_temperature - log_s)
@@ -124,8 +124,8 @@ def row_divergence_kernel(
 
 
 def row_divergence(
-    student: Tensor,  # (C, V) fp32 logits, unit stride along V
-    teacher: Tensor,  # (C, V) fp32: the teacher's logits, or teacher - student
+    student: Tensor,  # (C, V) fp32 or bf16 logits, unit stride along V
+    teacher: Tensor,  # (C, V) same dtype: the teacher's logits, or teacher - student
     weight: Tensor,  # (C,) fp32
     target: Tensor | None,  # (C,) int64; ids outside [0, V) give NaN
     *,
@@ -141,7 +141,7 @@ def row_divergence(
     rows, vocabulary = student.shape
     for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
         assert tensor is None or (tensor.shape == student.shape and tensor.stride(1) == 1), name
-    assert student.dtype == teacher.dtype == weight.dtype == torch.float32
+    assert student.dtype == teacher.dtype and weight.dtype == torch.float32
     assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
 
     scalars = torch.empty(3 if target is None else 5, rows, dtype=torch.float32, device=student.device)
