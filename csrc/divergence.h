@@ -207,18 +207,18 @@ struct Logits {
 };
 
 // What every entry needs to know of its row. y = (t - s - centre) / temperature is counted from the student's most
-// likely entry: it is exactly 0 at the entry that may have nearly all the mass, and d = y - log_ratio.
+// likely entry (unless the teacher forbids that): it is exactly 0 at the entry that may have nearly all the mass, and
+// d = y - log_ratio.
 struct Row {
   float max_student, max_teacher;
   float centre;
   float teacher_scale;  // puts e^(t - max_teacher) on the footing of e^y
-  float peak;           // y of the student's most likely entry: 0, unless the teacher forbids it
   float inverse_temperature;
   float inverse_student, inverse_teacher;  // 1 / Z_s, 1 / Z_t
   float log_ratio;                         // log(Z_t / Z_s) counted from centre
   float log_student, log_teacher;          // log Z_s, log Z_t
-  float reference;                         // score of the most likely entry, from which scores are counted: the mean
-  float mean_score;                        // of a peaked row is then a sum of small terms, where nothing cancels
+  float reference;                         // score where y = 0, from which scores are counted: the mean score of a
+  float mean_score;                        // peaked row is then a sum of small terms, where nothing cancels
 };
 
 // `own` is the difference at the student's largest logit.
@@ -230,7 +230,6 @@ SCSDPO_INLINE Row row_of(float max_student, float max_teacher, float own, float 
   row.centre = std::isfinite(own) ? own : max_teacher - max_student;
   float apart = static_cast<float>(double{max_teacher} - max_student - row.centre);
   row.teacher_scale = std::exp(apart * row.inverse_temperature);
-  row.peak = std::isfinite(own) ? 0.0f : (own - row.centre) * row.inverse_temperature;
   return row;
 }
 
@@ -239,7 +238,7 @@ struct Sums {
   F student, teacher;                // Z_s = sum e_s with e_s = e^((s - max_student) / temperature), Z_t alike
   F student_moment, teacher_moment;  // sum e_s (s - max_student), and alike
   F excess;                          // sum e_s expm1(y) = Z_s expm1(log_ratio): keeps its digits as t -> s
-  F linear;                          // sum e_s (y - peak), for the reverse KL
+  F linear;                          // sum e_s y, for the reverse KL
 };
 
 template <Objective objective, class F>
@@ -253,7 +252,7 @@ SCSDPO_INLINE void add(Sums<F>& sums, const Logits<F>& at, const Row& row) {
   sums.student_moment += e_student * at_least(-1e30f, u_student);
   sums.teacher_moment += e_teacher * at_least(-1e30f, u_teacher);
   sums.excess += excess(e_student, e_teacher * row.teacher_scale, y);
-  if constexpr (objective == Objective::kReverse) sums.linear += times(e_student, y - row.peak);
+  if constexpr (objective == Objective::kReverse) sums.linear += times(e_student, y);
 }
 
 template <class F>
@@ -289,9 +288,8 @@ SCSDPO_INLINE Entropies conclude(const Sums<Real>& sums, const Mixture& mix, Row
   bool trusted = ratio > Real(-0.5) && std::isfinite(ratio);
   row.log_ratio = static_cast<float>(trusted ? std::log1p(ratio) : log_teacher - log_student + apart);
 
-  float d = row.peak - row.log_ratio;
-  float q = exponential(d) * row.inverse_student;
-  row.reference = entry<objective>(row.inverse_student, q, d, mix).score;
+  float p = row.inverse_student, q = exponential(-row.log_ratio) * p;
+  row.reference = entry<objective>(p, q, -row.log_ratio, mix).score;
   if (!std::isfinite(row.reference)) row.reference = 0.0f;
   row.mean_score = bounded_mean(static_cast<float>(-sums.linear / sums.student));
   return {static_cast<float>(log_student - sums.student_moment / sums.student * row.inverse_temperature),

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "row_geometry.h"
 
 namespace scsdpo {
 
@@ -50,5 +51,12 @@ InstructionSet best_instruction_set();
 // Rows on SIMD and `threads` threads. Each row is computed by one thread in one order: results do not depend on
 // `threads`. instruction_set must not exceed best_instruction_set().
 void row_divergence_cpu(const RowDivergence& task, int threads, InstructionSet instruction_set);
+
+enum class CudaSchedule : int32_t { kAuto, kCluster, kStreaming };
+
+// Rows on an NVIDIA GPU, on a stream of its: pointers are the device's, and the call does not wait. In builds with CUDA.
+// kAuto streams the rows that no cluster of blocks can hold. Targets outside the vocabulary have log-probability NaN.
+// Returns what was launched.
+RowGeometry row_divergence_cuda(const RowDivergence& task, int device, uintptr_t stream, CudaSchedule schedule);
 
 }  // namespace scsdpo

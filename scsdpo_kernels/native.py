@@ -48,36 +48,74 @@ def row_divergence(
 
     csrc/row_divergence.h has the contract, csrc/divergence.h the equations.
     """
+    assert student.device.type == "cpu"
+    options = {"beta": beta, "temperature": temperature, "teacher_is_difference": teacher_is_difference}
+    task, result = _row_task(student, teacher, weight, target, gradient, **options)
+    name = instruction_set or instruction_sets()[-1]
+    _C.row_divergence_cpu(task, torch.get_num_threads(), _C.InstructionSet.__members__[name])
+    return result
+
+
+def why_not_cuda(device: torch.device) -> str | None:
+    """Why `row_divergence_cuda` cannot run on a device; None: it can."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, got {device}"
+    if not hasattr(_C, "row_divergence_cuda"):
+        return "this package was built without a CUDA compiler"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return None
+
+
+def row_divergence_cuda(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    target: Tensor | None,  # ids outside [0, V) give NaN
+    *,
+    beta: float,
+    temperature: float,
+    teacher_is_difference: bool,
+    gradient: Tensor | None = None,
+    row_schedule: str = "auto",  # "cluster" | "streaming": csrc/row_divergence_cuda.cu
+) -> RowDivergence:
+    """The same on an NVIDIA GPU, on its current stream; it does not wait."""
+    options = {"beta": beta, "temperature": temperature, "teacher_is_difference": teacher_is_difference}
+    task, result = _row_task(student, teacher, weight, target, gradient, **options)
+    _C.row_divergence_cuda(task, *_stream(student.device), _C.CudaSchedule.__members__[row_schedule])
+    return result
+
+
+def _stream(device: torch.device) -> tuple[int, int]:
+    """Numbers of a GPU and of its current stream."""
+    return device.index, torch.cuda.current_stream(device).cuda_stream
+
+
+def _row_task(student, teacher, weight, target, gradient, **options) -> tuple[_C.RowDivergence, RowDivergence]:
+    """The C++ struct of a call, and the tensors that it fills."""
     rows, vocabulary = student.shape
     for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
         assert tensor is None or (tensor.shape == student.shape and tensor.stride(1) == 1), name
-        assert tensor is None or tensor.device.type == "cpu", name
+    for name, tensor in (("teacher", teacher), ("weight", weight), ("target", target), ("gradient", gradient)):
+        assert tensor is None or tensor.device == student.device, name
     assert student.dtype == teacher.dtype and weight.dtype == torch.float32
     assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
 
-    divergence, student_entropy, teacher_entropy = _fp32(3, rows).unbind()
-    student_logp, teacher_logp = (None, None) if target is None else _fp32(2, rows).unbind()
+    scalars = torch.empty(3 if target is None else 5, rows, dtype=torch.float32, device=student.device).unbind()
+    result = RowDivergence(*scalars, *[None] * (5 - len(scalars)))
     task = _C.RowDivergence(
         rows=rows,
         vocabulary=vocabulary,
         logits_dtype=_DTYPES[student.dtype],
         **_matrix(student=student),
         **_matrix(teacher=teacher),
-        teacher_is_difference=teacher_is_difference,
         weight=weight.data_ptr(),
         target=_address(target),
-        beta=beta,
-        temperature=temperature,
-        divergence=divergence.data_ptr(),
-        student_entropy=student_entropy.data_ptr(),
-        teacher_entropy=teacher_entropy.data_ptr(),
-        student_logp=_address(student_logp),
-        teacher_logp=_address(teacher_logp),
+        **options,
+        **{name: _address(tensor) for name, tensor in result._asdict().items()},
         **({} if gradient is None else {**_matrix(gradient=gradient), "gradient_dtype": _DTYPES[gradient.dtype]}),
     )
-    name = instruction_set or instruction_sets()[-1]
-    _C.row_divergence_cpu(task, torch.get_num_threads(), _C.InstructionSet.__members__[name])
-    return RowDivergence(divergence, student_entropy, teacher_entropy, student_logp, teacher_logp)
+    return task, result
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -111,10 +149,6 @@ def project(
         **_matrix(logits=logits),
     )
     _C.project(task, torch.get_num_threads())
-
-
-def _fp32(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
 
 
 def _address(tensor: Tensor | None) -> int:

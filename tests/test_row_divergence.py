@@ -1,7 +1,11 @@
-"""The row kernels, native on every instruction set and Triton, given fp32 logits, against long-double arithmetic."""
+"""The row kernels, given logits, against long-double arithmetic: native on every instruction set, CUDA's two, Triton.
+
+Without a GPU, CUDA's kernels run as host code (gpu_on_host.h) and Triton's in its interpreter.
+"""
 
 import itertools
 
+import cuda_on_host
 import numpy as np
 import oracle
 import pytest
@@ -13,8 +17,9 @@ from scsdpo_kernels import native, row_divergence_triton
 BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
 VOCABULARIES = (1, 2, 7, 16, 17, 1021, 4999)
 INSTRUCTION_SETS = native.instruction_sets()
-KERNELS = [*INSTRUCTION_SETS, "triton"]
-best_kernels = pytest.mark.parametrize("kernel", [INSTRUCTION_SETS[-1], "triton"])
+CUDA = ["cuda cluster", "cuda streaming"]
+KERNELS = [*INSTRUCTION_SETS, *CUDA, "triton"]
+best_kernels = pytest.mark.parametrize("kernel", [INSTRUCTION_SETS[-1], *CUDA, "triton"])
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
@@ -23,23 +28,45 @@ def several_blocks(monkeypatch):
     """A row of the tests is then longer than what Triton's kernel takes at a time."""
     monkeypatch.setattr(row_divergence_triton, "BLOCK", 256)
     monkeypatch.setattr(row_divergence_triton, "WARPS", 4)
+    if DEVICE == "cpu":
+        cuda_on_host.install(monkeypatch, shared=4096)
+
+
+def call(kernel, student, teacher, weight, target, *, gradient, **options):
+    """A row kernel on its device: scalars on the CPU. `gradient` is written where the kernel runs."""
+    if kernel not in (*CUDA, "triton"):
+        return native.row_divergence(
+            student, teacher, weight, target, **options, gradient=gradient, instruction_set=kernel
+        )
+    if kernel == "triton":
+        scalars = row_divergence_triton.row_divergence(student, teacher, weight, target, **options, gradient=gradient)
+    else:
+        if DEVICE == "cuda" and (why := native.why_not_cuda(student.device)):
+            pytest.skip(why)
+        scalars = native.row_divergence_cuda(
+            student, teacher, weight, target, **options, gradient=gradient, row_schedule=kernel.split()[1]
+        )[: 3 if target is None else 5]
+    return native.RowDivergence(*(x.cpu() for x in scalars), *[None] * (5 - len(scalars)))
+
+
+def device_of(kernel):
+    return DEVICE if kernel in (*CUDA, "triton") else "cpu"
 
 
 def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gradient="float32", difference=False,
         kernel=INSTRUCTION_SETS[-1]):  # fmt: skip
     """RowDivergence and the gradient, from logits that stay as they are."""
+    device = device_of(kernel)
     weight = torch.ones(len(student)) if weight is None else weight
-    out = None if gradient is None else torch.full(student.shape, torch.nan, dtype=getattr(torch, gradient))
-    teacher = (teacher.double() - student).float() if difference else teacher.float()
+    teacher = (teacher.double() - student).to(student.dtype) if difference else teacher.to(student.dtype)
+    student, teacher, weight, target = (x if x is None else x.to(device) for x in (student, teacher, weight, target))
+    if student.is_contiguous():  # as `chunked` has them: rows start at multiples of 16 bytes
+        student, teacher = (torch.nn.functional.pad(x, (0, -x.shape[1] % 8))[:, : x.shape[1]] for x in (student, teacher))
+    out = None
+    if gradient is not None:
+        out = torch.full_like(student, torch.nan, dtype=getattr(torch, gradient))
     options = {"beta": beta, "temperature": temperature, "teacher_is_difference": difference}
-    if kernel != "triton":
-        return native.row_divergence(
-            student, teacher, weight, target, **options, gradient=out, instruction_set=kernel
-        ), out
-    out = None if out is None else out.to(DEVICE)
-    tensors = (x if x is None else x.to(DEVICE) for x in (student, teacher, weight, target))
-    scalars = row_divergence_triton.row_divergence(*tensors, **options, gradient=out)
-    scalars = native.RowDivergence(*(x.cpu() for x in scalars), *[None] * (5 - len(scalars)))
+    scalars = call(kernel, student, teacher, weight, target, **options, gradient=out)
     return scalars, None if out is None else out.cpu()
 
 
@@ -73,8 +100,8 @@ def assert_rows(scalars, gradient, expected, floor=1e-10, gradient_floor=1e-10):
 @pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
 def test_precision(kernel, beta, difference):
     cases = itertools.product(VOCABULARIES, (0.5, 4.0, 12.0), (1e-5, 1e-3, 0.1, 3.0))
-    if kernel == "triton" and DEVICE == "cpu":  # Triton's interpreter is slow
-        cases = itertools.product((1, 7, 257, 1021), (0.5, 12.0), (1e-5, 0.1, 3.0))
+    if kernel not in INSTRUCTION_SETS and DEVICE == "cpu":  # a GPU's kernels are slow there
+        cases = itertools.product((1, 7, 257, 1021 if kernel == "triton" else 4999), (0.5, 12.0), (1e-5, 0.1, 3.0))
     for vocabulary, scale, distance in cases:
         student, teacher = logits(vocabulary, scale, distance)
         if difference:  # the kernel's teacher is then student + fp32(teacher - student)
@@ -86,10 +113,33 @@ def test_precision(kernel, beta, difference):
         assert_rows(scalars, gradient, expected)
 
 
+@pytest.mark.parametrize("kernel", [INSTRUCTION_SETS[-1], *CUDA])
 @pytest.mark.parametrize("beta", BETAS)
-def test_full_vocabulary(beta):
+def test_full_vocabulary(kernel, beta, monkeypatch):
+    if DEVICE == "cpu":
+        cuda_on_host.install(monkeypatch)
     student, teacher = logits(151936, 3.0, 1e-2, rows=2)
-    assert_rows(*run(student, teacher, beta), oracle.rows(student, teacher, beta))
+    assert_rows(*run(student, teacher, beta, kernel=kernel), oracle.rows(student, teacher, beta))
+
+
+@every_kernel
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
+@pytest.mark.parametrize("gradient", ["float32", "bfloat16"])
+def test_bf16_logits(kernel, beta, difference, gradient):
+    student, teacher = (x.bfloat16() for x in logits(1021, 3.0, 0.3))
+    target = torch.tensor([0, 1020, 7, 8, 900])
+    seen = student.double() + (teacher.double() - student).bfloat16().double() if difference else teacher
+    scalars, got = run(student, teacher, beta, target=target, difference=difference, gradient=gradient, kernel=kernel)
+    expected = oracle.rows(student.float(), seen, beta)
+    if gradient == "float32":
+        assert_rows(scalars, got, expected)
+    else:
+        _, exact = run(student, teacher, beta, difference=difference, kernel=kernel)
+        assert_rounded(got, exact, kernel)
+    at = (np.arange(5), target.numpy())
+    np.testing.assert_allclose(scalars.student_logp.numpy(), expected.log_p[at].astype(float), rtol=1e-6)
+    np.testing.assert_allclose(scalars.teacher_logp.numpy(), expected.log_q[at].astype(float), rtol=1e-6)
 
 
 @every_kernel
@@ -203,8 +253,10 @@ def test_forbidden_entries_contribute_their_limit(kernel, beta):
 
 
 @best_kernels
-def test_a_forbidden_entry_pushes_reverse_kl_without_nan(kernel):
+@pytest.mark.parametrize("height", [0.0, 10.0])
+def test_a_forbidden_entry_pushes_reverse_kl_without_nan(kernel, height):
     student, teacher = logits(64, 1.0, 0.1)
+    student[:, 7] += height
     teacher[:, 7] = -torch.inf
     _, gradient = run(student, teacher, 1.0, kernel=kernel)
     assert (gradient[:, 7] == torch.inf).all()
@@ -261,16 +313,18 @@ def test_bf16_gradient_over_the_students_row(kernel, beta):
     student, teacher = logits(1021, 3.0, 0.3)
     student[0, 5] = torch.nan
     _, exact = run(student, teacher, beta, kernel=kernel)
-    device = DEVICE if kernel == "triton" else "cpu"
-    in_place, teacher, weight = student.clone().to(device), teacher.to(device), torch.ones(5, device=device)
-    over = in_place.view(torch.bfloat16)[:, :1021]
-    row_divergence, options = native.row_divergence, {"instruction_set": kernel}
-    if kernel == "triton":
-        row_divergence, options = row_divergence_triton.row_divergence, {}
-    row_divergence(in_place, teacher, weight, None, beta=beta, temperature=1.0, teacher_is_difference=False,
-                   gradient=over, **options)  # fmt: skip
-    same = over.cpu().float()
-    if kernel == "triton" and device == "cpu":  # Triton's interpreter cuts bf16 off
+    device = device_of(kernel)
+    for width in (1021, 1024):  # of rows: unaligned, aligned
+        in_place = torch.empty(5, width)[:, :1021].copy_(student).to(device)
+        over = in_place.view(torch.bfloat16)[:, :1021]
+        call(kernel, in_place, teacher.to(device), torch.ones(5, device=device), None, beta=beta, temperature=1.0,
+             teacher_is_difference=False, gradient=over)  # fmt: skip
+        assert_rounded(over, exact, kernel)
+
+
+def assert_rounded(got, exact, kernel):
+    same = got.cpu().float()
+    if kernel == "triton" and DEVICE == "cpu":  # Triton's interpreter cuts bf16 off
         torch.testing.assert_close(same, exact, rtol=2**-7, atol=0, equal_nan=True)
     else:
         assert torch.equal(same.nan_to_num(7.0), exact.bfloat16().float().nan_to_num(7.0))

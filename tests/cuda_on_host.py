@@ -1,0 +1,42 @@
+"""The CUDA row kernel's own source, compiled for the host (gpu_on_host.h): what the tests run where there is no GPU."""
+
+import functools
+import importlib.util
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pybind11
+
+from scsdpo_kernels import native
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+
+
+@functools.cache
+def module() -> ModuleType:
+    folder = Path(tempfile.mkdtemp(prefix="cuda_on_host"))
+    library = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = [TESTS / "cuda_on_host.cpp", CSRC / "mixture.cpp", CSRC / "row_geometry.cpp"]
+    includes = [pybind11.get_include(), sysconfig.get_path("include")]
+    subprocess.run(
+        ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", *(f"-I{x}" for x in includes), *sources,
+         "-o", library],
+        check=True,
+    )  # fmt: skip
+    spec = importlib.util.spec_from_file_location("cuda_on_host", library)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def install(monkeypatch, *, capability=9, shared=227 * 1024, largest_cluster=16, clusters=2, seed=0) -> None:
+    """native.row_divergence_cuda takes CPU tensors, on a machine with so many bytes of shared memory to a block."""
+    module().machine(capability, shared, largest_cluster, clusters, seed)
+    compiled = SimpleNamespace(**{name: getattr(native._C, name) for name in dir(native._C) if name[0] != "_"})
+    compiled.row_divergence_cuda = module().row_divergence_cuda
+    monkeypatch.setattr(native, "_C", compiled)
+    monkeypatch.setattr(native, "_stream", lambda device: (0, 0))
