@@ -1,17 +1,16 @@
 // One vocabulary entry of the divergence, and what it needs to know of its row: written once for host and device.
 //
 // p, q: student and teacher probability of the entry; d = log(q / p). Every divergence here is a sum of entries that are
-// never negative, so nothing cancels when p and q are almost equal. With phi(x) = e^x - 1 - x >= 0,
+// never negative, so nothing cancels when p and q are almost equal: p and q both sum to one, and an entry of KL(p || q)
+// with its linear part is p log(p / q) - p + q = p phi(d), phi(x) = e^x - 1 - x >= 0. Near d = 0 every entry is a
+// polynomial, exact to rounding however small d is.
 //
-//     kl_term(p, m) = p log(p / m) - p + m = p phi(log(m / p))
-//
-// sums to KL(p || m), because p and m both sum to one. Near d = 0 every entry is a polynomial, exact to rounding however
-// small d is.
-//
-//     forward  (beta = 0)    D = KL(q || p)                                      dD/dz = p - q
-//     reverse  (beta = 1)    D = KL(p || q)                                      dD/dz = p (-d - KL(p || q))
-//     between                D = (1 - beta) KL(p || m) + beta KL(q || m)         dD/dz = (1 - beta) p (-a - KL(p || m))
-//                            m = (1 - beta) p + beta q,  a = log(m / p)          entry = beta q d - m a
+//     forward  (beta = 0)  D = KL(q || p)                                dD/dz = p - q
+//                          entry q phi(-d)
+//     reverse  (beta = 1)  D = KL(p || q)                                dD/dz = p (-d - KL(p || q))
+//                          entry p phi(d)
+//     between              D = (1 - beta) KL(p || m) + beta KL(q || m)   dD/dz = (1 - beta) p (-a - KL(p || m))
+//                          entry beta q d - m a                          m = (1 - beta) p + beta q,  a = log(m / p)
 //
 // Functions are templates on F: float, or a vector of floats with the compiler's element-wise operators (on which
 // `mask ? x : y` selects per element). -inf logits arrive as p = 0 or q = 0 with d = +inf, -inf or NaN and contribute
@@ -81,18 +80,26 @@ SCSDPO_INLINE F phi(F x) {
   return x * x * r;
 }
 
+constexpr float kLog2E = 1.44269504f;
+
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#endif
+
 // e^x for x <= 80, to 2e-7 relative (on a GPU 3e-7 + 1e-7 |x|); 0 below -87, where the result would leave the normal
 // numbers.
 template <class F>
 SCSDPO_INLINE F exponential(F x) {
 #if defined(__CUDA_ARCH__)
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
-  return y;
+  return power_of_two(x * kLog2E);
 #else
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
   F bounded = x < -87.0f ? splat<F>(-87.0f) : x;
-  F shifted = bounded * 1.44269504f + round;
+  F shifted = bounded * kLog2E + round;
   F n = shifted - round;
   F r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact under times n
   F scale = from_bits<F>((to_bits(shifted) + 127) << 23);
@@ -133,7 +140,8 @@ SCSDPO_INLINE F times(F p, F x) {
 // p e^x - p from both ends: exact to rounding for small x, and without overflow for large ones. q = p e^x.
 template <class F>
 SCSDPO_INLINE F excess(F p, F q, F x) {
-  return abs_value(x) < 1.0f ? p * (x + phi(x)) : q - p;
+  F near = p * (x + phi(x)), far = q - p;  // both, before one is chosen: no branch
+  return abs_value(x) < 1.0f ? near : far;
 }
 
 // x, and `below` where x is less or NaN.
@@ -158,10 +166,16 @@ SCSDPO_INLINE F polynomial(const float (&c)[kTerms], F x) {
   return y;
 }
 
-// Entry of KL(p || m) with log_ratio = log(m / p).
 template <class F>
-SCSDPO_INLINE F kl_term(F p, F m, F log_ratio) {
-  return abs_value(log_ratio) < 1.0f ? p * phi(log_ratio) : m - p - times(p, log_ratio);
+SCSDPO_INLINE F forward_kl(F p, F q, F d) {  // q phi(-d) = p (d e^d - expm1(d))
+  F curve = phi(d), near = p * (d * (d + curve) - curve), far = p - q + times(q, d);
+  return abs_value(d) < 1.0f ? near : far;
+}
+
+template <class F>
+SCSDPO_INLINE F reverse_kl(F p, F q, F d) {  // p phi(d)
+  F near = p * phi(d), far = q - p - times(p, d);
+  return abs_value(d) < 1.0f ? near : far;
 }
 
 template <class F>
@@ -183,8 +197,8 @@ SCSDPO_INLINE Entry<F> mixture_far(F p, F q, F d, const Mixture& mix) {  // |d| 
 
 template <Objective objective, class F>
 SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
-  if constexpr (objective == Objective::kForward) return {kl_term(q, p, -d), splat<F>(0.0f)};
-  if constexpr (objective == Objective::kReverse) return {kl_term(p, q, d), -d};
+  if constexpr (objective == Objective::kForward) return {forward_kl(p, q, d), splat<F>(0.0f)};
+  if constexpr (objective == Objective::kReverse) return {reverse_kl(p, q, d), -d};
   F low = at_least(-120.0f, d), finite = low < 120.0f ? low : splat<F>(120.0f);
   Entry<F> near = mixture_near(p, finite, mix), far = mixture_far(p, q, finite, mix);
   auto is_near = abs_value(finite) < 1.0f;
@@ -214,6 +228,7 @@ struct Row {
   float centre;
   float teacher_scale;  // puts e^(t - max_teacher) on the footing of e^y
   float inverse_temperature;
+  float bits;                              // log2(e) / temperature
   float inverse_student, inverse_teacher;  // 1 / Z_s, 1 / Z_t
   float log_ratio;                         // log(Z_t / Z_s) counted from centre
   float log_student, log_teacher;          // log Z_s, log Z_t
@@ -227,10 +242,21 @@ SCSDPO_INLINE Row row_of(float max_student, float max_teacher, float own, float 
   row.max_student = max_student;
   row.max_teacher = max_teacher;
   row.inverse_temperature = 1.0f / temperature;
+  row.bits = row.inverse_temperature * kLog2E;
   row.centre = std::isfinite(own) ? own : max_teacher - max_student;
   float apart = static_cast<float>(double{max_teacher} - max_student - row.centre);
   row.teacher_scale = std::exp(apart * row.inverse_temperature);
   return row;
+}
+
+// e^(x / temperature)
+template <class F>
+SCSDPO_INLINE F boltzmann(F x, const Row& row) {
+#if defined(__CUDA_ARCH__)
+  return power_of_two(x * row.bits);
+#else
+  return exponential(x * row.inverse_temperature);
+#endif
 }
 
 template <class F>
@@ -244,8 +270,7 @@ struct Sums {
 template <Objective objective, class F>
 SCSDPO_INLINE void add(Sums<F>& sums, const Logits<F>& at, const Row& row) {
   F u_student = at.s - row.max_student, u_teacher = at.t - row.max_teacher;
-  F e_student = exponential(u_student * row.inverse_temperature);
-  F e_teacher = exponential(u_teacher * row.inverse_temperature);
+  F e_student = boltzmann(u_student, row), e_teacher = boltzmann(u_teacher, row);
   F y = (at.difference - row.centre) * row.inverse_temperature;
   sums.student += e_student;
   sums.teacher += e_teacher;
@@ -262,8 +287,8 @@ struct Probabilities {
 
 template <class F>
 SCSDPO_INLINE Probabilities<F> probabilities(const Logits<F>& at, const Row& row) {
-  return {exponential((at.s - row.max_student) * row.inverse_temperature) * row.inverse_student,
-          exponential((at.t - row.max_teacher) * row.inverse_temperature) * row.inverse_teacher,
+  return {boltzmann(at.s - row.max_student, row) * row.inverse_student,
+          boltzmann(at.t - row.max_teacher, row) * row.inverse_teacher,
           (at.difference - row.centre) * row.inverse_temperature - row.log_ratio};
 }
 

@@ -12,10 +12,6 @@
 namespace scsdpo {
 namespace gpu {
 
-struct alignas(16) Bytes16 {
-  uint32_t word[4];
-};
-
 __device__ __forceinline__ int thread() { return threadIdx.x; }
 __device__ __forceinline__ int threads() { return blockDim.x; }
 __device__ __forceinline__ int block() { return blockIdx.x; }

@@ -27,16 +27,14 @@
 namespace scsdpo {
 namespace {
 
-using gpu::Bytes16;
-
 constexpr int kWarp = 32;
-constexpr int kMaxWarps = kRowThreads / kWarp;
 constexpr float kLowest = -3.4028235e38f;  // below every logit but -inf, which it is subtracted from
 
 struct BFloat16 {
   uint16_t bits;
 };
 
+// What a kernel is called with.
 struct Task {
   RowDivergence rows;
   Mixture mix;
@@ -46,61 +44,59 @@ struct Task {
 };
 
 // ---------------------------------------------------------------------------------------------------------------
-// Packs: the 16 bytes of logits that a thread takes at a time.
+// Packs: n logits that a thread takes with one access, of 8 or 16 bytes.
 
-template <class Logit>
-constexpr int kPack = 16 / sizeof(Logit);
+template <class Logit, int n>
+struct alignas(n * sizeof(Logit)) Pack {
+  uint32_t word[n * sizeof(Logit) / 4];
+};
 
 __device__ __forceinline__ float from_logit(float x) { return x; }
 __device__ __forceinline__ float from_logit(BFloat16 x) { return from_bits<float>(static_cast<int32_t>(x.bits) << 16); }
 
-template <class Logit>
-struct Pack {
-  float x[kPack<Logit>];
-};
-
-__device__ __forceinline__ void unpack(const Bytes16& bytes, Pack<float>& pack) { memcpy(pack.x, &bytes, 16); }
-
-__device__ __forceinline__ void unpack(const Bytes16& bytes, Pack<BFloat16>& pack) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    pack.x[2 * i] = from_bits<float>(static_cast<int32_t>(bytes.word[i] << 16));
-    pack.x[2 * i + 1] = from_bits<float>(static_cast<int32_t>(bytes.word[i] & 0xffff0000u));
-  }
+template <int n>
+__device__ __forceinline__ float entry_of(const Pack<float, n>& pack, int i) {
+  return from_bits<float>(static_cast<int32_t>(pack.word[i]));
 }
 
-// `count` logits of a row, wherever they start, and `padding`.
-template <class Logit>
-__device__ __forceinline__ Bytes16 gather(const Logit* from, int64_t count, uint32_t padding) {
-  Bytes16 bytes{};
-#pragma unroll
-  for (int i = 0; i < kPack<Logit>; ++i) {
-    uint32_t bits;
-    if constexpr (sizeof(Logit) == 4)
-      bits = i < count ? static_cast<uint32_t>(to_bits(from[i])) : padding;
-    else
-      bits = i < count ? from[i].bits : padding >> 16;
-    bytes.word[i * sizeof(Logit) / 4] |= sizeof(Logit) == 4 || i % 2 == 0 ? bits : bits << 16;
-  }
-  return bytes;
+template <int n>
+__device__ __forceinline__ float entry_of(const Pack<BFloat16, n>& pack, int i) {
+  uint32_t word = pack.word[i / 2];
+  return from_bits<float>(static_cast<int32_t>(i % 2 == 0 ? word << 16 : word & 0xffff0000u));
 }
 
-template <class Logit, bool difference>
-__device__ __forceinline__ void logits(const Bytes16& student, const Bytes16& teacher,
-                                       Logits<float> (&at)[kPack<Logit>]) {
-  Pack<Logit> s, t;
-  unpack(student, s);
-  unpack(teacher, t);
-#pragma unroll
-  for (int i = 0; i < kPack<Logit>; ++i) {
-    if constexpr (difference)
-      at[i] = {s.x[i], s.x[i] + t.x[i], t.x[i]};
-    else
-      at[i] = {s.x[i], t.x[i], t.x[i] - s.x[i]};
-  }
+__device__ __forceinline__ Pack<float, 4> packed(float a, float b, float c, float d) {
+  return {{uint32_t(to_bits(a)), uint32_t(to_bits(b)), uint32_t(to_bits(c)), uint32_t(to_bits(d))}};
 }
 
 constexpr uint32_t kMinusInfinity = 0xff800000u;
+
+// `count` logits, wherever they start, and then `padding`.
+template <class Logit, int n>
+__device__ __forceinline__ Pack<Logit, n> gather(const Logit* from, int64_t count, uint32_t padding) {
+  Pack<Logit, n> pack{};
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    uint32_t bits = i < count ? uint32_t(to_bits(from_logit(from[i]))) : padding;
+    pack.word[i * sizeof(Logit) / 4] |= sizeof(Logit) == 4 || i % 2 == 1 ? bits : bits >> 16;
+  }
+  return pack;
+}
+
+template <bool difference, class Logit, int n>
+__device__ __forceinline__ void unpack(const Pack<Logit, n>& student, const Pack<Logit, n>& teacher,
+                                       Logits<float> (&at)[n]) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    float s = entry_of(student, i), t = entry_of(teacher, i);
+    if constexpr (difference)
+      at[i] = {s, s + t, t};
+    else
+      at[i] = {s, t, t - s};
+  }
+}
+
+// What stands for the logits beyond the vocabulary.
 template <bool difference>
 constexpr uint32_t kTeacherPadding = difference ? 0u : kMinusInfinity;
 
@@ -115,79 +111,125 @@ struct Source {
         teacher(static_cast<const Logit*>(task.teacher) + row * task.teacher_stride) {}
 };
 
-// A pack of weight * dD/dz into the gradient's row.
-template <class Logit>
-__device__ __forceinline__ void store(const Task& task, int64_t row, int64_t v, const float (&g)[kPack<Logit>]) {
-  constexpr int n = kPack<Logit>;
-  int64_t at = row * task.rows.gradient_stride + v, count = task.rows.vocabulary - v;
-  if (task.rows.gradient_dtype == DType::kFloat32) {
-    float* to = static_cast<float*>(task.rows.gradient) + at;
-    if (task.aligned_gradient && count >= n) {
+// Where a row's weight * dD/dz goes.
+struct Gradient {
+  void* row;
+  int64_t vocabulary;
+  DType dtype;
+  bool aligned;
+
+  __device__ Gradient(const Task& task, int64_t r)
+      : vocabulary(task.rows.vocabulary), dtype(task.rows.gradient_dtype), aligned(task.aligned_gradient) {
+    int64_t bytes = dtype == DType::kFloat32 ? 4 : 2;
+    row = static_cast<unsigned char*>(task.rows.gradient) + r * task.rows.gradient_stride * bytes;
+  }
+
+  // Entries v, v + 1, ..., v a multiple of n.
+  template <int n>
+  __device__ __forceinline__ void store(int64_t v, const float (&g)[n]) const {
+    const bool whole = aligned && v + n <= vocabulary;
+    if (dtype == DType::kFloat32) {
+      float* to = static_cast<float*>(row) + v;
+      if (whole) {
 #pragma unroll
-      for (int i = 0; i < n; i += 4) {
-        Bytes16 bytes;
-        memcpy(&bytes, g + i, 16);
-        reinterpret_cast<Bytes16*>(to)[i / 4] = bytes;
+        for (int i = 0; i < n; i += 4)
+          reinterpret_cast<Pack<float, 4>*>(to)[i / 4] = packed(g[i], g[i + 1], g[i + 2], g[i + 3]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < n; ++i)
+          if (v + i < vocabulary) to[i] = g[i];
       }
     } else {
+      BFloat16* to = static_cast<BFloat16*>(row) + v;
+      Pack<BFloat16, n> pack;
 #pragma unroll
-      for (int i = 0; i < n; ++i)
-        if (i < count) to[i] = g[i];
-    }
-  } else {
-    BFloat16* to = static_cast<BFloat16*>(task.rows.gradient) + at;
-    struct alignas(2 * n) Packed {
-      uint32_t word[n / 2];
-    } packed;
+      for (int i = 0; i < n; i += 2) pack.word[i / 2] = gpu::two_bfloat16(g[i], g[i + 1]);
+      if (whole) {
+        *reinterpret_cast<Pack<BFloat16, n>*>(to) = pack;
+      } else {
 #pragma unroll
-    for (int i = 0; i < n; i += 2) packed.word[i / 2] = gpu::two_bfloat16(g[i], g[i + 1]);
-    if (task.aligned_gradient && count >= n) {
-      *reinterpret_cast<Packed*>(to) = packed;
-    } else {
-#pragma unroll
-      for (int i = 0; i < n; ++i)
-        if (i < count) to[i].bits = static_cast<uint16_t>(packed.word[i / 2] >> (i % 2 * 16));
+        for (int i = 0; i < n; ++i)
+          if (v + i < vocabulary) to[i].bits = static_cast<uint16_t>(pack.word[i / 2] >> (i % 2 * 16));
+      }
     }
   }
-}
+};
 
-// Entries of a pack. Where no thread of a warp has log(q / p) beyond 1, as in most of a self-distillation's rows, the
-// mixtures' far side is not computed.
-template <Objective objective, int n>
-__device__ __forceinline__ void entries(const Probabilities<float> (&at)[n], const Mixture& mix, Entry<float> (&out)[n]) {
-  if constexpr (objective == Objective::kJensenShannon) {
-    bool near = true;
+// Entries that a thread computes side by side, without a branch between them.
+constexpr int kQuad = 4;
+
+template <Objective objective>
+struct Quad {
+  Probabilities<float> probability[kQuad];
+  Entry<float> entry[kQuad];
+
+  // Where no thread of a warp has log(q / p) beyond 1, as in most of a self-distillation's rows, the mixtures' far side is
+  // not computed.
+  __device__ __forceinline__ Quad(const Logits<float>* at, const Row& row, const Mixture& mix) {
+    bool near = objective == Objective::kJensenShannon;
 #pragma unroll
-    for (int i = 0; i < n; ++i) near &= fabsf(at[i].d) < 1.0f;
+    for (int i = 0; i < kQuad; ++i) {
+      probability[i] = probabilities(at[i], row);
+      near &= fabsf(probability[i].d) < 1.0f;
+    }
     if (near) {
 #pragma unroll
-      for (int i = 0; i < n; ++i) out[i] = mixture_near(at[i].p, at[i].d, mix);
-      return;
+      for (int i = 0; i < kQuad; ++i) entry[i] = mixture_near(probability[i].p, probability[i].d, mix);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i)
+        entry[i] = scsdpo::entry<objective>(probability[i].p, probability[i].q, probability[i].d, mix);
     }
   }
+
+  // Divergence, and the mean score of a mixture.
+  __device__ __forceinline__ void add_to(float (&terms)[2], const Row& row) const {
 #pragma unroll
-  for (int i = 0; i < n; ++i) out[i] = entry<objective>(at[i].p, at[i].q, at[i].d, mix);
-}
+    for (int i = 0; i < kQuad; ++i) {
+      terms[0] += entry[i].divergence;
+      if constexpr (objective == Objective::kJensenShannon)
+        terms[1] += weighted_score<objective>(probability[i].p, entry[i].score - row.reference);
+    }
+  }
+
+  __device__ __forceinline__ void gradient(float* g, const Row& row, float scale) const {
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) g[i] = slope<objective>(probability[i], entry[i].score, row) * scale;
+  }
+};
 
 // ---------------------------------------------------------------------------------------------------------------
 // What exists once a row.
 
 struct Outputs {
   Row row;
-  float scale;         // slope_scale
+  float scale;  // slope_scale
   Entropies entropy;
   float target_student, target_teacher;  // logits
-};
 
-__device__ __forceinline__ void write(const RowDivergence& task, int64_t r, double divergence, const Outputs& of) {
-  // NaN stays; less than 0 is what is left of a row whose entries have underflowed.
-  task.divergence[r] = static_cast<float>(divergence < 0 ? 0 : divergence);
-  task.student_entropy[r] = of.entropy.student;
-  task.teacher_entropy[r] = of.entropy.teacher;
-  if (!task.target) return;
-  task.student_logp[r] = (of.target_student - of.row.max_student) * of.row.inverse_temperature - of.row.log_student;
-  task.teacher_logp[r] = (of.target_teacher - of.row.max_teacher) * of.row.inverse_temperature - of.row.log_teacher;
-}
+  template <Objective objective>
+  __device__ __forceinline__ void conclude(const Sums<float>& sums, const RowDivergence& task, const Mixture& mix, int64_t r,
+                                           Row of) {
+    entropy = scsdpo::conclude<objective>(sums, mix, of);
+    scale = task.gradient ? slope_scale<objective>(task.weight[r], mix, of) : 0.0f;
+    row = of;
+  }
+
+  // result: the divergence, and the mean score of a mixture.
+  template <Objective objective>
+  __device__ __forceinline__ void finish(const double (&result)[2], const RowDivergence& task, int64_t r, bool writes) {
+    double divergence = result[0] < 0 ? 0 : result[0];  // what is left of a row whose entries have underflowed
+    if constexpr (objective == Objective::kJensenShannon)  // a NaN row is NaN throughout
+      row.mean_score = static_cast<float>(divergence == divergence ? result[1] : divergence);
+    if (!writes) return;
+    task.divergence[r] = static_cast<float>(divergence);
+    task.student_entropy[r] = entropy.student;
+    task.teacher_entropy[r] = entropy.teacher;
+    if (!task.target) return;
+    task.student_logp[r] = (target_student - row.max_student) * row.inverse_temperature - row.log_student;
+    task.teacher_logp[r] = (target_teacher - row.max_teacher) * row.inverse_temperature - row.log_teacher;
+  }
+};
 
 // The target's logits; NaN for an id that is not in the vocabulary.
 template <class Logit, bool difference>
@@ -202,23 +244,6 @@ __device__ __forceinline__ void read_target(const RowDivergence& task, int64_t r
   of.target_teacher = difference ? s + t : t;
 }
 
-// The largest logits, and t - s where the student's is. Of equal ones the first counts.
-struct Maxima {
-  float student, own, teacher;
-};
-
-__device__ __forceinline__ Maxima merged(const Maxima& a, const Maxima& b) {
-  return {fmaxf(a.student, b.student), b.student > a.student ? b.own : a.own, fmaxf(a.teacher, b.teacher)};
-}
-
-__device__ __forceinline__ Maxima over_warp(Maxima x, int lanes = kWarp) {
-  for (int mask = 1; mask < lanes; mask *= 2) {
-    Maxima y{gpu::exchange(x.student, mask), gpu::exchange(x.own, mask), gpu::exchange(x.teacher, mask)};
-    x = gpu::thread() & mask ? merged(y, x) : merged(x, y);
-  }
-  return x;
-}
-
 template <class Real, int n>
 __device__ __forceinline__ void sum_over_warp(Real (&x)[n]) {
   for (int mask = 1; mask < kWarp; mask *= 2) {
@@ -227,16 +252,7 @@ __device__ __forceinline__ void sum_over_warp(Real (&x)[n]) {
   }
 }
 
-constexpr int kSums = 6;
-
-template <Objective objective>
-constexpr int kUsedSums = objective == Objective::kReverse ? 6 : 5;
-
-template <class Real>
-__device__ __forceinline__ Sums<float> as_sums(const Real (&x)[kSums]) {
-  return {float(x[0]), float(x[1]), float(x[2]), float(x[3]), float(x[4]), float(x[5])};
-}
-
+constexpr int kSums = sizeof(Sums<float>) / sizeof(float);
 // x of all threads, in the threads of the first warp.
 template <int n>
 __device__ __forceinline__ void sum_over_block(float (&x)[n], float (*of_warps)[kSums], double (&total)[n]) {
@@ -259,7 +275,16 @@ __device__ __forceinline__ void sum_over_block(float (&x)[n], float (*of_warps)[
 
 #if defined(SCSDPO_CLUSTERS)
 
+using SumsArray = float[kSums];
+
+__device__ __forceinline__ SumsArray& as_array(Sums<float>& sums) { return reinterpret_cast<SumsArray&>(sums); }
+
+__device__ __forceinline__ Sums<float> as_sums(const double (&x)[kSums]) {
+  return {float(x[0]), float(x[1]), float(x[2]), float(x[3]), float(x[4]), float(x[5])};
+}
+
 constexpr int kPieces = 8;
+constexpr int kMaxWarps = kRowThreads / kWarp;
 
 // In front of the logits in shared memory.
 struct Header {
@@ -269,6 +294,23 @@ struct Header {
   gpu::Delivery delivery[kPieces];
 };
 static_assert(sizeof(Header) <= kRowHeader);
+
+// The largest logits, and t - s where the student's is. Of equal ones the first counts.
+struct Maxima {
+  float student, own, teacher;
+};
+
+__device__ __forceinline__ Maxima merged(const Maxima& a, const Maxima& b) {
+  return {fmaxf(a.student, b.student), b.student > a.student ? b.own : a.own, fmaxf(a.teacher, b.teacher)};
+}
+
+__device__ __forceinline__ Maxima over_warp(Maxima x) {
+  for (int mask = 1; mask < kWarp; mask *= 2) {
+    Maxima y{gpu::exchange(x.student, mask), gpu::exchange(x.own, mask), gpu::exchange(x.teacher, mask)};
+    x = gpu::thread() & mask ? merged(y, x) : merged(x, y);
+  }
+  return x;
+}
 
 // x of the first thread for the cluster's other blocks.
 template <int n>
@@ -318,71 +360,91 @@ __device__ __forceinline__ Maxima over_cluster(Maxima x, Header& header, int tur
 }
 
 // A block's slice of the rows that its cluster takes: packs of both sides in shared memory. A pack belongs to one thread;
-// a piece is what bulk copies bring at a time, two packs a thread.
+// a piece is what bulk copies bring at a time, 32 bytes a thread and side.
 template <class Logit, bool difference>
 struct Slice {
+  using LogitPack = Pack<Logit, kQuad>;
+
   const Task& task;
   Header& header;
   int64_t begin;  // first entry
   int entries;
   int packs;
-  Bytes16* student;
-  Bytes16* teacher;
+  LogitPack* student;
+  LogitPack* teacher;
 
   __device__ Slice(const Task& task, unsigned char* memory)
       : task(task), header(*reinterpret_cast<Header*>(memory)), begin(gpu::cluster_rank() * task.slice) {
     int64_t rest = task.rows.vocabulary - begin;
     entries = static_cast<int>(rest < 0 ? 0 : rest < task.slice ? rest : task.slice);
-    packs = (entries + kPack<Logit> - 1) / kPack<Logit>;
-    student = reinterpret_cast<Bytes16*>(memory + kRowHeader);
-    teacher = student + task.slice / kPack<Logit>;
+    packs = (entries + kQuad - 1) / kQuad;
+    student = reinterpret_cast<LogitPack*>(memory + kRowHeader);
+    teacher = student + task.slice / kQuad;
   }
 
-  __device__ int delivered_packs() const { return task.aligned_logits ? entries / kPack<Logit> : 0; }
-  __device__ int piece_packs() const { return 2 * gpu::threads(); }
+  // Of packs, as many as are whole 16 bytes.
+  __device__ int delivered_packs() const {
+    constexpr int n = 16 / sizeof(Logit);
+    return task.aligned_logits ? entries / n * (n / kQuad) : 0;
+  }
+  __device__ int piece_packs() const { return 8 / sizeof(Logit) * gpu::threads(); }
   __device__ int pieces() const { return (delivered_packs() + piece_packs() - 1) / piece_packs(); }
 
   __device__ void order(int64_t row, int piece) const {  // one thread
     Source<Logit> from(task.rows, row);
     int first = piece * piece_packs(), count = min(piece_packs(), delivered_packs() - first);
-    int64_t v = begin + int64_t{first} * kPack<Logit>;
-    gpu::announce(&header.delivery[piece], 32 * count);
-    gpu::bulk_copy(student + first, from.student + v, 16 * count, &header.delivery[piece]);
-    gpu::bulk_copy(teacher + first, from.teacher + v, 16 * count, &header.delivery[piece]);
+    int bytes = count * int(sizeof(LogitPack));
+    int64_t v = begin + int64_t{first} * kQuad;
+    gpu::announce(&header.delivery[piece], 2 * bytes);
+    gpu::bulk_copy(student + first, from.student + v, bytes, &header.delivery[piece]);
+    gpu::bulk_copy(teacher + first, from.teacher + v, bytes, &header.delivery[piece]);
   }
 
-  // Pack k, which this thread sees for the first time in this row.
-  __device__ void receive(int64_t row, int k, int turn) const {
-    if (k < delivered_packs()) return gpu::await(&header.delivery[k / piece_packs()], turn);
-    Source<Logit> from(task.rows, row);
-    int64_t v = begin + int64_t{k} * kPack<Logit>, count = entries - int64_t{k} * kPack<Logit>;
-    student[k] = gather(from.student + v, count, kMinusInfinity);
-    teacher[k] = gather(from.teacher + v, count, kTeacherPadding<difference>);
-  }
-
-  // Calls visit(k) for this thread's packs; after the last pass over a row, orders the next one's piece by piece.
+  // Calls visit(k) for this thread's packs. After the last pass over a row, orders the next row's piece by piece.
   template <class Visit>
-  __device__ void walk(Visit visit, int64_t next_row = -1) const {
-    for (int first = 0; first < packs; first += piece_packs()) {
+  __device__ __forceinline__ void walk(Visit visit, int64_t next_row = -1) const {
+    for (int first = 0, piece = 0; first < packs; first += piece_packs(), ++piece) {
       int end = min(first + piece_packs(), packs);
       for (int k = first + gpu::thread(); k < end; k += gpu::threads()) visit(k);
-      if (next_row >= 0 && first < delivered_packs()) {
+      if (next_row >= 0 && piece < pieces()) {
         gpu::before_bulk_copies();
         gpu::block_barrier();
-        if (gpu::thread() == 0) order(next_row, first / piece_packs());
+        if (gpu::thread() == 0) order(next_row, piece);
       }
     }
   }
 
-  __device__ void at(int k, Logits<float> (&out)[kPack<Logit>]) const {
-    logits<Logit, difference>(student[k], teacher[k], out);
+  // The first pass over a row: its packs have been delivered, or are fetched here.
+  template <class Visit>
+  __device__ __forceinline__ void receive(int64_t row, int turn, Visit visit) const {
+    const int delivered = delivered_packs();
+    for (int first = 0, piece = 0; first < delivered; first += piece_packs(), ++piece) {
+      gpu::await(&header.delivery[piece], turn);
+      int end = min(first + piece_packs(), delivered);
+      for (int k = first + gpu::thread(); k < end; k += gpu::threads()) visit(k);
+    }
+    if (delivered == packs) return;
+    Source<Logit> from(task.rows, row);
+    // A pack has one owner in all passes, who alone touches it: no barrier.
+    for (int k = owned_from(delivered); k < packs; k += gpu::threads()) {
+      int64_t v = begin + int64_t{k} * kQuad, count = entries - int64_t{k} * kQuad;
+      student[k] = gather<Logit, kQuad>(from.student + v, count, kMinusInfinity);
+      teacher[k] = gather<Logit, kQuad>(from.teacher + v, count, kTeacherPadding<difference>);
+      visit(k);
+    }
+  }
+
+  // This thread's first pack from pack k on.
+  __device__ int owned_from(int k) const { return k + (gpu::thread() - k % gpu::threads() + gpu::threads()) % gpu::threads(); }
+
+  __device__ __forceinline__ void at(int k, Logits<float> (&out)[kQuad]) const {
+    unpack<difference>(student[k], teacher[k], out);
   }
 };
 
 template <Objective objective, class Logit, bool difference>
 __device__ void cluster_rows(const Task& task) {
-  constexpr int n = kPack<Logit>;
-  // fp32 logits leave room for p and the score in their place; bf16 ones are read again.
+  // fp32 logits leave room for p and the score in their place; bf16 ones are computed again.
   constexpr bool keeps = objective == Objective::kJensenShannon && sizeof(Logit) == 4;
   Slice<Logit, difference> slice(task, gpu::shared_memory());
   Header& header = slice.header;
@@ -406,13 +468,12 @@ __device__ void cluster_rows(const Task& task) {
 
     Maxima top{kLowest, 0.0f, kLowest};
     int top_pack = -1;
-    slice.walk([&](int k) {
-      slice.receive(r, k, turn);
-      Logits<float> at[n];
+    slice.receive(r, turn, [&](int k) {
+      Logits<float> at[kQuad];
       slice.at(k, at);
       float student = at[0].s, teacher = at[0].t;
 #pragma unroll
-      for (int i = 1; i < n; ++i) {
+      for (int i = 1; i < kQuad; ++i) {
         student = fmaxf(student, at[i].s);
         teacher = fmaxf(teacher, at[i].t);
       }
@@ -421,10 +482,10 @@ __device__ void cluster_rows(const Task& task) {
       top.teacher = fmaxf(top.teacher, teacher);
     });
     if (top_pack >= 0) {
-      Logits<float> at[n];
+      Logits<float> at[kQuad];
       slice.at(top_pack, at);
 #pragma unroll
-      for (int i = n - 1; i >= 0; --i)
+      for (int i = kQuad - 1; i >= 0; --i)
         if (at[i].s == top.student) top.own = at[i].difference;
     }
     top = over_cluster(top, header, told);
@@ -433,93 +494,68 @@ __device__ void cluster_rows(const Task& task) {
     gpu::block_barrier();
     Row row = header.of.row;
 
-    float sums[kSums] = {};
+    Sums<float> sums{};
     slice.walk([&](int k) {
-      Logits<float> at[n];
+      Logits<float> at[kQuad];
       slice.at(k, at);
-      Sums<float> sum = as_sums(sums);
 #pragma unroll
-      for (int i = 0; i < n; ++i) add<objective>(sum, at[i], row);
-      sums[0] = sum.student, sums[1] = sum.teacher, sums[2] = sum.student_moment;
-      sums[3] = sum.teacher_moment, sums[4] = sum.excess, sums[5] = sum.linear;
+      for (int i = 0; i < kQuad; ++i) add<objective>(sums, at[i], row);
     });
     double total[kSums];
-    sum_over_cluster(sums, header, told, total);
+    sum_over_cluster(as_array(sums), header, told, total);
     told ^= 1;
-    if (leads) {
-      header.of.entropy = conclude<objective>(as_sums(total), task.mix, row);
-      header.of.row = row;
-      header.of.scale = rows.gradient ? slope_scale<objective>(rows.weight[r], task.mix, row) : 0.0f;
-    }
+    if (leads) header.of.conclude<objective>(as_sums(total), rows, task.mix, r, row);
     gpu::block_barrier();
     row = header.of.row;
-    float scale = header.of.scale;
+    const float scale = header.of.scale;
 
+    const Gradient gradient(task, r);
     const bool last = objective != Objective::kJensenShannon || !rows.gradient;
     float terms[2] = {};
     slice.walk(
         [&](int k) {
-          Logits<float> at[n];
+          Logits<float> at[kQuad];
           slice.at(k, at);
-          Probabilities<float> probability[n];
-          Entry<float> entry[n];
-#pragma unroll
-          for (int i = 0; i < n; ++i) probability[i] = probabilities(at[i], row);
-          entries<objective>(probability, task.mix, entry);
-          float g[n];
-#pragma unroll
-          for (int i = 0; i < n; ++i) {
-            terms[0] += entry[i].divergence;
-            if constexpr (objective == Objective::kJensenShannon)
-              terms[1] += weighted_score<objective>(probability[i].p, entry[i].score - row.reference);
-            else
-              g[i] = slope<objective>(probability[i], entry[i].score, row) * scale;
+          Quad<objective> quad(at, row, task.mix);
+          quad.add_to(terms, row);
+          if constexpr (objective != Objective::kJensenShannon) {
+            if (rows.gradient) {
+              float g[kQuad];
+              quad.gradient(g, row, scale);
+              gradient.store(slice.begin + int64_t{k} * kQuad, g);
+            }
           }
           if constexpr (keeps) {
-            float p[n], score[n];
-#pragma unroll
-            for (int i = 0; i < n; ++i) p[i] = probability[i].p, score[i] = entry[i].score;
-            memcpy(&slice.student[k], p, 16);
-            memcpy(&slice.teacher[k], score, 16);
-          }
-          if constexpr (objective != Objective::kJensenShannon) {
-            if (rows.gradient) store<Logit>(task, r, slice.begin + int64_t{k} * n, g);
+            const auto& at = quad.probability;
+            const auto& of = quad.entry;
+            slice.student[k] = packed(at[0].p, at[1].p, at[2].p, at[3].p);
+            slice.teacher[k] = packed(of[0].score, of[1].score, of[2].score, of[3].score);
           }
         },
         last ? next : -1);
     double result[2];
     sum_over_cluster(terms, header, told, result);
     told ^= 1;
-    if (leads) {
-      if (gpu::cluster_rank() == 0) write(rows, r, result[0], header.of);
-      if constexpr (objective == Objective::kJensenShannon)  // a NaN row is NaN throughout
-        header.of.row.mean_score = static_cast<float>(result[0] == result[0] ? result[1] : result[0]);
-    }
+    if (leads) header.of.finish<objective>(result, rows, r, gpu::cluster_rank() == 0);
     if (last) continue;
     gpu::block_barrier();
     row = header.of.row;
 
     slice.walk(
         [&](int k) {
-          Probabilities<float> probability[n];
-          Entry<float> entry[n];
+          float g[kQuad];
           if constexpr (keeps) {
-            float p[n], score[n];
-            memcpy(p, &slice.student[k], 16);
-            memcpy(score, &slice.teacher[k], 16);
 #pragma unroll
-            for (int i = 0; i < n; ++i) probability[i].p = p[i], entry[i].score = score[i];
+            for (int i = 0; i < kQuad; ++i) {
+              float p = entry_of(slice.student[k], i), score = entry_of(slice.teacher[k], i);
+              g[i] = slope<objective>({p, 0.0f, 0.0f}, score, row) * scale;
+            }
           } else {
-            Logits<float> at[n];
+            Logits<float> at[kQuad];
             slice.at(k, at);
-#pragma unroll
-            for (int i = 0; i < n; ++i) probability[i] = probabilities(at[i], row);
-            entries<objective>(probability, task.mix, entry);
+            Quad<objective>(at, row, task.mix).gradient(g, row, scale);
           }
-          float g[n];
-#pragma unroll
-          for (int i = 0; i < n; ++i) g[i] = slope<objective>(probability[i], entry[i].score, row) * scale;
-          store<Logit>(task, r, slice.begin + int64_t{k} * n, g);
+          gradient.store(slice.begin + int64_t{k} * kQuad, g);
         },
         next);
   }
@@ -614,39 +650,43 @@ constexpr int kGroup = 2;
 
 template <class Logit, bool difference>
 struct Stream {
+  static constexpr int n = 16 / sizeof(Logit);
+
   const Task& task;
   Source<Logit> from;
 
-  __device__ void at(int64_t k, Logits<float> (&out)[kPack<Logit>]) const {
-    int64_t v = k * kPack<Logit>, count = task.rows.vocabulary - v;
-    Bytes16 student, teacher;
-    if (task.aligned_logits && count >= kPack<Logit>) {
-      student = *reinterpret_cast<const Bytes16*>(from.student + v);
-      teacher = *reinterpret_cast<const Bytes16*>(from.teacher + v);
+  __device__ __forceinline__ void at(int64_t k, Logits<float> (&out)[n]) const {
+    int64_t v = k * n, count = task.rows.vocabulary - v;
+    Pack<Logit, n> student, teacher;
+    if (task.aligned_logits && count >= n) {
+      student = *reinterpret_cast<const Pack<Logit, n>*>(from.student + v);
+      teacher = *reinterpret_cast<const Pack<Logit, n>*>(from.teacher + v);
     } else {
-      student = gather(from.student + v, count, kMinusInfinity);
-      teacher = gather(from.teacher + v, count, kTeacherPadding<difference>);
+      student = gather<Logit, n>(from.student + v, count, kMinusInfinity);
+      teacher = gather<Logit, n>(from.teacher + v, count, kTeacherPadding<difference>);
     }
-    logits<Logit, difference>(student, teacher, out);
+    unpack<difference>(student, teacher, out);
   }
 
-  // Calls visit(k, at): `at` are the entries of kGroup packs, the first of them pack k, the others gpu::threads() packs
-  // further each. All threads take as many turns.
+  // Calls visit(v, at): `at` are the entries of kGroup packs; the first starts at entry v, the others `step()` further each.
+  // All threads take as many turns.
   template <class Visit>
-  __device__ void walk(Visit visit) const {
-    const int64_t packs = (task.rows.vocabulary + kPack<Logit> - 1) / kPack<Logit>;
+  __device__ __forceinline__ void walk(Visit visit) const {
+    const int64_t packs = (task.rows.vocabulary + n - 1) / n;
     for (int64_t first = 0; first < packs; first += kGroup * gpu::threads()) {
-      Logits<float> at[kGroup][kPack<Logit>];
+      Logits<float> at[kGroup][n];
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) this->at(first + j * gpu::threads() + gpu::thread(), at[j]);
-      visit(first + gpu::thread(), at);
+      visit((first + gpu::thread()) * n, at);
     }
   }
+
+  __device__ int64_t step() const { return int64_t{n} * gpu::threads(); }
 };
 
 template <Objective objective, class Logit, bool difference>
 __device__ __forceinline__ Online online(const Stream<Logit, difference>& stream, float inverse_temperature) {
-  constexpr int n = kPack<Logit>;
+  constexpr int n = Stream<Logit, difference>::n;
   Online x{kLowest, kLowest, 0.0f, {}};
   stream.walk([&](int64_t, const Logits<float> (&at)[kGroup][n]) {
     float student = at[0][0].s, teacher = at[0][0].t;
@@ -684,7 +724,7 @@ __device__ __forceinline__ Online online(const Stream<Logit, difference>& stream
 
 template <Objective objective, class Logit, bool difference>
 __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __grid_constant__ Task task) {
-  constexpr int n = kPack<Logit>;
+  constexpr int n = Stream<Logit, difference>::n;
   StreamingHeader& header = *reinterpret_cast<StreamingHeader*>(gpu::shared_memory());
   const RowDivergence& rows = task.rows;
   const bool leads = gpu::thread() == 0;
@@ -701,39 +741,31 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
     all = over_warp(all, inverse_temperature);
     if (leads) {
       Row row = row_of(all.max_student, all.max_teacher, all.centre, rows.temperature);
-      header.of.entropy = conclude<objective>(all.sums, task.mix, row);
-      header.of.row = row;
-      header.of.scale = rows.gradient ? slope_scale<objective>(rows.weight[r], task.mix, row) : 0.0f;
+      header.of.conclude<objective>(all.sums, rows, task.mix, r, row);
       read_target<Logit, difference>(rows, r, header.of);
     }
   }
   gpu::block_barrier();
   Row row = header.of.row;
-  float scale = header.of.scale;
+  const float scale = header.of.scale;
+  const Gradient gradient(task, r);
 
   float terms[2] = {};
-  stream.walk([&](int64_t first, const Logits<float> (&at)[kGroup][n]) {
+  stream.walk([&](int64_t v, const Logits<float> (&at)[kGroup][n]) {
     // The gradient may lie over logits that other threads read in this turn.
     if (objective != Objective::kJensenShannon && rows.gradient) gpu::block_barrier();
     float sum[2] = {};
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      Probabilities<float> probability[n];
-      Entry<float> entry[n];
-#pragma unroll
-      for (int i = 0; i < n; ++i) probability[i] = probabilities(at[j][i], row);
-      entries<objective>(probability, task.mix, entry);
+    for (int k = 0; k < kGroup; ++k) {
       float g[n];
 #pragma unroll
-      for (int i = 0; i < n; ++i) {
-        sum[0] += entry[i].divergence;
-        if constexpr (objective == Objective::kJensenShannon)
-          sum[1] += weighted_score<objective>(probability[i].p, entry[i].score - row.reference);
-        else
-          g[i] = slope<objective>(probability[i], entry[i].score, row) * scale;
+      for (int i = 0; i < n; i += kQuad) {
+        Quad<objective> quad(at[k] + i, row, task.mix);
+        quad.add_to(sum, row);
+        if constexpr (objective != Objective::kJensenShannon) quad.gradient(g + i, row, scale);
       }
       if constexpr (objective != Objective::kJensenShannon) {
-        if (rows.gradient) store<Logit>(task, r, (first + j * gpu::threads()) * n, g);
+        if (rows.gradient) gradient.store(v + k * stream.step(), g);
       }
     }
     terms[0] += sum[0];
@@ -741,28 +773,19 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
   });
   double result[2];
   sum_over_block(terms, header.of_warps, result);
-  if (leads) {
-    write(rows, r, result[0], header.of);
-    if constexpr (objective == Objective::kJensenShannon)  // a NaN row is NaN throughout
-      header.of.row.mean_score = static_cast<float>(result[0] == result[0] ? result[1] : result[0]);
-  }
+  if (leads) header.of.finish<objective>(result, rows, r, true);
   if (objective != Objective::kJensenShannon || !rows.gradient) return;
   gpu::block_barrier();
   row = header.of.row;
 
-  stream.walk([&](int64_t first, const Logits<float> (&at)[kGroup][n]) {
+  stream.walk([&](int64_t v, const Logits<float> (&at)[kGroup][n]) {
     gpu::block_barrier();  // as above
 #pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      Probabilities<float> probability[n];
-      Entry<float> entry[n];
-#pragma unroll
-      for (int i = 0; i < n; ++i) probability[i] = probabilities(at[j][i], row);
-      entries<objective>(probability, task.mix, entry);
+    for (int k = 0; k < kGroup; ++k) {
       float g[n];
 #pragma unroll
-      for (int i = 0; i < n; ++i) g[i] = slope<objective>(probability[i], entry[i].score, row) * scale;
-      store<Logit>(task, r, (first + j * gpu::threads()) * n, g);
+      for (int i = 0; i < n; i += kQuad) Quad<objective>(at[k] + i, row, task.mix).gradient(g + i, row, scale);
+      gradient.store(v + k * stream.step(), g);
     }
   });
 }

@@ -20,8 +20,8 @@ RowGeometry row_geometry(int64_t vocabulary, int logit_bytes, const GpuLimits& l
     int64_t blocks = std::min(kBlocks, limits.shared_per_multiprocessor / (bytes + limits.shared_reserved));
     if (blocks <= most) continue;
     most = blocks;
-    int64_t packs = rounded_up(slice * logit_bytes / 16, 32);  // 16 bytes a side, what a thread takes at a time
-    int threads = static_cast<int>(std::clamp<int64_t>(packs, 64, kRowThreads / blocks));
+    int64_t quads = rounded_up(slice / 4, 32);  // what a thread takes at a time
+    int threads = static_cast<int>(std::clamp<int64_t>(quads, 64, kRowThreads / blocks));
     best = {cluster, threads, slice, bytes};
   }
   return best;

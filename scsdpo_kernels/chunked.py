@@ -9,6 +9,7 @@ products run in. Where student and teacher share an fp32 head, (h_t - h_s) Wᵀ 
 cost, and the divergence keeps its relative precision however close the teacher is.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -23,6 +24,10 @@ from .rows import Rows
 # tuned on hardware.
 BUFFER_BYTES = {"cpu": 448 * 2**20, "gpu": 1216 * 2**20}
 MIN_ROWS = 256
+# Which kernel takes the rows on a GPU, and what CUDA's is told: a cluster of blocks to a row or one that streams it. auto
+# is CUDA's where this package was built with it, on NVIDIA GPUs from compute capability 8.0, and Triton's elsewhere.
+ROW_KERNELS = {"auto": "auto", "cuda": "auto", "cuda-cluster": "cluster", "cuda-streaming": "streaming", "triton": None}
+ROW_KERNEL = os.environ.get("SCSDPO_ROW_KERNEL", "auto")
 # Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.
 SLAB_ROWS = 8192
 # A buffer's rows start at multiples of so many logits, so that every vocabulary has aligned loads.
@@ -90,13 +95,21 @@ def divergence_rows(
     return scalars, None if grad_weight_dtype is None else head_gradient.result()
 
 
-def row_kernel(device: torch.device) -> Callable:
-    """The row kernel of a device, with the contract of csrc/row_divergence.h."""
+def row_kernel(device: torch.device, name: str | None = None) -> Callable:
+    """The row kernel of a device, with the contract of csrc/row_divergence.h: `name`, or what ROW_KERNEL says."""
+    name = name or ROW_KERNEL
+    if name not in ROW_KERNELS:
+        raise ValueError(f"SCSDPO_ROW_KERNEL: expected one of {', '.join(ROW_KERNELS)}, got {name!r}")
     if device.type == "cpu":
         return native.row_divergence
-    from .row_divergence_triton import row_divergence
+    why = native.why_not_cuda(device)
+    if why and name.startswith("cuda"):
+        raise ValueError(f"SCSDPO_ROW_KERNEL={name} cannot run: {why}")
+    if why or name == "triton":
+        from .row_divergence_triton import row_divergence
 
-    return row_divergence
+        return row_divergence
+    return partial(native.row_divergence_cuda, row_schedule=ROW_KERNELS[name])
 
 
 def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:

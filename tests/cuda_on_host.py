@@ -17,14 +17,15 @@ CSRC = TESTS.parent / "csrc"
 
 
 @functools.cache
-def module() -> ModuleType:
+def module(source: Path = CSRC / "row_divergence_cuda.cu") -> ModuleType:
+    """The source's kernels, compiled."""
     folder = Path(tempfile.mkdtemp(prefix="cuda_on_host"))
     library = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [TESTS / "cuda_on_host.cpp", CSRC / "mixture.cpp", CSRC / "row_geometry.cpp"]
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
     subprocess.run(
-        ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", *(f"-I{x}" for x in includes), *sources,
-         "-o", library],
+        ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", *(f"-I{x}" for x in includes), f"-I{CSRC}",
+         f'-DSOURCE="{source}"', *sources, "-o", library],
         check=True,
     )  # fmt: skip
     spec = importlib.util.spec_from_file_location("cuda_on_host", library)
@@ -33,10 +34,12 @@ def module() -> ModuleType:
     return loaded
 
 
-def install(monkeypatch, *, capability=9, shared=227 * 1024, largest_cluster=16, clusters=2, seed=0) -> None:
+def install(monkeypatch, *, capability=9, shared=227 * 1024, largest_cluster=16, clusters=2, seed=0,
+            source=CSRC / "row_divergence_cuda.cu") -> None:  # fmt: skip
     """native.row_divergence_cuda takes CPU tensors, on a machine with so many bytes of shared memory to a block."""
-    module().machine(capability, shared, largest_cluster, clusters, seed)
+    compiled_kernels = module(source)
+    compiled_kernels.machine(capability, shared, largest_cluster, clusters, seed)
     compiled = SimpleNamespace(**{name: getattr(native._C, name) for name in dir(native._C) if name[0] != "_"})
-    compiled.row_divergence_cuda = module().row_divergence_cuda
+    compiled.row_divergence_cuda = compiled_kernels.row_divergence_cuda
     monkeypatch.setattr(native, "_C", compiled)
     monkeypatch.setattr(native, "_stream", lambda device: (0, 0))

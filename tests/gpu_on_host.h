@@ -1,8 +1,8 @@
 // csrc/gpu.h for a host compiler: an NVIDIA GPU's threads as coroutines of one thread, so that the CUDA kernels' own
 // source runs, and is wrong where it is wrong, on a machine without a GPU.
 //
-// A coroutine runs until it waits, then another is chosen at random: what a missing barrier would leave to chance is left
-// to chance here too. A bulk copy spoils its destination at once and arrives at some later time. Waiting for ever, and a
+// A coroutine runs until it waits, then another is chosen at random, and some block lags behind the others: what a missing
+// barrier would leave to chance is left to chance here too. A bulk copy spoils its destination at once and arrives at some later time. Waiting for ever, and a
 // barrier that some threads have left behind, end the process with a message.
 #pragma once
 
@@ -156,13 +156,16 @@ inline void run_cluster(Run& now) {
     makecontext(&thread.beginning, enter, 0);
     waiting[i] = static_cast<int>(i);
   }
+  bool stuck = false;
+  auto any_block = [&] { return static_cast<int>(now.random() % now.cluster); };
+  int slow = any_block();  // goes on only where the others cannot
   while (!waiting.empty()) {
     std::shuffle(waiting.begin(), waiting.end(), now.random);
     bool moved = false;
     std::vector<int> rest;
     for (int i : waiting) {
       Thread& thread = now.all[i];
-      if (thread.ready && !thread.ready()) {
+      if ((thread.rank == slow && !stuck) || (thread.ready && !thread.ready())) {
         rest.push_back(i);
         continue;
       }
@@ -172,8 +175,13 @@ inline void run_cluster(Run& now) {
       if (!thread.done) rest.push_back(i);
       if (!now.copies.empty() && now.random() % 64 == 0) now.deliver_one();
     }
-    if (!moved && now.copies.empty()) fail("every thread waits");
-    if (!moved) now.deliver_one();
+    if (!moved && !now.copies.empty())
+      now.deliver_one();
+    else if (!moved && stuck)
+      fail("every thread waits");
+    else if (stuck)
+      slow = any_block();
+    stuck = !moved && now.copies.empty();
     waiting.swap(rest);
   }
   if (!now.copies.empty()) fail("a bulk copy was never waited for");
@@ -183,10 +191,6 @@ inline void run_cluster(Run& now) {
 
 // ---------------------------------------------------------------------------------------------------------------
 // csrc/gpu.h's names
-
-struct alignas(16) Bytes16 {
-  uint32_t word[4];
-};
 
 inline int thread() { return run->current->number; }
 inline int threads() { return run->threads; }
@@ -217,6 +221,9 @@ inline int cluster_rank() { return run->current->rank; }
 inline int cluster_size() { return run->cluster; }
 inline void cluster_barrier() { run->arrive(run->of_cluster); }
 inline double of_peer(const double* mine, int rank) {
+  const Thread* peer = &run->all[rank * run->threads];
+  if (std::all_of(peer, peer + run->threads, [](const Thread& thread) { return thread.done; }))
+    fail("a block is read that has left");
   auto offset = reinterpret_cast<const unsigned char*>(mine) - shared_memory();
   return *reinterpret_cast<const double*>(run->shared[rank].get() + offset);
 }
