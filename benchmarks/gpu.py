@@ -26,7 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
-from scsdpo_kernels import linear_divergence, row_divergence_triton
+from scsdpo_kernels import chunked, linear_divergence
 
 DTYPE = torch.bfloat16
 SUBSAMPLE = 64
@@ -180,30 +180,34 @@ def case(rows: int, width: int, vocabulary: int, beta: float, zeros: float, froz
     }  # fmt: skip
 
 
-def row_kernel(rows: int, vocabulary: int, repeats: int) -> dict:
-    """The row kernel alone, bf16 gradient, beside a copy of as many bytes."""
-    student = torch.randn(rows, vocabulary, device="cuda")
-    teacher = student + 0.1 * torch.randn_like(student)
+def row_kernels(vocabulary: int, distance: float, repeats: int) -> dict:
+    """Every row kernel on the same logits. A share of 1 is a copy of each logit once and the gradient once."""
+    rows = 2**28 // vocabulary  # 1 GiB of fp32 logits a side: no cache holds them
+    student = torch.randn(rows, vocabulary, device="cuda") * 2
+    teacher = student + distance * torch.randn_like(student)
     weight = torch.ones(rows, device="cuda")
-    gradient = torch.empty(rows, vocabulary, dtype=DTYPE, device="cuda")
     source, to = torch.empty(2, 2**31, dtype=torch.uint8, device="cuda")
-
-    def run(beta):
-        return lambda: row_divergence_triton.row_divergence(
-            student, teacher, weight, None, beta=beta, temperature=1.0, teacher_is_difference=False,
-            gradient=gradient,
-        )  # fmt: skip
-
-    runs = {"copy": lambda: to.copy_(source), **{str(beta): run(beta) for beta in (0.0, 0.5, 1.0)}}
+    runs, skipped = {"copy": lambda: to.copy_(source)}, {}
+    gradients = {name: torch.empty_like(student, dtype=getattr(torch, name)) for name in ("bfloat16", "float32")}
+    for name in ("triton", "cuda-cluster", "cuda-streaming"):
+        try:
+            kernel = chunked.row_kernel(student.device, name)
+        except ValueError as error:
+            skipped[name] = str(error)
+            continue
+        for beta in (0.0, 0.5, 1.0):
+            for dtype, gradient in gradients.items():
+                options = {"beta": beta, "temperature": 1.0, "teacher_is_difference": False, "gradient": gradient}
+                runs[name, beta, dtype] = functools.partial(kernel, student, teacher, weight, None, **options)
     times = medians(runs, repeats)
-    copied = 2 * source.numel() / times["copy"] / 1e6
-    bytes_ = {"0.0": 18, "0.5": 26, "1.0": 18}
-    rates = {beta: bytes_[beta] * rows * vocabulary / times[beta] / 1e6 for beta in bytes_}
-    return {
-        "row_kernel": {beta: {"milliseconds": times[beta], "GB/s": rate, "share of copy": rate / copied}
-                       for beta, rate in rates.items()},
-        "copy GB/s": copied, "rows": rows, "vocabulary": vocabulary,
-    }  # fmt: skip
+    copied = 2 * source.numel() / times.pop("copy") / 1e6
+    lines = []
+    for (name, beta, dtype), time_ in times.items():
+        rate = (8 + gradients[dtype].element_size()) * rows * vocabulary / time_ / 1e6
+        lines.append({"kernel": name, "beta": beta, "gradient": dtype, "milliseconds": time_,
+                      "share of copy": rate / copied})  # fmt: skip
+    return {"row_kernels": lines, "copy GB/s": copied, "rows": rows, "vocabulary": vocabulary, "distance": distance,
+            "skipped": skipped}  # fmt: skip
 
 
 def evaluation(rows: int, width: int, vocabulary: int, repeats: int) -> dict:
@@ -232,6 +236,19 @@ def evaluation(rows: int, width: int, vocabulary: int, repeats: int) -> dict:
 def table(lines: list[dict]) -> str:
     out = []
     for line in lines:
+        if "row_kernels" in line:
+            out += [
+                "",
+                f"Row kernels, N = {line['rows']}, V = {line['vocabulary']}, teacher's logits {line['distance']} away; "
+                f"copy {line['copy GB/s']:.0f} GB/s",
+                "",
+                "| | β | gradient | ms | share of copy |",
+                "|---|---|---|---|---|",
+                *(f"| {x['kernel']} | {x['beta']} | {x['gradient']} | {x['milliseconds']:.2f} | "
+                  f"{x['share of copy']:.0%} |" for x in line["row_kernels"]),
+                *(f"| {name} | skipped: {why} | | | |" for name, why in line["skipped"].items()),
+            ]  # fmt: skip
+            continue
         if "implementations" not in line:
             out += ["", "```", json.dumps(line, indent=1), "```"]
             continue
@@ -270,7 +287,7 @@ def main() -> None:
     plain = {"beta": 0.5, "zeros": 0.0, "frozen_head": False, **size}
     most = max(arguments.rows)
     cases = [
-        lambda: row_kernel(1024, arguments.vocabulary, arguments.repeats),
+        lambda: row_kernels(arguments.vocabulary, 0.1, arguments.repeats),
         lambda: case(arguments.rows[0], **plain),
         lambda: evaluation(arguments.rows[0], arguments.width, arguments.vocabulary, arguments.repeats),
         *(lambda zeros=zeros: case(most, **{**plain, "zeros": zeros}) for zeros in (0.63, 0.78)),
@@ -278,7 +295,10 @@ def main() -> None:
         *(lambda beta=beta: case(most, **{**plain, "beta": beta}) for beta in (0.0, 1.0)),
         lambda: case(most, **{**plain, "frozen_head": True}),
         *(lambda width=width: case(most, **{**plain, "width": width}) for width in (1024, 2048)),
-    ]
+        lambda: row_kernels(arguments.vocabulary, 3.0, arguments.repeats),
+        *(lambda vocabulary=vocabulary: row_kernels(vocabulary, 0.1, arguments.repeats)
+          for vocabulary in (50257, 100278, 262144)),
+    ]  # fmt: skip
     machine = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

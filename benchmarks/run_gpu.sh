@@ -38,10 +38,11 @@ tests() {                                                        # name, seconds
   tail -n 15 "$out/tests-$name.log"
 }
 # The row kernel first: what everything else rests on.
-tests rows 70 $workers tests/test_row_divergence.py -k triton
+tests rows 80 $workers tests/test_row_divergence.py -k "triton or cuda"
+tests cuda 20 tests/test_cuda.py
 tests tiled 90 $workers tests/test_tiled.py
 tests weights 40 tests/test_weights.py
-tests gpu 150 -m gpu tests/test_gpu.py
+tests gpu 200 -m gpu tests/test_gpu.py
 
 echo "== measure"
 timeout -k 5 "$(left)" "$python" benchmarks/gpu.py --output "$out" --seconds $(($(left) - 50)) 2>&1 | tee "$out/gpu.md" | tail -n 120

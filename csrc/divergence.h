@@ -1,8 +1,8 @@
 // One vocabulary entry of the divergence, and what it needs to know of its row: written once for host and device.
 //
-// p, q: student and teacher probability of the entry; d = log(q / p). Every divergence here is a sum of entries that are
-// never negative, so nothing cancels when p and q are almost equal: p and q both sum to one, and an entry of KL(p || q)
-// with its linear part is p log(p / q) - p + q = p phi(d), phi(x) = e^x - 1 - x >= 0. Near d = 0 every entry is a
+// p, q: student and teacher probability of the entry; d = log(q / p). Every divergence here is a sum of entries that
+// are never negative, so nothing cancels when p and q are almost equal: p and q both sum to one, and an entry of KL(p
+// || q) with its linear part is p log(p / q) - p + q = p phi(d), phi(x) = e^x - 1 - x >= 0. Near d = 0 every entry is a
 // polynomial, exact to rounding however small d is.
 //
 //     forward  (beta = 0)  D = KL(q || p)                                dD/dz = p - q
@@ -185,7 +185,7 @@ SCSDPO_INLINE Entry<F> mixture_near(F p, F d, const Mixture& mix) {  // |d| <= 1
 
 template <class F>
 SCSDPO_INLINE Entry<F> mixture_far(F p, F q, F d, const Mixture& mix) {  // |d| >= 1, and finite
-  auto turned = d > mix.turn;  // u = m / q rather than m / p
+  auto turned = d > mix.turn;                                            // u = m / q rather than m / p
   F x = turned ? -d : d;
   F share = turned ? splat<F>(mix.student) : splat<F>(mix.teacher);
   F rest = turned ? splat<F>(mix.teacher) : splat<F>(mix.student);

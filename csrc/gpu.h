@@ -93,16 +93,16 @@ __device__ __forceinline__ void bulk_copy(void* to, const void* from, int bytes,
   asm volatile(
       "{\n.reg .b64 policy;\n"
       "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+      "policy;\n}" ::"r"(shared_address(to)),
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(delivery))
       : "memory");
 }
 
 __device__ __forceinline__ void await(Delivery* delivery, int turn) {  // turn: 0, 1, 0, 1 ...
   asm volatile(
-      "{\n.reg .pred there;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n@!there bra again;\n}" ::"r"(
-          shared_address(delivery)),
+      "{\n.reg .pred there;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 there, [%0], %1;\n@!there bra "
+      "again;\n}" ::"r"(shared_address(delivery)),
       "r"(turn)
       : "memory");
 }

@@ -7,8 +7,8 @@ namespace scsdpo {
 constexpr int kTerms = 8;
 
 // With d = log(q / p) and a = log(m / p) = log1p(beta expm1(d)): for |d| <= 1, a / d and (beta q d - m a) / (p d^2) are
-// polynomials of d, to 2e-7 relative. Beyond, the ratio of q and p is counted from the side that has most of the mixture,
-// so that neither overflows nor cancels.
+// polynomials of d, to 2e-7 relative. Beyond, the ratio of q and p is counted from the side that has most of the
+// mixture, so that neither overflows nor cancels.
 struct Mixture {
   float student, teacher;  // the shares 1 - beta and beta, each with its own digits
   float turn;              // above this d, log(m / q) is what is computed, below it log(m / p)

@@ -54,9 +54,9 @@ void row_divergence_cpu(const RowDivergence& task, int threads, InstructionSet i
 
 enum class CudaSchedule : int32_t { kAuto, kCluster, kStreaming };
 
-// Rows on an NVIDIA GPU, on a stream of its: pointers are the device's, and the call does not wait. In builds with CUDA.
-// kAuto streams the rows that no cluster of blocks can hold. Targets outside the vocabulary have log-probability NaN.
-// Returns what was launched.
+// Rows on an NVIDIA GPU, on a stream of its: pointers are the device's, and the call does not wait. In builds with
+// CUDA. kAuto streams the rows that no cluster of blocks can hold. Targets outside the vocabulary have log-probability
+// NaN. Returns what was launched.
 RowGeometry row_divergence_cuda(const RowDivergence& task, int device, uintptr_t stream, CudaSchedule schedule);
 
 }  // namespace scsdpo

@@ -1,9 +1,9 @@
 // Rows of a RowDivergence on an NVIDIA GPU, on the caller's stream, in one of two ways:
 //
 //     cluster     sm_90 and newer. The blocks of a cluster hold a row in shared memory, a slice each. Bulk copies bring
-//                 it there, and what exists once a row crosses the cluster through distributed shared memory: each logit
-//                 is read from device memory once. Clusters take row after row; as soon as a piece of shared memory has
-//                 been read for the last time, the next row's logits are on their way into it.
+//                 it there, and what exists once a row crosses the cluster through distributed shared memory: each
+//                 logit is read from device memory once. Clusters take row after row; as soon as a piece of shared
+//                 memory has been read for the last time, the next row's logits are on their way into it.
 //     streaming   one block a row, which is read two or three times (8 bytes a pair of fp32 logits each).
 //
 //     pass         reads from                  writes
@@ -12,8 +12,8 @@
 //     divergence   shared or device memory     G at beta 0 and 1; between, the scores into shared memory
 //     gradient     shared or device memory     G of a mixture: it needs the mean score
 //
-// divergence.h has the formulas. A thread's sums are fp32, and so are a warp's; what crosses blocks is float64. Sums are
-// added in one order: the same bits from run to run, whatever the GPU. Nothing synchronises, nothing is allocated.
+// divergence.h has the formulas. A thread's sums are fp32, and so are a warp's; what crosses blocks is float64. Sums
+// are added in one order: the same bits from run to run, whatever the GPU. Nothing synchronises, nothing is allocated.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -163,8 +163,8 @@ struct Quad {
   Probabilities<float> probability[kQuad];
   Entry<float> entry[kQuad];
 
-  // Where no thread of a warp has log(q / p) beyond 1, as in most of a self-distillation's rows, the mixtures' far side is
-  // not computed.
+  // Where no thread of a warp has log(q / p) beyond 1, as in most of a self-distillation's rows, the mixtures' far side
+  // is not computed.
   __device__ __forceinline__ Quad(const Logits<float>* at, const Row& row, const Mixture& mix) {
     bool near = objective == Objective::kJensenShannon;
 #pragma unroll
@@ -208,8 +208,8 @@ struct Outputs {
   float target_student, target_teacher;  // logits
 
   template <Objective objective>
-  __device__ __forceinline__ void conclude(const Sums<float>& sums, const RowDivergence& task, const Mixture& mix, int64_t r,
-                                           Row of) {
+  __device__ __forceinline__ void conclude(const Sums<float>& sums, const RowDivergence& task, const Mixture& mix,
+                                           int64_t r, Row of) {
     entropy = scsdpo::conclude<objective>(sums, mix, of);
     scale = task.gradient ? slope_scale<objective>(task.weight[r], mix, of) : 0.0f;
     row = of;
@@ -218,7 +218,7 @@ struct Outputs {
   // result: the divergence, and the mean score of a mixture.
   template <Objective objective>
   __device__ __forceinline__ void finish(const double (&result)[2], const RowDivergence& task, int64_t r, bool writes) {
-    double divergence = result[0] < 0 ? 0 : result[0];  // what is left of a row whose entries have underflowed
+    double divergence = result[0] < 0 ? 0 : result[0];     // what is left of a row whose entries have underflowed
     if constexpr (objective == Objective::kJensenShannon)  // a NaN row is NaN throughout
       row.mean_score = static_cast<float>(divergence == divergence ? result[1] : divergence);
     if (!writes) return;
@@ -359,8 +359,8 @@ __device__ __forceinline__ Maxima over_cluster(Maxima x, Header& header, int tur
   return over_warp(x);
 }
 
-// A block's slice of the rows that its cluster takes: packs of both sides in shared memory. A pack belongs to one thread;
-// a piece is what bulk copies bring at a time, 32 bytes a thread and side.
+// A block's slice of the rows that its cluster takes: packs of both sides in shared memory. A pack belongs to one
+// thread; a piece is what bulk copies bring at a time, 32 bytes a thread and side.
 template <class Logit, bool difference>
 struct Slice {
   using LogitPack = Pack<Logit, kQuad>;
@@ -435,7 +435,9 @@ struct Slice {
   }
 
   // This thread's first pack from pack k on.
-  __device__ int owned_from(int k) const { return k + (gpu::thread() - k % gpu::threads() + gpu::threads()) % gpu::threads(); }
+  __device__ int owned_from(int k) const {
+    return k + (gpu::thread() - k % gpu::threads() + gpu::threads()) % gpu::threads();
+  }
 
   __device__ __forceinline__ void at(int k, Logits<float> (&out)[kQuad]) const {
     unpack<difference>(student[k], teacher[k], out);
@@ -668,8 +670,8 @@ struct Stream {
     unpack<difference>(student, teacher, out);
   }
 
-  // Calls visit(v, at): `at` are the entries of kGroup packs; the first starts at entry v, the others `step()` further each.
-  // All threads take as many turns.
+  // Calls visit(v, at): `at` are the entries of kGroup packs; the first starts at entry v, the others `step()` further
+  // each. All threads take as many turns.
   template <class Visit>
   __device__ __forceinline__ void walk(Visit visit) const {
     const int64_t packs = (task.rows.vocabulary + n - 1) / n;
@@ -688,7 +690,7 @@ template <Objective objective, class Logit, bool difference>
 __device__ __forceinline__ Online online(const Stream<Logit, difference>& stream, float inverse_temperature) {
   constexpr int n = Stream<Logit, difference>::n;
   Online x{kLowest, kLowest, 0.0f, {}};
-  stream.walk([&](int64_t, const Logits<float> (&at)[kGroup][n]) {
+  stream.walk([&](int64_t, const Logits<float>(&at)[kGroup][n]) {
     float student = at[0][0].s, teacher = at[0][0].t;
 #pragma unroll
     for (int i = 1; i < kGroup * n; ++i) {
@@ -751,7 +753,7 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
   const Gradient gradient(task, r);
 
   float terms[2] = {};
-  stream.walk([&](int64_t v, const Logits<float> (&at)[kGroup][n]) {
+  stream.walk([&](int64_t v, const Logits<float>(&at)[kGroup][n]) {
     // The gradient may lie over logits that other threads read in this turn.
     if (objective != Objective::kJensenShannon && rows.gradient) gpu::block_barrier();
     float sum[2] = {};
@@ -778,7 +780,7 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
   gpu::block_barrier();
   row = header.of.row;
 
-  stream.walk([&](int64_t v, const Logits<float> (&at)[kGroup][n]) {
+  stream.walk([&](int64_t v, const Logits<float>(&at)[kGroup][n]) {
     gpu::block_barrier();  // as above
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
@@ -795,7 +797,8 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
 
 void check(cudaError_t error) {
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("row_divergence: ") + cudaGetErrorName(error) + ", " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("row_divergence: ") + cudaGetErrorName(error) + ", " +
+                             cudaGetErrorString(error));
 }
 
 // The device of the call, and the one that was current before.
@@ -865,8 +868,8 @@ RowGeometry row_divergence_cuda(const RowDivergence& rows, int device, uintptr_t
   int64_t bytes = rows.logits_dtype == DType::kFloat32 ? 4 : 2;
   int64_t gradient_bytes = rows.gradient_dtype == DType::kFloat32 ? 4 : 2;
   Task task{rows, mixture(rows.beta), 0, false, false};
-  task.aligned_logits = aligned(rows.student, rows.student_stride, bytes, 16) &&
-                        aligned(rows.teacher, rows.teacher_stride, bytes, 16);
+  task.aligned_logits =
+      aligned(rows.student, rows.student_stride, bytes, 16) && aligned(rows.teacher, rows.teacher_stride, bytes, 16);
   task.aligned_gradient = aligned(rows.gradient, rows.gradient_stride, gradient_bytes,
                                   std::min<int64_t>(16, gradient_bytes * (16 / bytes)));
   Kernels of = rows.logits_dtype == DType::kFloat32 ? kernels<float>(rows) : kernels<BFloat16>(rows);

@@ -9,8 +9,8 @@
 //     gradient     weight * p (score - mean score), over the student's row if the caller wants that; at beta 0 and 1,
 //                  where the mean score is there already, together with the divergence
 //
-// divergence.h has the formulas. Elements and short sums are fp32, sums of blocks and everything that exists once a row is
-// float64.
+// divergence.h has the formulas. Elements and short sums are fp32, sums of blocks and everything that exists once a row
+// is float64.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -145,7 +145,8 @@ template <Objective objective, class Memory>
 Sums<double> sums(const Memory& memory, const Row& row) {
   Sums<double> total{};
   Sums<Floats> partial{};
-  memory.walk([&](int64_t v, int count) __attribute__((always_inline)) { add<objective>(partial, memory.at(v, count), row); },
+  memory.walk([&](int64_t v, int count)
+                  __attribute__((always_inline)) { add<objective>(partial, memory.at(v, count), row); },
               [&]() __attribute__((always_inline)) {
                 total.student += sum(partial.student);
                 total.teacher += sum(partial.teacher);
@@ -158,8 +159,8 @@ Sums<double> sums(const Memory& memory, const Row& row) {
   return total;
 }
 
-// The divergence, and of a mixture the mean score, which the gradient then needs; the other gradients are written on the
-// way, if `gradient` is given.
+// The divergence, and of a mixture the mean score, which the gradient then needs; the other gradients are written on
+// the way, if `gradient` is given.
 template <Objective objective, class Memory, class Gradient>
 double divergence(const Memory& memory, const Mixture& mix, Row& row, float scale, Gradient* gradient) {
   double divergence = 0, mean_score = 0;

@@ -14,9 +14,9 @@ struct GpuLimits {
 
 // The clusters' kernel has its row in shared memory. `slice` entries a block, a multiple of 8, in one block or more.
 struct RowGeometry {
-  int cluster;          // blocks to a row; 0: the row is streamed by one block
-  int threads;          // of a block
-  int64_t slice;        // entries of a block; the last blocks may have fewer, or none
+  int cluster;           // blocks to a row; 0: the row is streamed by one block
+  int threads;           // of a block
+  int64_t slice;         // entries of a block; the last blocks may have fewer, or none
   int64_t shared_bytes;  // of a block
 };
 
@@ -24,8 +24,8 @@ constexpr int kRowThreads = 768;        // of all of a multiprocessor's blocks: 
 constexpr int kStreamingThreads = 256;  // three blocks to a multiprocessor
 constexpr int kRowHeader = 832;         // bytes of shared memory before the logits
 
-// The smallest cluster of which three blocks fit a multiprocessor, else the one of which most do: while one row's logits
-// arrive, the others' are computed.
+// The smallest cluster of which three blocks fit a multiprocessor, else the one of which most do: while one row's
+// logits arrive, the others' are computed.
 RowGeometry row_geometry(int64_t vocabulary, int logit_bytes, const GpuLimits& limits);
 
 }  // namespace scsdpo

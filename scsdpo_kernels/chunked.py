@@ -24,8 +24,8 @@ from .rows import Rows
 # tuned on hardware.
 BUFFER_BYTES = {"cpu": 448 * 2**20, "gpu": 1216 * 2**20}
 MIN_ROWS = 256
-# Which kernel takes the rows on a GPU, and what CUDA's is told: a cluster of blocks to a row or one that streams it. auto
-# is CUDA's where this package was built with it, on NVIDIA GPUs from compute capability 8.0, and Triton's elsewhere.
+# Which kernel takes the rows on a GPU, and what CUDA's is told: a cluster of blocks to a row or one that streams it.
+# auto is CUDA's where this package was built with it, on NVIDIA GPUs from compute capability 8.0, else Triton's.
 ROW_KERNELS = {"auto": "auto", "cuda": "auto", "cuda-cluster": "cluster", "cuda-streaming": "streaming", "triton": None}
 ROW_KERNEL = os.environ.get("SCSDPO_ROW_KERNEL", "auto")
 # Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.

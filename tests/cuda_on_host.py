@@ -1,4 +1,4 @@
-"""The CUDA row kernel's own source, compiled for the host (gpu_on_host.h): what the tests run where there is no GPU."""
+"""The CUDA row kernel's own source, compiled for the host (gpu_on_host.h): what is tested where there is no GPU."""
 
 import functools
 import importlib.util
@@ -21,13 +21,10 @@ def module(source: Path = CSRC / "row_divergence_cuda.cu") -> ModuleType:
     """The source's kernels, compiled."""
     folder = Path(tempfile.mkdtemp(prefix="cuda_on_host"))
     library = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [TESTS / "cuda_on_host.cpp", CSRC / "mixture.cpp", CSRC / "row_geometry.cpp"]
-    includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    subprocess.run(
-        ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", *(f"-I{x}" for x in includes), f"-I{CSRC}",
-         f'-DSOURCE="{source}"', *sources, "-o", library],
-        check=True,
-    )  # fmt: skip
+    files = [TESTS / "cuda_on_host.cpp", CSRC / "mixture.cpp", CSRC / "row_geometry.cpp"]
+    includes = [f"-I{x}" for x in (pybind11.get_include(), sysconfig.get_path("include"), CSRC)]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", f'-DSOURCE="{source}"']
+    subprocess.run(["c++", *flags, *includes, *files, "-o", library], check=True)
     spec = importlib.util.spec_from_file_location("cuda_on_host", library)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)

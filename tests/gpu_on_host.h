@@ -1,9 +1,10 @@
 // csrc/gpu.h for a host compiler: an NVIDIA GPU's threads as coroutines of one thread, so that the CUDA kernels' own
 // source runs, and is wrong where it is wrong, on a machine without a GPU.
 //
-// A coroutine runs until it waits, then another is chosen at random, and some block lags behind the others: what a missing
-// barrier would leave to chance is left to chance here too. A bulk copy spoils its destination at once and arrives at some later time. Waiting for ever, and a
-// barrier that some threads have left behind, end the process with a message.
+// A coroutine runs until it waits, then another is chosen at random, and some block lags behind the others: what a
+// missing barrier would leave to chance is left to chance here too. A bulk copy spoils its destination at once and
+// arrives at some later time. Waiting for ever, and a barrier that some threads have left behind, end the process with
+// a message.
 #pragma once
 
 #include <setjmp.h>

@@ -1,4 +1,4 @@
-"""The CUDA row kernel without a GPU: its formulas, its launch, what its compiler says, and that a host run finds its bugs.
+"""The CUDA row kernel without a GPU: formulas, launch, machine code, and that a run on the host finds its bugs.
 
 Its results are tested with the other row kernels', in test_row_divergence.py.
 """
@@ -42,7 +42,7 @@ DISTANCES = [0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 0.999, 1.001, 2, 3.9, 4.1, 10, 19, 
 
 @pytest.mark.parametrize("beta", [0, 1e-6, 1e-3, 0.1, 0.5, 0.7, 0.999, 1 - 1e-6, 1])
 def test_an_entry_against_long_double(beta):
-    """To 6e-6 relative over the grid of p and d = log(q / p), with nothing negative; series within 1e-18 need |d| ≥ 1e-3."""
+    """To 6e-6 relative over the grid of p and d = log(q / p), and never negative."""
     entry = cuda_on_host.module().entry
     for p in (1e-37, 1e-20, 1e-7, 1e-3, 0.4, 1.0):
         for d in (x for size in DISTANCES for x in (size, -size)):
@@ -52,7 +52,7 @@ def test_an_entry_against_long_double(beta):
                 continue
             got = entry(p, np.float32(q), d, beta)
             expected = exact_entry(p, d, beta)
-            if 0 < abs(d) < 1e-3:  # p d²/2 times the weights of both sides
+            if 0 < abs(d) < 1e-3:  # where long double cancels: p d²/2 times both shares
                 expected = ((beta * (1 - beta) if 0 < beta < 1 else 1) * p * np.longdouble(d) ** 2 / 2, *expected[1:])
             assert got[0] >= 0
             for value, want in zip(got, expected, strict=True):
@@ -210,7 +210,8 @@ def test_a_row_kernel_that_cannot_run_raises_and_says_why(monkeypatch):
 
 MUTATIONS = {
     "nothing": ("", ""),
-    "a barrier of the cluster is missing": ("  gpu::cluster_barrier();\n}\n\ntemplate <int n>", "}\n\ntemplate <int n>"),
+    "a barrier of the cluster is missing": ("  gpu::cluster_barrier();\n}\n\ntemplate <int n>",
+                                            "}\n\ntemplate <int n>"),
     "a row is read before it has arrived": ("      gpu::await(&header.delivery[piece], turn);\n", ""),
     "a delivery is waited for in the wrong turn": ("delivery[piece], turn);", "delivery[piece], 1 ^ turn);"),
     "the next row arrives over one in use": ("        gpu::block_barrier();\n        if (gpu::thread() == 0) order",
@@ -269,7 +270,7 @@ def tool(name):
 
 @pytest.mark.skipif(not hasattr(native._C, "row_divergence_cuda"), reason="built without a CUDA compiler")
 def test_resources_of_the_built_module():
-    """No stack (no spills, no local arrays), and registers for the blocks that row_geometry plans to a multiprocessor."""
+    """No stack (no spills, no local arrays), and registers for the blocks that row_geometry plans side by side."""
     listing = subprocess.run(
         [tool("cuobjdump"), "--dump-resource-usage", native._C.__file__], capture_output=True, text=True, check=True
     ).stdout

@@ -3,13 +3,19 @@
 The kernels' own tests (test_row_divergence.py, test_tiled.py, test_weights.py) run on the GPU too where there is one.
 """
 
+import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
+import numpy as np
+import oracle
 import pytest
 import torch
 from oracle import relative_error
 
-from scsdpo_kernels import chunked, linear_divergence, question_weights, row_divergence_triton, scsdpo_loss, tiled
+from scsdpo_kernels import chunked, linear_divergence, native, question_weights, scsdpo_loss, tiled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,24 +132,131 @@ def test_more_than_2_to_the_31_logits(schedule, monkeypatch):
     assert relative_error(grad_hidden[-100:], tail_hidden) < 4e-3
 
 
-@pytest.mark.parametrize("vocabulary", [1, 7, 50257, 100278, 151936, 262144])
+ROW_KERNELS = ("triton", "cuda-cluster", "cuda-streaming")
+VOCABULARIES = (1, 7, 50257, 100278, 151936, 262144)
+
+
+def row_kernel(name):
+    try:
+        kernel = chunked.row_kernel(torch.device("cuda", torch.cuda.current_device()), name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    if name == "cuda-cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need compute capability 9.0")
+    return kernel
+
+
+def row_logits(rows, vocabulary, start=0, width=None, dtype=torch.float32, seed=0):
+    """Student and teacher, whose rows begin `start` entries into rows of `width`."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    width = width or -(-vocabulary // 64) * 64
+    student, noise = torch.randn(2, rows, width + start, generator=generator, device="cuda")
+    teacher = 3 * student + 0.3 * noise
+    return (x.to(dtype)[:, start : start + vocabulary] for x in (3 * student, teacher))
+
+
+@pytest.mark.parametrize("name", ROW_KERNELS)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_row_kernel_in_place(vocabulary, beta):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_kernel_against_long_double(name, vocabulary, beta, dtype):
+    """The precision contract, at real vocabularies and more rows than one turn of the clusters takes."""
+    kernel = row_kernel(name)
+    student, teacher = row_logits(260, vocabulary, dtype=dtype)
+    weight, target = torch.randn(260, device="cuda"), torch.arange(260, device="cuda") % vocabulary
+    gradient = torch.full(student.shape, torch.nan, device="cuda")
+    scalars = kernel(student, teacher, weight, target, beta=beta, temperature=0.75, teacher_is_difference=False,
+                     gradient=gradient)  # fmt: skip
+    some = [0, 1, 131, 132, 258, 259]
+    expected = oracle.rows(student[some].float().cpu(), teacher[some].float().cpu(), beta, 0.75)
+    at = range(len(some)), target[some].cpu().numpy()
+    exact = (expected.divergence, expected.student_entropy, expected.teacher_entropy, expected.log_p[at],
+             expected.log_q[at])  # fmt: skip
+    for got, want in zip(scalars, exact, strict=True):
+        np.testing.assert_allclose(got[some].cpu().numpy(), want.astype(float), rtol=1e-5, atol=2e-6)
+    want = torch.tensor((expected.gradient * weight[some].cpu().numpy()[:, None]).astype(float))
+    error = (gradient[some].cpu().double() - want).norm(dim=1)
+    assert (error <= 1e-5 * want.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("name", ROW_KERNELS[1:])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("beta", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_cuda_agrees_with_triton(name, vocabulary, beta, start):
+    """Rows that start anywhere, and are not multiples of 16 bytes."""
+    kernel, triton = row_kernel(name), row_kernel("triton")
+    student, teacher = row_logits(150, vocabulary, start, width=vocabulary)
+    weight, options = (
+        torch.randn(150, device="cuda"),
+        {"beta": beta, "temperature": 1.0, "teacher_is_difference": False},
+    )
+    gradients = [torch.full(student.shape, torch.nan, device="cuda") for _ in range(2)]
+    results = [
+        run(student, teacher, weight, None, **options, gradient=gradient)[:3]
+        for run, gradient in zip((kernel, triton), gradients, strict=True)
+    ]
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ROW_KERNELS)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_row_kernel_in_place(name, vocabulary, beta):
     """A bf16 gradient over the student's rows has the bits of one elsewhere: an fp32 gradient but for rounding."""
-    student = torch.randn(300, vocabulary, device="cuda") * 3
-    teacher = student + 0.3 * torch.randn_like(student)
+    kernel = row_kernel(name)
+    student, teacher = row_logits(300, vocabulary)
     weight = torch.randn(300, device="cuda")
     options = {"beta": beta, "temperature": 1.0, "teacher_is_difference": False}
     exact = torch.full_like(student, torch.nan)
-    row_divergence_triton.row_divergence(student, teacher, weight, None, **options, gradient=exact)
+    kernel(student, teacher, weight, None, **options, gradient=exact)
     gradient = torch.full((300, 2 * vocabulary), torch.nan, dtype=torch.bfloat16, device="cuda")[:, :vocabulary]
-    expected = row_divergence_triton.row_divergence(student, teacher, weight, None, **options, gradient=gradient)
+    expected = kernel(student, teacher, weight, None, **options, gradient=gradient)[:3]
     over = student.view(torch.bfloat16)[:, :vocabulary]
-    scalars = row_divergence_triton.row_divergence(student, teacher, weight, None, **options, gradient=over)
+    scalars = kernel(student, teacher, weight, None, **options, gradient=over)[:3]
     assert all(torch.equal(x, y) for x, y in zip(scalars, expected, strict=True))
     assert torch.equal(over, gradient)
     if vocabulary > 1:
         assert relative_error(over, exact) < 4e-3
+
+
+@pytest.mark.parametrize("name", ROW_KERNELS[1:])
+def test_row_kernel_on_two_streams_at_once(name):
+    kernel = row_kernel(name)
+    weight, options = torch.ones(200, device="cuda"), {"beta": 0.5, "temperature": 1.0, "teacher_is_difference": False}
+    inputs = [tuple(row_logits(200, 100278, seed=seed)) for seed in (0, 1)]
+    expected, got = [], []
+    for student, teacher in inputs:
+        gradient = torch.empty_like(student)
+        expected.append((kernel(student, teacher, weight, None, **options, gradient=gradient).divergence, gradient))
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(5):
+        for stream, (student, teacher) in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                gradient = torch.empty_like(student)
+                divergence = kernel(student, teacher, weight, None, **options, gradient=gradient).divergence
+                got.append((divergence, gradient))
+    torch.cuda.synchronize()
+    for i, (divergence, gradient) in enumerate(got):
+        assert torch.equal(divergence, expected[i % 2][0]) and torch.equal(gradient, expected[i % 2][1])
+
+
+def test_compute_sanitizer_is_content():
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    why = native.why_not_cuda(torch.device("cuda", 0))
+    if sanitizer is None or why:
+        pytest.skip(why or "compute-sanitizer is not on this machine")
+    script = Path(__file__).parent / "sanitized_cuda.py"
+    for check in ("memcheck", "racecheck"):
+        done = subprocess.run(
+            [sanitizer, "--tool", check, "--error-exitcode", "9", sys.executable, script],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
 
 
 def peak_mib(rows, schedule, grad=True):

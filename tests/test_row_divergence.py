@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import DEVICE
 
 from scsdpo_kernels import native, row_divergence_triton
@@ -61,7 +62,8 @@ def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gr
     teacher = (teacher.double() - student).to(student.dtype) if difference else teacher.to(student.dtype)
     student, teacher, weight, target = (x if x is None else x.to(device) for x in (student, teacher, weight, target))
     if student.is_contiguous():  # as `chunked` has them: rows start at multiples of 16 bytes
-        student, teacher = (torch.nn.functional.pad(x, (0, -x.shape[1] % 8))[:, : x.shape[1]] for x in (student, teacher))
+        vocabulary = student.shape[1]
+        student, teacher = (F.pad(x, (0, -vocabulary % 8))[:, :vocabulary] for x in (student, teacher))
     out = None
     if gradient is not None:
         out = torch.full_like(student, torch.nan, dtype=getattr(torch, gradient))
