@@ -93,6 +93,7 @@ PYBIND11_MODULE(_C, m) {
       .value("cluster", CudaSchedule::kCluster)
       .value("streaming", CudaSchedule::kStreaming);
 #if defined(SCSDPO_CUDA)
+  m.def("cuda_error", &cuda_error);
   m.def("row_divergence_cuda", [](const RowDivergence& task, int device, uintptr_t stream, CudaSchedule schedule) {
     py::gil_scoped_release release;
     return row_divergence_cuda(task, device, stream, schedule);

@@ -59,4 +59,8 @@ enum class CudaSchedule : int32_t { kAuto, kCluster, kStreaming };
 // NaN. Returns what was launched.
 RowGeometry row_divergence_cuda(const RowDivergence& task, int device, uintptr_t stream, CudaSchedule schedule);
 
+// Why the CUDA runtime that this build carries cannot be used, as with a driver older than it: an error's name, or
+// null.
+const char* cuda_error();
+
 }  // namespace scsdpo

@@ -864,6 +864,12 @@ bool fits(Kernel kernel, const RowGeometry& geometry, cudaLaunchConfig_t& config
 
 }  // namespace
 
+const char* cuda_error() {
+  int devices;
+  cudaError_t error = cudaGetDeviceCount(&devices);
+  return error == cudaSuccess ? nullptr : cudaGetErrorName(error);
+}
+
 RowGeometry row_divergence_cuda(const RowDivergence& rows, int device, uintptr_t stream, CudaSchedule schedule) {
   int64_t bytes = rows.logits_dtype == DType::kFloat32 ? 4 : 2;
   int64_t gradient_bytes = rows.gradient_dtype == DType::kFloat32 ? 4 : 2;

@@ -62,6 +62,8 @@ def why_not_cuda(device: torch.device) -> str | None:
         return f"it needs an NVIDIA GPU, got {device}"
     if not hasattr(_C, "row_divergence_cuda"):
         return "this package was built without a CUDA compiler"
+    if error := _C.cuda_error():
+        return f"the CUDA runtime that this package was built with reports {error}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
     return None

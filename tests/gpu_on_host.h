@@ -284,6 +284,7 @@ inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* devices) { return *devices = 1, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaErrorInvalidValue; }
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {

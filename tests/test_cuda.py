@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cuda_on_host
 import numpy as np
@@ -123,7 +124,7 @@ def test_geometry_of_the_models():
     assert geometry(151936).shared_bytes + 1024 == 228 * 1024 // 3
     assert geometry(262144, 2).cluster == 16 and geometry(262144, 2).threads == 256
     assert geometry(1).cluster == 1 and geometry(1).threads == 64
-    assert geometry(500_000).cluster == 0
+    assert geometry(463_232).cluster == 16 and geometry(463_233).cluster == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,6 +184,18 @@ def test_an_error_of_the_runtime_has_its_name(monkeypatch):
     monkeypatch.setattr(native, "_stream", lambda device: (1, 0))  # there is one device
     with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
         run(*rows(64))
+
+
+def test_why_cuda_cannot_run(monkeypatch):
+    assert "needs an NVIDIA GPU" in native.why_not_cuda(torch.device("cpu"))
+    if DEVICE == "cpu" and hasattr(native._C, "cuda_error"):  # no driver
+        assert "CUDA runtime" in native.why_not_cuda(torch.device("cuda", 0))
+    monkeypatch.setattr(native, "_C", SimpleNamespace())
+    assert "without a CUDA compiler" in native.why_not_cuda(torch.device("cuda", 0))
+    monkeypatch.setattr(native, "_C", SimpleNamespace(row_divergence_cuda=None, cuda_error=lambda: None))
+    for capability, runs in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert (native.why_not_cuda(torch.device("cuda", 0)) is None) == runs
 
 
 def test_a_row_kernel_that_cannot_run_raises_and_says_why(monkeypatch):
