@@ -50,9 +50,12 @@ __device__ __forceinline__ int cluster_size() {
   return size;
 }
 
-// All threads of all the cluster's blocks; what they wrote to shared memory before is seen after.
+// All threads of all the cluster's blocks; what a block's first thread knew before all know after. No other thread
+// waits for its own writes to device memory.
 __device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -80,7 +83,7 @@ __device__ __forceinline__ void start(Delivery* delivery) {  // one thread, once
 }
 
 __device__ __forceinline__ void publish() {  // that thread, then a barrier
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void announce(Delivery* delivery, int bytes) {

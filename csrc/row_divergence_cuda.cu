@@ -539,8 +539,8 @@ __device__ void cluster_rows(const Task& task) {
     sum_over_cluster(terms, header, told, result);
     told ^= 1;
     if (leads) header.of.finish<objective>(result, rows, r, gpu::cluster_rank() == 0);
+    gpu::block_barrier();  // the next row's maxima go where this one's sums are read
     if (last) continue;
-    gpu::block_barrier();
     row = header.of.row;
 
     slice.walk(
@@ -592,7 +592,7 @@ __device__ __forceinline__ void recentre(Online& x, float maximum, float centre,
   float factor = expf((x.max_student - maximum) * inverse_temperature);
   float step = (x.centre - centre) * inverse_temperature, stretch = expf(step);
   Sums<float>& sums = x.sums;
-  bool empty = sums.student == 0.0f;
+  bool empty = sums.student * factor < 1.17549435e-38f;  // also of what is too far below the maximum to count
   float moved = factor * (sums.excess * stretch + excess(sums.student, sums.student * stretch, step));
   sums.linear = empty ? 0.0f : factor * (sums.linear + times(sums.student, step));
   sums.student_moment = factor * (sums.student_moment + sums.student * at_least(-1e30f, x.max_student - maximum));
@@ -702,7 +702,7 @@ __device__ __forceinline__ Online online(const Stream<Logit, difference>& stream
 #pragma unroll
       for (int i = kGroup * n - 1; i >= 0; --i)
         if (at[i / n][i % n].s == student) own = at[i / n][i % n].difference;
-      recentre(x, student, std::isfinite(own) ? own : x.centre, inverse_temperature);
+      recentre(x, student, fabsf(own) < 1e30f ? own : x.centre, inverse_temperature);
     }
     if (teacher > x.max_teacher) recentre_teacher(x, teacher, inverse_temperature);
     Row row{};
@@ -842,23 +842,25 @@ bool aligned(const void* start, int64_t stride, int64_t bytes, int64_t to) {
   return reinterpret_cast<uintptr_t>(start) % to == 0 && stride * bytes % to == 0;
 }
 
-// Whether this GPU can hold such a cluster; `clusters` is how many at once.
-bool fits(Kernel kernel, const RowGeometry& geometry, cudaLaunchConfig_t& config, int& clusters) {
+// Whether this GPU can hold such a cluster; `clusters` is how many at once. What else is wrong the launch will say.
+bool fits(Kernel kernel, const RowGeometry& geometry, const GpuLimits& limits, cudaLaunchConfig_t& config,
+          int& clusters) {
   auto function = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(geometry.shared_bytes)));
-  if (geometry.cluster > 8) check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  // The same values in every call: threads with other rows may be launching the same kernel.
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block));
+  check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
+  cudaError_t error = cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   config.attrs[0].id = cudaLaunchAttributeClusterDimension;
   config.attrs[0].val.clusterDim = {unsigned(geometry.cluster), 1, 1};
   config.numAttrs = 1;
   config.gridDim = unsigned(geometry.cluster);
   config.blockDim = unsigned(geometry.threads);
   config.dynamicSmemBytes = size_t(geometry.shared_bytes);
-  cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
-  if (error == cudaErrorInvalidClusterSize) {
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, function, &config);
+  if (error != cudaSuccess) {
     cudaGetLastError();
     return false;
   }
-  check(error);
   return clusters > 0;
 }
 
@@ -894,7 +896,7 @@ RowGeometry row_divergence_cuda(const RowDivergence& rows, int device, uintptr_t
     for (; limits.cluster > 0; limits.cluster /= 2) {
       RowGeometry candidate = row_geometry(rows.vocabulary, int(bytes), limits);
       int clusters = 0;
-      if (candidate.cluster == 0 || !fits(of.cluster, candidate, config, clusters)) continue;
+      if (candidate.cluster == 0 || !fits(of.cluster, candidate, limits, config, clusters)) continue;
       geometry = candidate;
       config.gridDim = unsigned(candidate.cluster * std::min<int64_t>(clusters, rows.rows));
       break;

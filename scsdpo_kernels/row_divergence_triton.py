@@ -53,7 +53,9 @@ def _entries(student, teacher, start, vocabulary, difference: tl.constexpr, BLOC
         x = tl.load(teacher + columns, inside, 0.0).to(tl.float32)
         return s, s + x, x, columns, inside
     t = tl.load(teacher + columns, inside, float("-inf")).to(tl.float32)
-    return s, t, t - s, columns, inside
+    d = t - s
+    d = tl.where(tl.abs(d) < 1e30, d, d * float("inf"))  # a token forbidden by the lowest number, as by -inf
+    return s, t, d, columns, inside
 
 
 @triton.jit

@@ -1,10 +1,10 @@
 // csrc/gpu.h for a host compiler: an NVIDIA GPU's threads as coroutines of one thread, so that the CUDA kernels' own
 // source runs, and is wrong where it is wrong, on a machine without a GPU.
 //
-// A coroutine runs until it waits, then another is chosen at random, and some block lags behind the others: what a
-// missing barrier would leave to chance is left to chance here too. A bulk copy spoils its destination at once and
-// arrives at some later time. Waiting for ever, and a barrier that some threads have left behind, end the process with
-// a message.
+// A coroutine runs until it waits, then another is chosen at random, and some warp or block lags behind the others:
+// what a missing barrier would leave to chance is left to chance here too. A bulk copy spoils its destination at once
+// and arrives at some later time. Waiting for ever, and a barrier that some threads have left behind, end the process
+// with a message.
 #pragma once
 
 #include <setjmp.h>
@@ -158,15 +158,20 @@ inline void run_cluster(Run& now) {
     waiting[i] = static_cast<int>(i);
   }
   bool stuck = false;
-  auto any_block = [&] { return static_cast<int>(now.random() % now.cluster); };
-  int slow = any_block();  // goes on only where the others cannot
+  int slow_from = 0, slow_to = 0;  // a warp or a block that goes on only where the others cannot
+  auto choose_slow = [&] {
+    int size = now.random() % 2 ? 32 : now.threads;
+    slow_from = static_cast<int>(now.random() % (now.all.size() / size)) * size;
+    slow_to = slow_from + size;
+  };
+  choose_slow();
   while (!waiting.empty()) {
     std::shuffle(waiting.begin(), waiting.end(), now.random);
     bool moved = false;
     std::vector<int> rest;
     for (int i : waiting) {
       Thread& thread = now.all[i];
-      if ((thread.rank == slow && !stuck) || (thread.ready && !thread.ready())) {
+      if ((i >= slow_from && i < slow_to && !stuck) || (thread.ready && !thread.ready())) {
         rest.push_back(i);
         continue;
       }
@@ -181,7 +186,7 @@ inline void run_cluster(Run& now) {
     else if (!moved && stuck)
       fail("every thread waits");
     else if (stuck)
-      slow = any_block();
+      choose_slow();
     stuck = !moved && now.copies.empty();
     waiting.swap(rest);
   }
@@ -261,7 +266,11 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrReservedSharedMemoryPerBlock
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
+};
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
 typedef void* cudaStream_t;
 struct cudaLaunchAttribute {

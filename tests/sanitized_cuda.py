@@ -6,16 +6,18 @@ from scsdpo_kernels import native
 
 
 def main() -> None:
-    for vocabulary in (7, 1021, 40000):
+    for rows, vocabulary in ((5000, 7), (3000, 1021), (60, 40000)):  # more than the clusters take in one turn
         for dtype in (torch.float32, torch.bfloat16):
             # rows that start at multiples of 16 bytes, as bulk copies need them
-            student, teacher = (torch.randn(2, 3, -(-vocabulary // 8) * 8, device="cuda").to(dtype))[..., :vocabulary]
+            student, teacher = (torch.randn(2, rows, -(-vocabulary // 8) * 8, device="cuda").to(dtype))[
+                ..., :vocabulary
+            ]
             for beta in (0.0, 0.5, 1.0):
                 for row_schedule in ("cluster", "streaming"):
                     if row_schedule == "cluster" and torch.cuda.get_device_capability() < (9, 0):
                         continue
                     native.row_divergence_cuda(
-                        student, teacher, torch.ones(3, device="cuda"), None, beta=beta, temperature=1.0,
+                        student, teacher, torch.ones(rows, device="cuda"), None, beta=beta, temperature=1.0,
                         teacher_is_difference=False, gradient=torch.empty_like(teacher), row_schedule=row_schedule,
                     )  # fmt: skip
     torch.cuda.synchronize()

@@ -152,12 +152,13 @@ on_host = pytest.mark.skipif(DEVICE != "cpu", reason="the kernels run on the GPU
 @on_host
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_the_order_of_threads_and_copies_does_not_change_a_bit(monkeypatch, beta, gradient):
+@pytest.mark.parametrize("shared", [4096, 2**17])
+def test_the_order_of_threads_and_copies_does_not_change_a_bit(monkeypatch, beta, gradient, shared):
     """Several rows to a cluster, bulk copies that arrive whenever they like."""
     student, teacher = rows(4096)
     results = []
     for seed, clusters in ((0, 1), (1, 1), (2, 2), (3, 3)):
-        cuda_on_host.install(monkeypatch, shared=4096, seed=seed, clusters=clusters)
+        cuda_on_host.install(monkeypatch, shared=shared, seed=seed, clusters=clusters)
         results.append(run(student, teacher, beta=beta, gradient=gradient))
     for divergence, out in results[1:]:
         assert torch.equal(divergence, results[0][0])
@@ -235,6 +236,8 @@ MUTATIONS = {
                                          "of_warps[warp][i] = x[i];\n  }"),
     "sums are overwritten while they are read": ("told ^= 1;\n    if (leads) header.of.finish",
                                                  "if (leads) header.of.finish"),
+    "a row's sums are read while the next one's are written": ("gpu::block_barrier();  // the next row's maxima",
+                                                              "// the next row's maxima"),
     "a block leaves while it is read": ("  gpu::cluster_barrier();  // nobody leaves", "  // nobody leaves"),
 }  # fmt: skip
 
@@ -254,14 +257,15 @@ import cuda_on_host, test_cuda, torch
 from scsdpo_kernels import native
 patch = SimpleNamespace(setattr=setattr)
 student, teacher = test_cuda.rows(4096)
-options = dict(beta=0.5, temperature=1.0, teacher_is_difference=False)
 exact = torch.empty_like(student)
-divergence = native.row_divergence(student, teacher, torch.ones(3), None, **options, gradient=exact).divergence
-for seed in range(6):
-    cuda_on_host.install(patch, shared=4096, seed=seed, clusters=1, source={str(tmp_path / "kernel.cu")!r})
-    got, out = test_cuda.run(student, teacher, "cluster")
-    torch.testing.assert_close(got, divergence, rtol=1e-5, atol=0)
-    torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-8)
+for beta, shared in ((0.5, 4096), (1.0, 2**17)):  # clusters of 16 blocks, and of one
+    options = dict(beta=beta, temperature=1.0, teacher_is_difference=False)
+    divergence = native.row_divergence(student, teacher, torch.ones(3), None, **options, gradient=exact).divergence
+    for seed in range(6):
+        cuda_on_host.install(patch, shared=shared, seed=seed, clusters=1, source={str(tmp_path / "kernel.cu")!r})
+        got, out = test_cuda.run(student, teacher, "cluster", beta=beta)
+        torch.testing.assert_close(got, divergence, rtol=1e-5, atol=0)
+        torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-8)
 """
     texts = {source: True} if old == "" else {source.replace(old, new): False}
     for text, right in texts.items():

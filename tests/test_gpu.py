@@ -223,6 +223,28 @@ def test_row_kernel_in_place(name, vocabulary, beta):
 
 
 @pytest.mark.parametrize("name", ROW_KERNELS[1:])
+@pytest.mark.parametrize("vocabulary", [7, 1021, 9000, 30000])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_many_rows_are_those_of_calls_of_their_own(name, vocabulary, beta):
+    """Clusters of one block and of more take row after row."""
+    kernel = row_kernel(name)
+    rows = min(40000, 2**28 // vocabulary)
+    student, teacher = row_logits(rows, vocabulary)
+    weight, options = (
+        torch.ones(rows, device="cuda"),
+        {"beta": beta, "temperature": 1.0, "teacher_is_difference": False},
+    )
+    gradient = torch.full(student.shape, torch.nan, device="cuda")
+    results = kernel(student, teacher, weight, None, **options, gradient=gradient)[:3]
+    for start in (0, rows // 2, rows - 100):
+        some = slice(start, start + 100)
+        alone = torch.full((100, vocabulary), torch.nan, device="cuda")
+        expected = kernel(student[some], teacher[some], weight[some], None, **options, gradient=alone)[:3]
+        assert all(torch.equal(x[some], y) for x, y in zip(results, expected, strict=True))
+        assert torch.equal(gradient[some], alone)
+
+
+@pytest.mark.parametrize("name", ROW_KERNELS[1:])
 def test_row_kernel_on_two_streams_at_once(name):
     kernel = row_kernel(name)
     weight, options = torch.ones(200, device="cuda"), {"beta": 0.5, "temperature": 1.0, "teacher_is_difference": False}

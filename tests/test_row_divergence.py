@@ -267,6 +267,33 @@ def test_a_forbidden_entry_pushes_reverse_kl_without_nan(kernel, height):
 
 
 @best_kernels
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("low", [-1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("teacher_there", [-torch.inf, 0.0])
+def test_padding_by_a_low_number_in_one_threads_share(kernel, beta, low, teacher_there):
+    """As if it were -inf for the student, whatever the teacher has there."""
+    student, teacher = logits(6144, 1.0, 1e-2, rows=2)
+    there = torch.arange(6144) // 4 % 256 == 5  # the packs of one thread of the streaming kernel
+    student[:, there] = low
+    teacher[:, there] = teacher_there if teacher_there < 0 else teacher[:, there]
+    limit = student.masked_fill(there, -torch.inf)
+    scalars, gradient = run(student, teacher, beta, kernel=kernel)
+    expected = oracle.rows(limit, teacher, beta)
+    assert not gradient.isnan().any() and not scalars.divergence.isnan().any()
+    if beta == 0 and teacher_there == 0:  # log p is -1e4 or less where q is not 0
+        return np.testing.assert_allclose(gradient.numpy(), expected.gradient.astype(float), atol=1e-7)
+    assert_rows(scalars, gradient, expected)
+
+
+@best_kernels
+def test_a_teacher_of_the_lowest_number_is_no_nan(kernel):
+    student, teacher = logits(6144, 1.0, 1e-2, rows=2)
+    teacher[:, torch.arange(6144) // 4 % 256 == 5] = torch.finfo(torch.float32).min
+    scalars, gradient = run(student, teacher, 1.0, kernel=kernel)
+    assert (scalars.divergence > 1e30).all() and not gradient.isnan().any()
+
+
+@best_kernels
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("beta", BETAS)
