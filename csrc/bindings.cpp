@@ -60,6 +60,8 @@ PYBIND11_MODULE(_C, m) {
       .field("teacher_is_difference", &RowDivergence::teacher_is_difference)
       .field("weight", &RowDivergence::weight)
       .field("target", &RowDivergence::target)
+      .field("old_logp", &RowDivergence::old_logp)
+      .field("importance_clip", &RowDivergence::importance_clip)
       .field("beta", &RowDivergence::beta)
       .field("temperature", &RowDivergence::temperature)
       .field("divergence", &RowDivergence::divergence)
@@ -67,6 +69,7 @@ PYBIND11_MODULE(_C, m) {
       .field("teacher_entropy", &RowDivergence::teacher_entropy)
       .field("student_logp", &RowDivergence::student_logp)
       .field("teacher_logp", &RowDivergence::teacher_logp)
+      .field("importance_ratio", &RowDivergence::importance_ratio)
       .field("gradient", &RowDivergence::gradient)
       .field("gradient_stride", &RowDivergence::gradient_stride)
       .field("gradient_dtype", &RowDivergence::gradient_dtype);

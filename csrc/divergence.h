@@ -321,6 +321,14 @@ SCSDPO_INLINE Entropies conclude(const Sums<Real>& sums, const Mixture& mix, Row
           static_cast<float>(log_teacher - sums.teacher_moment / sums.teacher * row.inverse_temperature)};
 }
 
+// By how much more likely the student finds a token than the policy that sampled it, bounded (SDPO, arXiv 2601.20802).
+SCSDPO_INLINE float importance_ratio(float logp, float old_logp, float clip) {
+  float log_ratio = logp - old_logp;
+  log_ratio = log_ratio > 20.0f ? 20.0f : log_ratio < -20.0f ? -20.0f : log_ratio;  // NaN stays
+  float ratio = std::exp(log_ratio);
+  return ratio > clip ? clip : ratio;
+}
+
 // What multiplies a row's `slope`; z are the logits before the temperature.
 template <Objective objective>
 SCSDPO_INLINE float slope_scale(float weight, const Mixture& mix, const Row& row) {

@@ -14,7 +14,8 @@ namespace scsdpo {
 //
 //     divergence[r], student_entropy[r], teacher_entropy[r]       nats
 //     student_logp[r], teacher_logp[r] = log p, log q at target[r]
-//     gradient[r, v] = weight[r] * d divergence[r] / d student[r, v]
+//     importance_ratio[r] = min(e^clamp(student_logp[r] - old_logp[r], -20, 20), importance_clip); 1 without old_logp
+//     gradient[r, v] = weight[r] * importance_ratio[r] * d divergence[r] / d student[r, v]
 struct RowDivergence {
   int64_t rows;
   int64_t vocabulary;
@@ -29,6 +30,9 @@ struct RowDivergence {
   const float* weight;    // [rows]
   const int64_t* target;  // [rows], each in [0, vocabulary); null: no log-probabilities wanted
 
+  const float* old_logp;  // [rows]; null: no importance ratios. Needs target.
+  float importance_clip;
+
   double beta;  // the teacher's share: 0 forward KL(q || p), 1 reverse KL(p || q), between: generalised Jensen-Shannon
   float temperature;
 
@@ -37,6 +41,7 @@ struct RowDivergence {
   float* teacher_entropy;
   float* student_logp;  // written iff target is given
   float* teacher_logp;
+  float* importance_ratio;  // written iff old_logp is given
 
   void* gradient;  // [rows, vocabulary]; null: values only. A row may lie over the same row of student.
   int64_t gradient_stride;

@@ -205,13 +205,17 @@ struct Outputs {
   Row row;
   float scale;  // slope_scale
   Entropies entropy;
-  float target_student, target_teacher;  // logits
+  float target_student, target_teacher;  // logits, then log-probabilities
+  float importance;
 
   template <Objective objective>
   __device__ __forceinline__ void conclude(const Sums<float>& sums, const RowDivergence& task, const Mixture& mix,
                                            int64_t r, Row of) {
     entropy = scsdpo::conclude<objective>(sums, mix, of);
-    scale = task.gradient ? slope_scale<objective>(task.weight[r], mix, of) : 0.0f;
+    target_student = (target_student - of.max_student) * of.inverse_temperature - of.log_student;
+    target_teacher = (target_teacher - of.max_teacher) * of.inverse_temperature - of.log_teacher;
+    importance = task.old_logp ? importance_ratio(target_student, task.old_logp[r], task.importance_clip) : 1.0f;
+    scale = task.gradient ? slope_scale<objective>(task.weight[r], mix, of) * importance : 0.0f;
     row = of;
   }
 
@@ -226,8 +230,9 @@ struct Outputs {
     task.student_entropy[r] = entropy.student;
     task.teacher_entropy[r] = entropy.teacher;
     if (!task.target) return;
-    task.student_logp[r] = (target_student - row.max_student) * row.inverse_temperature - row.log_student;
-    task.teacher_logp[r] = (target_teacher - row.max_teacher) * row.inverse_temperature - row.log_teacher;
+    task.student_logp[r] = target_student;
+    task.teacher_logp[r] = target_teacher;
+    if (task.old_logp) task.importance_ratio[r] = importance;
   }
 };
 
@@ -743,8 +748,8 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
     all = over_warp(all, inverse_temperature);
     if (leads) {
       Row row = row_of(all.max_student, all.max_teacher, all.centre, rows.temperature);
-      header.of.conclude<objective>(all.sums, rows, task.mix, r, row);
       read_target<Logit, difference>(rows, r, header.of);
+      header.of.conclude<objective>(all.sums, rows, task.mix, r, row);
     }
   }
   gpu::block_barrier();

@@ -191,17 +191,20 @@ void one_row(const RowDivergence& task, const Mixture& mix, const Memory& memory
   auto gradient = static_cast<Gradient*>(task.gradient);
   if (gradient) gradient += r * task.gradient_stride;
   float scale = gradient ? slope_scale<objective>(task.weight[r], mix, row) : 0.0f;
-  Logits<Floats> target{};
-  if (task.target) target = memory.at(task.target[r], 1);  // read before the gradient is written
+  if (task.target) {  // read before the gradient is written
+    Logits<Floats> target = memory.at(task.target[r], 1);
+    task.student_logp[r] = (target.s[0] - row.max_student) * row.inverse_temperature - row.log_student;
+    task.teacher_logp[r] = (target.t[0] - row.max_teacher) * row.inverse_temperature - row.log_teacher;
+  }
+  if (task.old_logp) {
+    task.importance_ratio[r] = importance_ratio(task.student_logp[r], task.old_logp[r], task.importance_clip);
+    scale *= task.importance_ratio[r];
+  }
   double value = divergence<objective>(memory, mix, row, scale, gradient);
 
   task.divergence[r] = static_cast<float>(value);
   task.student_entropy[r] = entropy.student;
   task.teacher_entropy[r] = entropy.teacher;
-  if (task.target) {
-    task.student_logp[r] = (target.s[0] - row.max_student) * row.inverse_temperature - row.log_student;
-    task.teacher_logp[r] = (target.t[0] - row.max_teacher) * row.inverse_temperature - row.log_teacher;
-  }
   if constexpr (objective == Objective::kJensenShannon) {
     if (!gradient) return;
     if (std::isnan(value)) row.mean_score = static_cast<float>(value);  // a NaN row is NaN throughout

@@ -43,16 +43,17 @@ def divergence_rows(
     *,
     beta: float,
     temperature: float,
+    importance_clip: float,
     teacher_is_difference: bool,  # which of shared fp32 heads are projected so
     score_dtype: torch.dtype,  # of G
     grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
     grad_weight_dtype: torch.dtype | None,  # None: not wanted
-) -> tuple[Tensor, Tensor | None]:  # (3, K) fp32 row scalars, (5, K) with targets; (V, D)
-    """Row scalars of the kept rows, and the gradients of Σ weight · divergence."""
+) -> tuple[Tensor, Tensor | None]:  # (rows.scalars, K) fp32; (V, D)
+    """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
     vocabulary, device = student_weight.shape[0], student.device
     row_divergence = row_kernel(device)
     chunks = list(_chunks(len(rows.weight), vocabulary, device))
-    scalars = torch.empty(3 if rows.target is None else 5, len(rows.weight), dtype=torch.float32, device=device)
+    scalars = torch.empty(rows.scalars, len(rows.weight), dtype=torch.float32, device=device)
     head_gradient = _HeadGradient(student_weight, grad_weight_dtype, len(chunks))
     want_gradient = grad_hidden is not None or grad_weight_dtype is not None
     stacked = device.type != "cpu" and teacher_weight is student_weight and teacher.dtype == student.dtype
@@ -82,6 +83,8 @@ def divergence_rows(
                 beta=beta,
                 temperature=temperature,
                 teacher_is_difference=teacher_is_difference,
+                old_logp=None if rows.old_logp is None else rows.old_logp[chunk],
+                importance_clip=importance_clip,
                 gradient=logit_gradient,
             )[: len(scalars)]
         )

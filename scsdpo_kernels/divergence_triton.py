@@ -379,6 +379,15 @@ def value(of_student, of_teacher, score, share_s, share_t):
 
 
 @triton.jit
+def importance_ratio(logp, old_logp, clip):
+    """By how much more likely the student finds a token than the policy that sampled it, bounded. NaN stays."""
+    log_ratio = logp - old_logp
+    log_ratio = tl.where(log_ratio > 20, 20.0, tl.where(log_ratio < -20, -20.0, log_ratio))
+    ratio = tl.exp(log_ratio)
+    return tl.where(ratio > clip, clip, ratio)
+
+
+@triton.jit
 def gradient_scale(weight, share_s, inverse_temperature, objective: tl.constexpr):
     """(R,) what multiplies a row's `gradient`."""
     scale = weight * inverse_temperature

@@ -24,12 +24,13 @@ class LinearDivergence(NamedTuple):
     Rows that were skipped because their weight is 0 hold 0.
     """
 
-    loss: Tensor  # () fp32, Σ token_weight · divergence, differentiable
+    loss: Tensor  # () fp32, Σ token_weight · importance_ratio · divergence, differentiable
     divergence: Tensor  # (...,)
     student_entropy: Tensor  # (...,) -Σ p log p
     teacher_entropy: Tensor  # (...,) -Σ q log q
     student_logp: Tensor | None  # (...,) log p at target_ids, None without them
     teacher_logp: Tensor | None  # (...,) log q at target_ids, None without them
+    importance_ratio: Tensor | None  # (...,) what the row's weight was multiplied with, None without old_logp
 
 
 def linear_divergence(
@@ -42,6 +43,8 @@ def linear_divergence(
     beta: float = 0.5,
     temperature: float = 1.0,
     target_ids: Tensor | None = None,  # (...,) integers in [0, V)
+    old_logp: Tensor | None = None,  # (...,) of target_ids, under the policy that sampled them
+    importance_clip: float | None = None,  # above 0; None: 2 with old_logp
     schedule: str = "auto",
     rows: Tensor | None = None,  # (K,) int64 flat indices of the rows to compute; None: those of weight other than 0
 ) -> LinearDivergence:
@@ -57,6 +60,9 @@ def linear_divergence(
         beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: generalised Jensen-Shannon.
         temperature: divides both sides' logits; there is no τ² factor.
         target_ids: sampled tokens, asks for their log-probabilities. Ids of rows of weight 0 are not looked at.
+        old_logp: log-probabilities of target_ids at the time they were sampled. Each row's weight is then multiplied
+            with its importance ratio min(e^clamp(log p - old_logp, -20, 20), importance_clip), detached, log p being
+            this pass's own (SDPO, arXiv 2601.20802). Those of rows of weight 0 are not looked at.
         schedule: "chunked" projects a chunk of rows at a time, into buffers. "tiled" (GPUs) has logits in registers
             only: slower, and with next to no memory but the gradients'. "reference" is plain PyTorch with full logits,
             in any dtype up to float64 and differentiable twice. "auto" is "chunked".
@@ -75,9 +81,11 @@ def linear_divergence(
         "teacher_weight": teacher_weight,
         "token_weight": token_weight,
         "target_ids": target_ids,
+        "old_logp": old_logp,
         "rows": rows,
     }
     check_types(tensors)
+    _check_importance(target_ids, old_logp, importance_clip, student_hidden.shape[:-1])
     if token_weight is None:
         token_weight = torch.ones(student_hidden.shape[:-1], dtype=torch.float32, device=student_hidden.device)
     dtypes = (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES
@@ -95,13 +103,14 @@ def linear_divergence(
     hidden, weight, teacher = _autocast(student_hidden, student_weight, teacher_hidden.detach())
     shared = teacher_weight is None or teacher_weight is student_weight
     teacher_head = None if shared else _autocast(teacher_weight.detach())[0]
-    per_row = (hidden, teacher, token_weight.detach(), target_ids)
+    old_logp = None if old_logp is None else old_logp.detach()
+    per_row = (hidden, teacher, token_weight.detach(), target_ids, old_logp)
     single = hidden.dim() == 1  # no leading axis: a batch of one row
     if single:
         per_row = tuple(x if x is None else x.unsqueeze(0) for x in per_row)
-    hidden, teacher, token_weight, target_ids = per_row
-    numbers = float(beta), float(temperature)
-    loss, *fields = run(hidden, weight, teacher, teacher_head, token_weight, target_ids, rows, *numbers)
+    hidden, teacher, token_weight, target_ids, old_logp = per_row
+    numbers = float(beta), float(temperature), float(importance_clip or 2.0)
+    loss, *fields = run(hidden, weight, teacher, teacher_head, token_weight, target_ids, old_logp, rows, *numbers)
     return LinearDivergence(loss, *(x.squeeze(0) if single and x is not None else x for x in fields))
 
 
@@ -153,7 +162,7 @@ def _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weigh
 
 def check_types(tensors: dict[str, Tensor | None]) -> None:
     """Each is a tensor, or None where that is allowed, on the device of `student_hidden`, which is among them."""
-    optional = ("teacher_weight", "token_weight", "target_ids", "rows")
+    optional = ("teacher_weight", "token_weight", "target_ids", "old_logp", "rows")
     for name, tensor in tensors.items():
         if tensor is None and name in optional:
             continue
@@ -163,6 +172,23 @@ def check_types(tensors: dict[str, Tensor | None]) -> None:
             raise ValueError(
                 f"{name}: expected student_hidden's device {tensors['student_hidden'].device}, got {tensor.device}"
             )
+
+
+def _check_importance(target_ids, old_logp, importance_clip, leading) -> None:
+    if old_logp is None:
+        if importance_clip is not None:
+            raise ValueError("importance_clip: expected old_logp with it, whose ratio it bounds")
+        return
+    if target_ids is None:
+        raise ValueError("old_logp: expected target_ids with it, whose log-probabilities these were")
+    if old_logp.shape != leading:
+        raise ValueError(f"old_logp: expected shape {tuple(leading)}, got {tuple(old_logp.shape)}")
+    if not old_logp.is_floating_point():
+        raise TypeError(f"old_logp: expected floating-point numbers, got {old_logp.dtype}")
+    if importance_clip is not None and not isinstance(importance_clip, int | float):
+        raise TypeError(f"importance_clip: expected a number, got {type(importance_clip).__name__}")
+    if importance_clip is not None and not importance_clip > 0.0:
+        raise ValueError(f"importance_clip: expected a number above 0, got {importance_clip}")
 
 
 def _check_numbers(beta: float, temperature: float) -> None:

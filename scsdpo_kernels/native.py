@@ -24,6 +24,7 @@ class RowDivergence(NamedTuple):
     teacher_entropy: Tensor
     student_logp: Tensor | None
     teacher_logp: Tensor | None
+    importance_ratio: Tensor | None = None
 
 
 def instruction_sets() -> list[str]:
@@ -41,6 +42,8 @@ def row_divergence(
     beta: float,
     temperature: float,
     teacher_is_difference: bool,
+    old_logp: Tensor | None = None,  # (C,) fp32, of the targets
+    importance_clip: float = 2.0,
     gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
     instruction_set: str | None = None,  # None: the widest
 ) -> RowDivergence:
@@ -50,7 +53,9 @@ def row_divergence(
     """
     assert student.device.type == "cpu"
     options = {"beta": beta, "temperature": temperature, "teacher_is_difference": teacher_is_difference}
-    task, result = _row_task(student, teacher, weight, target, gradient, **options)
+    task, result = _row_task(
+        student, teacher, weight, target, old_logp, gradient, **options, importance_clip=importance_clip
+    )
     name = instruction_set or instruction_sets()[-1]
     _C.row_divergence_cpu(task, torch.get_num_threads(), _C.InstructionSet.__members__[name])
     return result
@@ -78,12 +83,16 @@ def row_divergence_cuda(
     beta: float,
     temperature: float,
     teacher_is_difference: bool,
+    old_logp: Tensor | None = None,
+    importance_clip: float = 2.0,
     gradient: Tensor | None = None,
     row_schedule: str = "auto",  # "cluster" | "streaming": csrc/row_divergence_cuda.cu
 ) -> RowDivergence:
     """The same on an NVIDIA GPU, on its current stream; it does not wait."""
     options = {"beta": beta, "temperature": temperature, "teacher_is_difference": teacher_is_difference}
-    task, result = _row_task(student, teacher, weight, target, gradient, **options)
+    task, result = _row_task(
+        student, teacher, weight, target, old_logp, gradient, **options, importance_clip=importance_clip
+    )
     _C.row_divergence_cuda(task, *_stream(student.device), _C.CudaSchedule.__members__[row_schedule])
     return result
 
@@ -93,18 +102,23 @@ def _stream(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _row_task(student, teacher, weight, target, gradient, **options) -> tuple[_C.RowDivergence, RowDivergence]:
+def _row_task(
+    student, teacher, weight, target, old_logp, gradient, **options
+) -> tuple[_C.RowDivergence, RowDivergence]:
     """The C++ struct of a call, and the tensors that it fills."""
     rows, vocabulary = student.shape
     for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
         assert tensor is None or (tensor.shape == student.shape and tensor.stride(1) == 1), name
-    for name, tensor in (("teacher", teacher), ("weight", weight), ("target", target), ("gradient", gradient)):
-        assert tensor is None or tensor.device == student.device, name
+    for tensor in (teacher, weight, target, old_logp, gradient):
+        assert tensor is None or tensor.device == student.device
     assert student.dtype == teacher.dtype and weight.dtype == torch.float32
     assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
 
-    scalars = torch.empty(3 if target is None else 5, rows, dtype=torch.float32, device=student.device).unbind()
-    result = RowDivergence(*scalars, *[None] * (5 - len(scalars)))
+    assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
+
+    count = 3 if target is None else 5 if old_logp is None else 6
+    scalars = torch.empty(count, rows, dtype=torch.float32, device=student.device).unbind()
+    result = RowDivergence(*scalars, *[None] * (6 - count))
     task = _C.RowDivergence(
         rows=rows,
         vocabulary=vocabulary,
@@ -113,6 +127,7 @@ def _row_task(student, teacher, weight, target, gradient, **options) -> tuple[_C
         **_matrix(teacher=teacher),
         weight=weight.data_ptr(),
         target=_address(target),
+        old_logp=_address(old_logp),
         **options,
         **{name: _address(tensor) for name, tensor in result._asdict().items()},
         **({} if gradient is None else {**_matrix(gradient=gradient), "gradient_dtype": _DTYPES[gradient.dtype]}),

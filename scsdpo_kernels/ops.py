@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .rows import Rows, as_matrix, complete, kept_rows
 
-# loss, divergence, student_entropy, teacher_entropy, student_logp, teacher_logp, grad_hidden, grad_weight: the operator
-# returns all of them, empty where they were not asked for.
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# loss, divergence, student_entropy, teacher_entropy, student_logp, teacher_logp, importance_ratio, grad_hidden,
+# grad_weight: the operator returns all of them, empty where they were not asked for.
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("scsdpo_kernels::linear_divergence", mutates_args=())
@@ -28,9 +28,11 @@ def _operator(
     teacher_weight: Tensor | None,
     token_weight: Tensor,
     target_ids: Tensor | None,
+    old_logp: Tensor | None,
     rows: Tensor | None,
     beta: float,
     temperature: float,
+    importance_clip: float,
     schedule: str,
     want_grad_hidden: bool,
     want_grad_weight: bool,
@@ -59,31 +61,44 @@ def _operator(
             right = complete(rows, token_weight.reshape(-1))
             weight = torch.where(right, weight, torch.nan)
         target = None if target_ids is None else target_ids.reshape(-1)[kept].long()
+        old = None  # of rows of weight 0, which a list may have, it may be anything
+        if old_logp is not None:
+            old = torch.where(weight == 0, 0.0, old_logp.reshape(-1)[kept].float())
         grad_hidden = _zeros(student_hidden, _gradient_dtype(student_hidden) if want_grad_hidden else None)
         scalars, grad_weight = divergence_rows(
             student,
             student_weight,
             teacher,
             student_weight if shared else teacher_weight,
-            Rows(kept, student_rows, teacher_rows, weight, target, rows is None and len(kept) == token_weight.numel()),
+            Rows(
+                kept,
+                student_rows,
+                teacher_rows,
+                weight,
+                target,
+                old,
+                rows is None and len(kept) == token_weight.numel(),
+            ),
             beta=beta,
             temperature=temperature,
+            importance_clip=importance_clip,
             teacher_is_difference=may_subtract and head_is_finite,
             score_dtype=torch.bfloat16 if student_weight.dtype == torch.bfloat16 else torch.float32,
             grad_hidden=grad_hidden.view(-1, student.shape[1]) if want_grad_hidden else None,
             grad_weight_dtype=_gradient_dtype(student_weight) if want_grad_weight else None,
         )
 
-        loss = torch.where(weight == 0, 0.0, weight.double() * scalars[0].double()).sum().float()
+        factor = weight.double() if old is None else weight.double() * scalars[5].double()
+        loss = torch.where(weight == 0, 0.0, factor * scalars[0].double()).sum().float()
         if silent and len(kept) == 0:  # nothing above has become NaN
             for result in (loss, grad_hidden, grad_weight):
                 _ = result is None or result.masked_fill_(~right, torch.nan)
         per_token = torch.zeros(len(scalars), token_weight.numel(), dtype=torch.float32, device=token_weight.device)
         per_token[:, kept] = scalars
         fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
-        logps = fields[3:] or [_zeros(token_weight, None), _zeros(token_weight, None)]
+        fields += [_zeros(token_weight, None) for _ in range(6 - len(fields))]
         grad_weight = _zeros(student_weight, None) if grad_weight is None else grad_weight
-        return loss, *fields[:3], *logps, grad_hidden, grad_weight
+        return loss, *fields, grad_hidden, grad_weight
 
 
 def _current(device: torch.device) -> AbstractContextManager:
@@ -108,8 +123,8 @@ def _gradient_dtype(tensor: Tensor) -> torch.dtype:
 
 
 @_operator.register_fake
-def _(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, rows, beta, temperature,
-      schedule, want_grad_hidden, want_grad_weight):  # fmt: skip
+def _(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows, beta,
+      temperature, importance_clip, schedule, want_grad_hidden, want_grad_weight):  # fmt: skip
     def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return student_hidden.new_empty(shape, dtype=dtype)
 
@@ -119,6 +134,7 @@ def _(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weig
         empty(()),
         *(empty(leading) for _ in range(3)),
         *(empty(logp) for _ in range(2)),
+        empty(leading if old_logp is not None else (0,)),
         empty(student_hidden.shape, _gradient_dtype(student_hidden)) if want_grad_hidden else empty((0,)),
         empty(student_weight.shape, _gradient_dtype(student_weight)) if want_grad_weight else empty((0,)),
     )
@@ -128,7 +144,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no (V, D) of zeros for outputs that nothing differentiates
     ctx.mark_non_differentiable(*output[1:])
     ctx.dtypes = tuple(x.dtype for x in inputs[:2])
-    ctx.gradients = output[6:]
+    ctx.gradients = output[-2:]
     ctx.sole_holder = False
 
 
@@ -163,8 +179,8 @@ def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
 _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, rows,
-           beta, temperature):  # fmt: skip
+def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp,
+           rows, beta, temperature, importance_clip):  # fmt: skip
     differentiable = torch.is_grad_enabled()
     loss, *outputs = _operator(
         student_hidden,
@@ -173,9 +189,11 @@ def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_wei
         teacher_weight,
         token_weight,
         target_ids,
+        old_logp,
         rows,
         beta,
         temperature,
+        importance_clip,
         schedule,
         differentiable and student_hidden.requires_grad,
         differentiable and student_weight.requires_grad,
@@ -183,11 +201,11 @@ def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_wei
     if loss.requires_grad and not torch.compiler.is_compiling():
         loss.grad_fn.sole_holder = True  # the gradients are dropped here, so backward may scale them in place
     logps = outputs[3:5] if target_ids is not None else (None, None)
-    return loss, *outputs[:3], *logps
+    return loss, *outputs[:3], *logps, outputs[5] if old_logp is not None else None
 
 
-def _reference(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, rows, beta,
-               temperature):  # fmt: skip
+def _reference(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows,
+               beta, temperature, importance_clip):  # fmt: skip
     from . import reference
 
     kept, _ = kept_rows(token_weight, target_ids, rows, vocabulary=student_weight.shape[0], summed_head=None)
@@ -199,15 +217,17 @@ def _reference(student_hidden, student_weight, teacher_hidden, teacher_weight, t
             teacher_weight,
             token_weight,
             target_ids,
+            old_logp,
             kept,
             beta,
             temperature,
+            importance_clip,
         )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Schedules. Every one of them takes (student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight,
-# target_ids, rows, beta, temperature) and returns the fields of LinearDivergence.
+# target_ids, old_logp, rows, beta, temperature, importance_clip) and returns the fields of LinearDivergence.
 
 SCHEDULES = {
     "auto": partial(_fused, "chunked"),  # no measurement prefers another one yet

@@ -19,9 +19,11 @@ def linear_divergence(
     teacher_weight: Tensor | None,  # (V, D_t)
     token_weight: Tensor,  # (...,)
     target_ids: Tensor | None,  # (...,)
+    old_logp: Tensor | None,  # (...,)
     kept: Tensor,  # (K,) int64 flat indices of the rows that are computed
     beta: float,
     temperature: float,
+    importance_clip: float,
 ):
     """The fields of LinearDivergence, in fp32 (float64 for float64 inputs)."""
     teacher_weight = student_weight if teacher_weight is None else teacher_weight
@@ -30,21 +32,26 @@ def linear_divergence(
     log_p = _log_probabilities(_rows(student_hidden, kept), student_weight, temperature)
     log_q = _log_probabilities(_rows(teacher_hidden, kept), teacher_weight, temperature).detach()
 
+    def at_target(log: Tensor) -> Tensor:  # (K, V) to (K,)
+        return log.gather(-1, target_ids.reshape(-1)[kept].long().unsqueeze(-1)).squeeze(-1)
+
     divergence = _divergence(log_p, log_q, beta)
     dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+    ratio = None
+    if old_logp is not None:
+        old = torch.where(weight == 0, 0.0, old_logp.reshape(-1)[kept].double())
+        log_ratio = at_target(log_p).detach() - old
+        ratio = log_ratio.clamp(-20, 20).exp().clamp(max=importance_clip)
+        weight = weight * ratio
     loss = (weight * torch.where(weight == 0, 0.0, divergence)).sum().to(dtype)
 
     def scattered(rows: Tensor) -> Tensor:  # (K,) to (...,)
         out = torch.zeros(token_weight.numel(), dtype=dtype, device=rows.device)
         return out.index_copy(0, kept, rows.detach().to(dtype)).view(token_weight.shape)
 
-    def logp(log: Tensor) -> Tensor | None:
-        if target_ids is None:
-            return None
-        return scattered(log.gather(-1, target_ids.reshape(-1)[kept].long().unsqueeze(-1)).squeeze(-1))
-
     entropies = (scattered(-_expectation(log, log)) for log in (log_p, log_q))
-    return loss, scattered(divergence), *entropies, logp(log_p), logp(log_q)
+    logps = (None if target_ids is None else scattered(at_target(log)) for log in (log_p, log_q))
+    return loss, scattered(divergence), *entropies, *logps, None if ratio is None else scattered(ratio)
 
 
 def _rows(hidden: Tensor, kept: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .divergence_triton import (
     divergence_terms,
     gradient,
     gradient_scale,
+    importance_ratio,
     merged,
     moments,
     objective,
@@ -60,10 +61,11 @@ def _entries(student, teacher, start, vocabulary, difference: tl.constexpr, BLOC
 
 @triton.jit
 def row_divergence_kernel(
-    student, teacher, weight, target, scalars, gradient_out,
+    student, teacher, weight, target, old_logp, scalars, gradient_out,
     student_stride, teacher_stride, gradient_stride, rows, vocabulary,
-    inverse_temperature, share_s, share_t,
-    objective: tl.constexpr, difference: tl.constexpr, has_target: tl.constexpr, has_gradient: tl.constexpr,
+    inverse_temperature, share_s, share_t, importance_clip,
+    objective: tl.constexpr, difference: tl.constexpr, has_target: tl.constexpr, has_old_logp: tl.constexpr,
+    has_gradient: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -111,12 +113,19 @@ def row_divergence_kernel(
         target_t = tl.where(exists, tl.load(teacher + column + one).to(tl.float32), float("nan"))
         if difference:
             target_t += target_s
-        tl.store(scalars + 3 * rows + row + one, (target_s - base_s) * inverse_temperature - log_s)
+        logp = (target_s - base_s) * inverse_temperature - log_s
+        tl.store(scalars + 3 * rows + row + one, logp)
         tl.store(scalars + 4 * rows + row + one, (target_t - base_t) * inverse_temperature - log_t)
+
+        if has_old_logp:
+            ratio = importance_ratio(logp, tl.load(old_logp + row + one), importance_clip)
+            tl.store(scalars + 5 * rows + row + one, ratio)
 
     if has_gradient:
         gradient_out += row * gradient_stride
         scale = gradient_scale(tl.load(weight + row + one), share_s, inverse_temperature, objective)
+        if has_old_logp:
+            scale *= ratio
         for start in range(0, vocabulary, BLOCK):
             s, t, d, columns, inside = _entries(student, teacher, start, vocabulary, difference, BLOCK)
             tl.debug_barrier()  # a bf16 block is written over logits that another warp reads in this round
@@ -134,8 +143,10 @@ def row_divergence(
     beta: float,
     temperature: float,
     teacher_is_difference: bool,
+    old_logp: Tensor | None = None,  # (C,) fp32, of the targets
+    importance_clip: float = 2.0,
     gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
-) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target
+) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target, 6 with old_logp
     """Divergence, entropies and log-probabilities of each row of logits, and its weighted gradient into `gradient`.
 
     The contract is csrc/row_divergence.h's, on the tensors' device and its current stream.
@@ -146,12 +157,16 @@ def row_divergence(
     assert student.dtype == teacher.dtype and weight.dtype == torch.float32
     assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
 
-    scalars = torch.empty(3 if target is None else 5, rows, dtype=torch.float32, device=student.device)
+    assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
+
+    count = 3 if target is None else 5 if old_logp is None else 6
+    scalars = torch.empty(count, rows, dtype=torch.float32, device=student.device)
     row_divergence_kernel[(rows,)](
-        student, teacher, weight, target, scalars, gradient,
+        student, teacher, weight, target, old_logp, scalars, gradient,
         student.stride(0), teacher.stride(0), 0 if gradient is None else gradient.stride(0), rows, vocabulary,
-        1.0 / temperature, 1.0 - beta, beta,
+        1.0 / temperature, 1.0 - beta, beta, importance_clip,
         objective=objective(beta), difference=teacher_is_difference, has_target=target is not None,
-        has_gradient=gradient is not None, BLOCK=BLOCK, **options(student.device.type),
+        has_old_logp=old_logp is not None, has_gradient=gradient is not None, BLOCK=BLOCK,
+        **options(student.device.type),
     )  # fmt: skip
     return scalars.unbind()

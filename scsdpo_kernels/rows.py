@@ -14,7 +14,13 @@ class Rows(NamedTuple):
     teacher: Tensor  # (K,) int64 of the teacher's
     weight: Tensor  # (K,) fp32
     target: Tensor | None  # (K,) int64
+    old_logp: Tensor | None  # (K,) fp32
     are_all: bool  # the rows are all rows, in order
+
+    @property
+    def scalars(self) -> int:
+        """How many numbers a row has in the end: divergence, two entropies, two log-probabilities, importance ratio."""
+        return 3 if self.target is None else 5 if self.old_logp is None else 6
 
 
 def as_matrix(

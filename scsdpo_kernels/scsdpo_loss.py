@@ -47,7 +47,8 @@ def scsdpo_loss(
             them and is in no denominator.
         denominator: tokens (or rollouts, for "sequence-mean") of the whole optimiser step, where this call is one
             micro-batch or rank of it. None: this call's.
-        divergence_options: beta, temperature, target_ids, schedule, rows of `linear_divergence`.
+        divergence_options: beta, temperature, target_ids, old_logp, importance_clip, schedule, rows of
+            `linear_divergence`.
 
     Returns:
         LinearDivergence: `loss` is the aggregate, the per-token fields are (B, T) and neither weighted nor reduced.

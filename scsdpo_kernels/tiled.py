@@ -25,6 +25,7 @@ from .divergence_triton import (
     divergence_terms,
     gradient,
     gradient_scale,
+    importance_ratio,
     merged,
     moments,
     objective,
@@ -356,8 +357,9 @@ def target_kernel(
 
 @triton.jit
 def conclude_kernel(
-    partial, splits, count, target_logits, scalars, row, inverse_temperature, share_s, share_t,
-    objective: tl.constexpr, has_target: tl.constexpr, ROWS: tl.constexpr,
+    partial, splits, count, target_logits, old_logp, scalars, row,
+    inverse_temperature, share_s, share_t, importance_clip,
+    objective: tl.constexpr, has_target: tl.constexpr, has_old_logp: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Merges the splits' moments in the order of their columns: scalars[:, rows] and row[:, rows]."""
     numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -393,8 +395,12 @@ def conclude_kernel(
     if has_target:
         s = tl.load(target_logits + numbers, inside, 0.0)
         t = tl.load(target_logits + count + numbers, inside, 0.0)
-        tl.store(scalars + 3 * count + numbers, (s - base_s) * inverse_temperature - log_s, inside)
+        logp = (s - base_s) * inverse_temperature - log_s
+        tl.store(scalars + 3 * count + numbers, logp, inside)
         tl.store(scalars + 4 * count + numbers, (t - base_t) * inverse_temperature - log_t, inside)
+        if has_old_logp:
+            ratio = importance_ratio(logp, tl.load(old_logp + numbers, inside, 0.0), importance_clip)
+            tl.store(scalars + 5 * count + numbers, ratio, inside)
     tl.store(row + numbers, base_s, inside)
     tl.store(row + count + numbers, base_t, inside)
     tl.store(row + 2 * count + numbers, centre, inside)
@@ -552,17 +558,18 @@ def divergence_rows(
     *,
     beta: float,
     temperature: float,
+    importance_clip: float,
     teacher_is_difference: bool,  # which of shared fp32 heads are projected so
     score_dtype: torch.dtype,  # of G
     grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
     grad_weight_dtype: torch.dtype | None,  # None: not wanted
-) -> tuple[Tensor, Tensor | None]:  # (3, K) fp32 row scalars, (5, K) with targets; (V, D)
-    """Row scalars of the kept rows, and the gradients of Σ weight · divergence."""
+) -> tuple[Tensor, Tensor | None]:  # (rows.scalars, K) fp32; (V, D)
+    """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
     shared = teacher_weight is student_weight
     student_weight = _unit_stride(student_weight)
     teacher_weight = student_weight if shared else _unit_stride(teacher_weight)
     count, vocabulary, device = len(rows.weight), student_weight.shape[0], student.device
-    scalars = torch.empty(3 if rows.target is None else 5, count, dtype=torch.float32, device=device)
+    scalars = torch.empty(rows.scalars, count, dtype=torch.float32, device=device)
     if count == 0:
         return scalars, None if grad_weight_dtype is None else torch.zeros_like(student_weight, dtype=grad_weight_dtype)
     choice = tiles(student, teacher, student.shape[1], teacher.shape[1])
@@ -604,8 +611,8 @@ def divergence_rows(
         target_kernel[count,](*problem, rows.target, target_logits, WIDTH=1024)
     by_row = {"ROWS": 128, "enable_fp_fusion": True}
     conclude_kernel[triton.cdiv(count, 128),](
-        partial, splits, count, target_logits, scalars, row, *numbers,
-        objective=which, has_target=rows.target is not None, **by_row,
+        partial, splits, count, target_logits, rows.old_logp, scalars, row, *numbers, importance_clip,
+        objective=which, has_target=rows.target is not None, has_old_logp=rows.old_logp is not None, **by_row,
     )  # fmt: skip
     if which == JENSEN_SHANNON.value:
         terms_kernel[splits, blocks](*problem, magnitude, PARTS, row, scratch, each, *numbers, **variant)
@@ -614,6 +621,7 @@ def divergence_rows(
     if grad_hidden is None and grad_weight_dtype is None:
         return scalars, None
 
+    weight = rows.weight if rows.old_logp is None else rows.weight * scalars[5]
     columns = slab_columns(count, vocabulary, score_dtype.itemsize, tile.COLUMNS)
     slab = torch.empty(count, columns, dtype=score_dtype, device=device)
     grad_weight = hidden = None
@@ -626,7 +634,7 @@ def divergence_rows(
     for first in range(0, vocabulary, columns):
         here = min(columns, vocabulary - first)
         gradient_kernel[triton.cdiv(here, tile.COLUMNS), blocks](
-            *problem, magnitude, PARTS, row, rows.weight, slab, first, columns, *numbers, objective=which, **variant
+            *problem, magnitude, PARTS, row, weight, slab, first, columns, *numbers, objective=which, **variant
         )
         if grad_weight is not None:
             torch.mm(slab[:, :here].t(), hidden, out=grad_weight[first : first + here])

@@ -44,7 +44,7 @@ INTEGERS = [
     "parts",
     "rows",
 ]
-FP32 = ["target_logits", "scratch", "partial", "scalars", "row", "weight", "weights"]
+FP32 = ["target_logits", "old_logp", "scratch", "partial", "scalars", "row", "weight", "weights"]
 OPERANDS = ["student", "teacher", "student_head", "teacher_head", "head", "slab"]
 
 
@@ -58,6 +58,7 @@ def kernels(target):
                 "objective": objective,
                 "difference": difference,
                 "has_target": True,
+                "has_old_logp": True,
                 "has_gradient": True,
                 "BLOCK": row_divergence_triton.BLOCK,
             },
@@ -105,7 +106,12 @@ def kernels(target):
         yield tiled.grad_hidden_kernel, dict.fromkeys(OPERANDS, TYPES[bytes_]), constants, tile.options()
     small = dict.fromkeys(OPERANDS, "bf16")
     for objective in (0, 1, 2):
-        yield tiled.conclude_kernel, small, {"objective": objective, "has_target": True, "ROWS": 128}, {}
+        yield (
+            tiled.conclude_kernel,
+            small,
+            {"objective": objective, "has_target": True, "has_old_logp": True, "ROWS": 128},
+            {},
+        )
     yield tiled.value_kernel, small, {"ROWS": 128}, {}
     yield tiled.target_kernel, small, {"WIDTH": 1024}, {}
     for exponent, threshold in ((0.5, None), (1.0, 0.5)):

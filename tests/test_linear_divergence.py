@@ -1,6 +1,7 @@
 """The fused operator end to end: values and both gradients against float64, by a measuring stick in the same dtype."""
 
 import itertools
+import math
 
 import oracle
 import pytest
@@ -377,10 +378,64 @@ def test_distant_logits_in_the_reference(gap):
         assert 0 <= result.loss < 1e-20 and grad_hidden.isfinite().all() and grad_weight.isfinite().all()
 
 
+SCHEDULES = ("chunked", "tiled", "reference")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("clip", [None, 0.8])
+def test_importance_ratio_is_a_detached_weight(schedule, beta, clip):
+    """Loss and gradients are those of token_weight × min(e^clamp(log p - old_logp, -20, 20), clip)."""
+    hidden, weight, teacher, _ = problem(leading=(3, 9), vocabulary=301)
+    options = {"target_ids": torch.randint(301, (3, 9)), "temperature": 1.3, "beta": beta, "schedule": schedule}
+    token_weight = torch.randn(3, 9).relu()
+    with torch.no_grad():
+        logp = linear_divergence(hidden, weight, teacher, **options).student_logp
+    old = logp - torch.randn(3, 9)
+    old[0, :2] = torch.tensor([torch.inf, -torch.inf])
+    old[token_weight == 0] = torch.nan  # not looked at
+    clipped = {} if clip is None else {"importance_clip": clip}
+    ratio = (logp.double() - old.double()).clamp(-20, 20).exp().clamp(max=clip or 2.0)
+    ratio[token_weight == 0] = 0.0
+    got, *gradients = fused(hidden, weight, teacher, **options, token_weight=token_weight, old_logp=old, **clipped)
+    expected, *expected_gradients = fused(
+        hidden, weight, teacher, **options, token_weight=(token_weight.double() * ratio).float()
+    )
+    assert expected.importance_ratio is None and not got.importance_ratio.requires_grad
+    torch.testing.assert_close(got.importance_ratio.double(), ratio, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=2e-5, atol=0)
+    for x, y in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-4, atol=1e-7)
+    listed = torch.arange(27)  # rows of weight 0 among them, whose old_logp is NaN
+    again, *gradients = fused(
+        hidden, weight, teacher, **options, token_weight=token_weight, old_logp=old, rows=listed, **clipped
+    )
+    assert again.loss.isfinite() and all(x.isfinite().all() for x in gradients)
+    torch.testing.assert_close(again.loss, got.loss, rtol=1e-6, atol=0)
+
+
+def test_arguments_of_importance_that_clash():
+    hidden, weight, teacher, _ = problem(leading=(4,), vocabulary=31)
+    ids, old = torch.zeros(4, dtype=torch.int64), torch.zeros(4)
+    for error, match, options in (
+        (ValueError, "importance_clip: expected old_logp", {"importance_clip": 2.0}),
+        (ValueError, "old_logp: expected target_ids", {"old_logp": old}),
+        (ValueError, r"old_logp: expected shape \(4,\)", {"old_logp": old[:3], "target_ids": ids}),
+        (TypeError, "old_logp: expected floating-point", {"old_logp": ids, "target_ids": ids}),
+        (TypeError, "old_logp: expected a tensor", {"old_logp": 0.5, "target_ids": ids}),
+        (ValueError, "importance_clip: .* above 0", {"old_logp": old, "target_ids": ids, "importance_clip": 0.0}),
+        (ValueError, "importance_clip: .* above 0", {"old_logp": old, "target_ids": ids, "importance_clip": math.nan}),
+        (TypeError, "importance_clip: expected a number", {"old_logp": old, "target_ids": ids, "importance_clip": "2"}),
+    ):
+        with pytest.raises(error, match=match):
+            linear_divergence(hidden, weight, teacher, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_chunked_equals_reference_in_every_field(dtype):
     tensors = problem(leading=(3, 9), dtype=dtype)
     options = {"token_weight": torch.randn(3, 9).relu(), "target_ids": torch.randint(701, (3, 9)), "temperature": 1.3}
+    options |= {"old_logp": -6.5 + torch.randn(3, 9), "importance_clip": 3.0}
     got = linear_divergence(*tensors, **options)
     expected = linear_divergence(*tensors, **options, schedule="reference")
     for name, x, y in zip(got._fields, got, expected, strict=True):

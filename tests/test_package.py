@@ -77,11 +77,12 @@ def test_public_signatures():
     """The contract that other people's scripts call."""
     linear = list(inspect.signature(scsdpo_kernels.linear_divergence).parameters)
     assert linear == ["student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "token_weight", "beta",
-                      "temperature", "target_ids", "schedule", "rows"]  # fmt: skip
+                      "temperature", "target_ids", "old_logp", "importance_clip", "schedule", "rows"]  # fmt: skip
     weights = list(inspect.signature(scsdpo_kernels.question_weights).parameters)
     assert weights == ["rewards", "question_ids", "exponent", "success_threshold", "group"]
     assert scsdpo_kernels.LinearDivergence._fields == (
-        "loss", "divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp"
+        "loss", "divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp",
+        "importance_ratio",
     )  # fmt: skip
     loss = inspect.signature(scsdpo_kernels.scsdpo_loss).parameters
     assert list(loss)[:4] == linear[:4] and {

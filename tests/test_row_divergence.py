@@ -41,13 +41,14 @@ def call(kernel, student, teacher, weight, target, *, gradient, **options):
         )
     if kernel == "triton":
         scalars = row_divergence_triton.row_divergence(student, teacher, weight, target, **options, gradient=gradient)
+        scalars = (*scalars, *[None] * (6 - len(scalars)))
     else:
         if DEVICE == "cuda" and (why := native.why_not_cuda(student.device)):
             pytest.skip(why)
         scalars = native.row_divergence_cuda(
             student, teacher, weight, target, **options, gradient=gradient, row_schedule=kernel.split()[1]
-        )[: 3 if target is None else 5]
-    return native.RowDivergence(*(x.cpu() for x in scalars), *[None] * (5 - len(scalars)))
+        )
+    return native.RowDivergence(*(x if x is None else x.cpu() for x in scalars))
 
 
 def device_of(kernel):
@@ -55,12 +56,14 @@ def device_of(kernel):
 
 
 def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gradient="float32", difference=False,
-        kernel=INSTRUCTION_SETS[-1]):  # fmt: skip
+        kernel=INSTRUCTION_SETS[-1], old_logp=None, importance_clip=2.0):  # fmt: skip
     """RowDivergence and the gradient, from logits that stay as they are."""
     device = device_of(kernel)
     weight = torch.ones(len(student)) if weight is None else weight
     teacher = (teacher.double() - student).to(student.dtype) if difference else teacher.to(student.dtype)
-    student, teacher, weight, target = (x if x is None else x.to(device) for x in (student, teacher, weight, target))
+    student, teacher, weight, target, old_logp = (
+        x if x is None else x.to(device) for x in (student, teacher, weight, target, old_logp)
+    )
     if student.is_contiguous():  # as `chunked` has them: rows start at multiples of 16 bytes
         vocabulary = student.shape[1]
         student, teacher = (F.pad(x, (0, -vocabulary % 8))[:, :vocabulary] for x in (student, teacher))
@@ -68,6 +71,7 @@ def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gr
     if gradient is not None:
         out = torch.full_like(student, torch.nan, dtype=getattr(torch, gradient))
     options = {"beta": beta, "temperature": temperature, "teacher_is_difference": difference}
+    options |= {"old_logp": old_logp, "importance_clip": importance_clip}
     scalars = call(kernel, student, teacher, weight, target, **options, gradient=out)
     return scalars, None if out is None else out.cpu()
 
@@ -370,6 +374,30 @@ def test_strided_rows_and_targets(kernel):
     at = (np.arange(5), target.numpy())
     np.testing.assert_allclose(scalars.student_logp.numpy(), expected.log_p[at].astype(float), rtol=1e-6)
     np.testing.assert_allclose(scalars.teacher_logp.numpy(), expected.log_q[at].astype(float), rtol=1e-6)
+
+
+@every_kernel
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("clip", [0.5, 2.0, 1e10, float("inf")])
+def test_importance_ratio_multiplies_the_weight(kernel, beta, clip):
+    """min(e^clamp(log p - old, -20, 20), clip), of this pass's log p; the divergence itself stays."""
+    student, teacher = logits(300, 2.0, 0.3, rows=9)
+    student[8, 299] = -torch.inf  # log p = -inf is clamped, too
+    target = torch.tensor([0, 1, 2, 3, 4, 5, 6, 299, 299])
+    weight = torch.tensor([1.0, -2.0, 1e-3, 1, 1, 1, 1, 1, 1])
+    options = {"weight": weight, "target": target, "temperature": 0.75, "kernel": kernel}
+    plain, unit = run(student, teacher, beta, **options)
+    old = plain.student_logp - torch.tensor([0.0, 0.3, -0.4, 0.7, 3.0, 25.0, -25.0, -torch.inf, 0.0])
+    old[8] = -3.0
+    scalars, gradient = run(student, teacher, beta, **options, old_logp=old, importance_clip=clip)
+    ratio = (plain.student_logp.double() - old.double()).clamp(-20, 20).exp().clamp(max=clip)
+    torch.testing.assert_close(scalars.importance_ratio.double(), ratio, rtol=3e-6, atol=0)
+    assert_same(scalars.divergence, plain.divergence, kernel)
+    torch.testing.assert_close(gradient.double(), unit.double() * ratio[:, None], rtol=2e-5, atol=1e-12, equal_nan=True)
+    assert plain.importance_ratio is None and (clip != 2.0 or (ratio == 2.0).sum() == 3)
+    if beta == 0:  # values alone
+        alone, _ = run(student, teacher, beta, **options, old_logp=old, importance_clip=clip, gradient=None)
+        assert_same(alone.importance_ratio, scalars.importance_ratio, kernel)
 
 
 def test_threads_do_not_change_a_bit():
