@@ -17,12 +17,12 @@ from scsdpo_kernels.rows import complete
 @pytest.mark.parametrize("target", [False, True])
 def test_opcheck(dtype, beta, target):
     hidden, weight, teacher, head = problem(leading=(3, 5), width=8, vocabulary=31, teacher_width=6, dtype=dtype)
-    ids = torch.randint(31, (3, 5)) if target else None
+    ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
     for wants in ((True, True), (True, False), (False, True)):
         arguments = (hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1]), teacher, head)
         torch.library.opcheck(
             torch.ops.scsdpo_kernels.linear_divergence.default,
-            (*arguments, torch.randn(3, 5), ids, None, beta, 1.0, "chunked", *wants),
+            (*arguments, torch.randn(3, 5), ids, old, None, beta, 1.0, 2.0, "chunked", *wants),
         )
 
 
@@ -30,6 +30,7 @@ def test_opcheck(dtype, beta, target):
 def test_compiled_has_the_bits_of_eager(dtype):
     hidden, weight, teacher, _ = problem(leading=(2, 9), width=16, vocabulary=101, dtype=dtype)
     options = {"token_weight": torch.randn(2, 9).relu(), "target_ids": torch.randint(101, (2, 9))}
+    options["old_logp"] = -4.6 + torch.randn(2, 9)
 
     def step(hidden, weight):
         result = linear_divergence(hidden, weight, teacher, **options)
@@ -40,7 +41,7 @@ def test_compiled_has_the_bits_of_eager(dtype):
         inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         outputs = run(*inputs)
         results.append((*outputs, *torch.autograd.grad(outputs[0], inputs)))
-        assert [x.requires_grad for x in outputs] == [True] + [False] * 5
+        assert [x.requires_grad for x in outputs] == [True] + [False] * 6
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
 
@@ -344,6 +345,7 @@ def test_rows_that_the_caller_knows(schedule):
     token_weight[1] = 0
     ids = torch.randint(50, (3, 4))
     options = {"token_weight": token_weight, "target_ids": ids, "schedule": schedule}
+    options["old_logp"] = -4.0 + torch.randn(3, 4)
     expected, *gradients = fused(hidden, weight, teacher, **options)
     rows = torch.tensor([11, 0, 1, 2, 3, 8, 9, 10, 5])
     result, *got = fused(hidden, weight, teacher, rows=rows, **options)
