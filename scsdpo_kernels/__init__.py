@@ -8,9 +8,15 @@ except ImportError as error:
         'or take the tested one with `pip install "scsdpo-kernels[torch]"`'
     ) from error
 
-from .linear_divergence import LinearDivergence, linear_divergence
+from .linear_divergence import LinearDivergence, linear_divergence, linear_divergence_per_token
 from .scsdpo_loss import scsdpo_loss
 from .weights import question_weights
 
 __version__ = "0.1.0"
-__all__ = ["LinearDivergence", "linear_divergence", "question_weights", "scsdpo_loss"]
+__all__ = [
+    "LinearDivergence",
+    "linear_divergence",
+    "linear_divergence_per_token",
+    "question_weights",
+    "scsdpo_loss",
+]

@@ -74,6 +74,52 @@ def linear_divergence(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
+    arguments = _arguments(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows, beta,
+        temperature, importance_clip, schedule,
+    )  # fmt: skip
+    loss, *fields = ops.schedule(schedule, student_hidden.device)(*arguments)
+    single = student_hidden.dim() == 1
+    return LinearDivergence(loss, *(x.squeeze(0) if single and x is not None else x for x in fields))
+
+
+def linear_divergence_per_token(
+    student_hidden: Tensor,  # (..., D) bf16 | fp16 | fp32
+    student_weight: Tensor,  # (V, D) same dtype
+    teacher_hidden: Tensor,  # (..., D_t) bf16 | fp16 | fp32
+    teacher_weight: Tensor | None = None,  # (V, D_t) the teacher's dtype; None: student_weight
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    target_ids: Tensor | None = None,  # (...,) integers in [0, V)
+    old_logp: Tensor | None = None,  # (...,) of target_ids, under the policy that sampled them
+    importance_clip: float | None = None,  # above 0; None: 2 with old_logp
+    schedule: str = "auto",
+    rows: Tensor | None = None,  # (K,) int64 flat indices of the rows to compute; None: all of them
+) -> Tensor:  # (...,) fp32, nats
+    """importance ratio · D(p_n, q_n) of every row, for a caller who makes the loss of them: any upstream gradient.
+
+    `linear_divergence` with weights that are known beforehand is cheaper: it makes the gradients in the forward pass.
+    Here backward computes the rows again, without those whose upstream gradient is 0. It can run more than once
+    (retain_graph=True), but is not itself differentiable, but for schedule="reference". Arguments and errors are those
+    of `linear_divergence`; rows that are not in `rows` are 0.
+    """
+    arguments = _arguments(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, None, target_ids, old_logp, rows, beta,
+        temperature, importance_clip, schedule,
+    )  # fmt: skip
+    if rows is not None:
+        everything = arguments[4].view(-1)
+        inside = rows.clamp(0, max(0, len(everything) - 1))
+        wanted = torch.zeros_like(everything).index_fill_(0, inside, 1.0).view(arguments[4].shape)
+        arguments = (*arguments[:4], wanted, *arguments[5:])
+    divergence = ops.per_token(schedule, student_hidden.device)(*arguments)
+    return divergence.squeeze(0) if student_hidden.dim() == 1 else divergence
+
+
+def _arguments(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows,
+               beta, temperature, importance_clip, schedule):  # fmt: skip
+    """The arguments of a schedule, checked."""
     tensors = {
         "student_hidden": student_hidden,
         "student_weight": student_weight,
@@ -93,25 +139,20 @@ def linear_divergence(
     _check_numbers(beta, temperature)
     if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
         raise ValueError(f"rows: expected shape (K,) and dtype int64, got {tuple(rows.shape)} and {rows.dtype}")
-
     if rows is not None and rows.numel() > token_weight.numel():
         raise ValueError(f"rows: expected at most the {token_weight.numel()} rows that there are, got {rows.numel()}")
-    rows = None if rows is None else rows.contiguous()
-
-    run = ops.schedule(schedule, student_hidden.device)
 
     hidden, weight, teacher = _autocast(student_hidden, student_weight, teacher_hidden.detach())
     shared = teacher_weight is None or teacher_weight is student_weight
     teacher_head = None if shared else _autocast(teacher_weight.detach())[0]
     old_logp = None if old_logp is None else old_logp.detach()
     per_row = (hidden, teacher, token_weight.detach(), target_ids, old_logp)
-    single = hidden.dim() == 1  # no leading axis: a batch of one row
-    if single:
+    if hidden.dim() == 1:  # no leading axis: a batch of one row
         per_row = tuple(x if x is None else x.unsqueeze(0) for x in per_row)
     hidden, teacher, token_weight, target_ids, old_logp = per_row
+    rows = None if rows is None else rows.contiguous()
     numbers = float(beta), float(temperature), float(importance_clip or 2.0)
-    loss, *fields = run(hidden, weight, teacher, teacher_head, token_weight, target_ids, old_logp, rows, *numbers)
-    return LinearDivergence(loss, *(x.squeeze(0) if single and x is not None else x for x in fields))
+    return hidden, weight, teacher, teacher_head, token_weight, target_ids, old_logp, rows, *numbers
 
 
 def _in_autocast(device: str) -> bool:

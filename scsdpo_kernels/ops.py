@@ -179,6 +179,65 @@ def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
 _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
+@torch.library.custom_op("scsdpo_kernels::linear_divergence_per_token", mutates_args=())
+def _per_token_operator(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None,
+    token_weight: Tensor,  # 1 at the rows that are wanted, else 0
+    target_ids: Tensor | None,
+    old_logp: Tensor | None,
+    rows: Tensor | None,
+    beta: float,
+    temperature: float,
+    importance_clip: float,
+    schedule: str,
+) -> Tensor:
+    """Importance ratio · divergence of each row. Nothing waits for backward but the inputs."""
+    _, divergence, *_, ratio, _, _ = _operator(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows, beta,
+        temperature, importance_clip, schedule, False, False,
+    )  # fmt: skip
+    return divergence if old_logp is None else divergence * ratio
+
+
+@_per_token_operator.register_fake
+def _(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows, beta,
+      temperature, importance_clip, schedule):  # fmt: skip
+    return student_hidden.new_empty(student_hidden.shape[:-1], dtype=torch.float32)
+
+
+def _setup_per_token(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
+
+
+def _backward_per_token(ctx, upstream: Tensor):
+    """The same rows once more, weighted by the upstream gradient: those where it is 0 are not computed."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_divergence_per_token: double backward (create_graph=True) is not supported; schedule='reference' "
+            "has it"
+        )
+    student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, *per_row = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:2]
+    finite = upstream.isfinite()
+    weight = torch.where(finite, upstream, 0.0) * token_weight
+    outputs = _operator(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, weight, *per_row, *ctx.options, *wanted
+    )
+    poison = torch.where(finite.all(), 1.0, torch.nan)  # of an overflown loss scale: gradients are not finite either
+    hidden, weight = (
+        (gradient * poison).to(tensor.dtype) if needed else None
+        for gradient, tensor, needed in zip(outputs[-2:], (student_hidden, student_weight), wanted, strict=True)
+    )
+    return (hidden, weight) + (None,) * 10
+
+
+_per_token_operator.register_autograd(_backward_per_token, setup_context=_setup_per_token)
+
+
 def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp,
            rows, beta, temperature, importance_clip):  # fmt: skip
     differentiable = torch.is_grad_enabled()
@@ -204,8 +263,21 @@ def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_wei
     return loss, *outputs[:3], *logps, outputs[5] if old_logp is not None else None
 
 
-def _reference(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows,
-               beta, temperature, importance_clip):  # fmt: skip
+def per_token(name: str, device: torch.device) -> Callable:
+    """(..., ) of importance ratio · divergence by the schedule of a name, with the arguments of schedules."""
+    run = schedule(name, device)
+    if run is _reference:
+        return lambda *arguments: _full_logits(*arguments)[1]
+    return lambda *arguments: _per_token_operator(*arguments, run.args[0])
+
+
+def _reference(*arguments):
+    loss, _, *fields = _full_logits(*arguments)
+    return loss, *(x if x is None else x.detach() for x in fields)
+
+
+def _full_logits(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp,
+                 rows, beta, temperature, importance_clip):  # fmt: skip
     from . import reference
 
     kept, _ = kept_rows(token_weight, target_ids, rows, vocabulary=student_weight.shape[0], summed_head=None)

@@ -25,7 +25,7 @@ def linear_divergence(
     temperature: float,
     importance_clip: float,
 ):
-    """The fields of LinearDivergence, in fp32 (float64 for float64 inputs)."""
+    """loss, (...,) importance ratio · divergence, and the other fields of LinearDivergence: fp32, or float64's own."""
     teacher_weight = student_weight if teacher_weight is None else teacher_weight
     weight = token_weight.reshape(-1)[kept].double()
     weight = torch.where(complete(kept, token_weight.reshape(-1)), weight, torch.nan)
@@ -47,11 +47,13 @@ def linear_divergence(
 
     def scattered(rows: Tensor) -> Tensor:  # (K,) to (...,)
         out = torch.zeros(token_weight.numel(), dtype=dtype, device=rows.device)
-        return out.index_copy(0, kept, rows.detach().to(dtype)).view(token_weight.shape)
+        return out.index_copy(0, kept, rows.to(dtype)).view(token_weight.shape)
 
     entropies = (scattered(-_expectation(log, log)) for log in (log_p, log_q))
     logps = (None if target_ids is None else scattered(at_target(log)) for log in (log_p, log_q))
-    return loss, scattered(divergence), *entropies, *logps, None if ratio is None else scattered(ratio)
+    per_token = divergence if ratio is None else ratio * divergence
+    ratio = None if ratio is None else scattered(ratio)
+    return loss, scattered(per_token), scattered(divergence), *entropies, *logps, ratio
 
 
 def _rows(hidden: Tensor, kept: Tensor) -> Tensor:
