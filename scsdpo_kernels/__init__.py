@@ -10,11 +10,13 @@ except ImportError as error:
 
 from .linear_divergence import LinearDivergence, linear_divergence, linear_divergence_per_token
 from .scsdpo_loss import scsdpo_loss
+from .trust_region import TrustRegionTeacher
 from .weights import question_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "LinearDivergence",
+    "TrustRegionTeacher",
     "linear_divergence",
     "linear_divergence_per_token",
     "question_weights",

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "scsdpo_kernels"
 LAYERS = [
     {"__init__"},
     {"scsdpo_loss"},
-    {"linear_divergence", "weights"},
+    {"linear_divergence", "weights", "trust_region"},
     {"ops"},
     {"chunked", "tiled", "reference"},
     {"native", "row_divergence_triton", "question_weights_triton", "rows"},

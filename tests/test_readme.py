@@ -29,7 +29,7 @@ def test_public_names_are_in_the_table():
 
 def test_snippets_are_python():
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 3
+    assert len(snippets) == 4
     for snippet in snippets:
         ast.parse(snippet)
 
