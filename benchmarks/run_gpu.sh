@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
-# Everything there is to know of this package on a GPU, in one command of less than nine minutes:
+# Everything there is to know of this package on a GPU, in one command of less than nine minutes, or in two, which leaves
+# the measurement the time that the tests take:
 #
-#   benchmarks/run_gpu.sh OUT
+#   benchmarks/run_gpu.sh OUT [all | tests | measure]
 #
 # for a machine whose python3 holds torch >= 2.10, triton >= 3.6, pybind11, scikit-build-core and pytest, and which needs no
 # package registry. Builds in place, runs the kernels' tests and the GPU tests, then measures; results are in OUT as they come.
 # Peers are measured too where they are installed, or lie as wheels in .whl/.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:?usage: benchmarks/run_gpu.sh OUT}
+usage="usage: benchmarks/run_gpu.sh OUT [all | tests | measure]"
+out=${1:?$usage}
+what=${2:-all}
+[[ $what == all || $what == tests || $what == measure ]] || { echo "$usage" >&2 && exit 2; }
 mkdir -p "$out"
 python=${PYTHON:-python3}
 begun=$SECONDS
@@ -33,6 +37,7 @@ workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8") # most of the 
 tests() {                                                        # name, seconds, arguments of pytest
   local name=$1 limit=$2
   shift 2
+  [[ $what == measure ]] && return
   echo "== tests: $name"
   timeout -k 5 "$limit" "$python" -m pytest -q --maxfail=12 -p no:cacheprovider -o timeout=0 -W ignore "$@" >"$out/tests-$name.log" 2>&1 || failed=1
   tail -n 15 "$out/tests-$name.log"
@@ -43,6 +48,7 @@ tests cuda 20 tests/test_cuda.py
 tests tiled 90 $workers tests/test_tiled.py
 tests weights 40 tests/test_weights.py
 tests gpu 200 -m gpu tests/test_gpu.py
+[[ $what == tests ]] && exit $failed
 
 echo "== measure"
 timeout -k 5 "$(left)" "$python" benchmarks/gpu.py --output "$out" --seconds $(($(left) - 50)) 2>&1 | tee "$out/gpu.md" | tail -n 120

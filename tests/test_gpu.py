@@ -266,21 +266,6 @@ def test_row_kernel_on_two_streams_at_once(name):
         assert torch.equal(divergence, expected[i % 2][0]) and torch.equal(gradient, expected[i % 2][1])
 
 
-def test_compute_sanitizer_is_content():
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    why = native.why_not_cuda(torch.device("cuda", 0))
-    if sanitizer is None or why:
-        pytest.skip(why or "compute-sanitizer is not on this machine")
-    script = Path(__file__).parent / "sanitized_cuda.py"
-    for check in ("memcheck", "racecheck"):
-        done = subprocess.run(
-            [sanitizer, "--tool", check, "--error-exitcode", "9", sys.executable, script],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-
-
 def peak_mib(rows, schedule, grad=True):
     """MiB over inputs and gradients, of a second call: the library's workspace is there already."""
     hidden, weight, teacher, _ = problem(rows)
@@ -408,3 +393,19 @@ def test_two_streams_at_once():
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one[0].divergence, other[0].divergence)
         assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
+
+
+def test_compute_sanitizer_is_content():
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    why = native.why_not_cuda(torch.device("cuda", 0))
+    if sanitizer is None or why:
+        pytest.skip(why or "compute-sanitizer is not on this machine")
+    script = Path(__file__).parent / "sanitized_cuda.py"
+    for check in ("memcheck", "racecheck"):
+        done = subprocess.run(
+            [sanitizer, "--tool", check, "--error-exitcode", "9", sys.executable, script],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
