@@ -136,11 +136,11 @@ def test_odd_sizes(vocabulary, width):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torchs_default_dtype_does_not_matter(default, dtype):
     tensors = problem(dtype=dtype)
-    ids = torch.arange(37)
-    expected = fused(*tensors, target_ids=ids)
+    options = {"target_ids": torch.arange(37), "old_logp": torch.full((37,), -6.0)}
+    expected = fused(*tensors, **options)
     torch.set_default_dtype(default)
     try:
-        got = fused(*tensors, target_ids=ids)
+        got = fused(*tensors, **options)
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(x, y) for x, y in zip((*got[0], *got[1:]), (*expected[0], *expected[1:]), strict=True))
@@ -161,7 +161,8 @@ def test_leading_shapes_and_strides(dtype):
     weight_strided = weight.t().contiguous().t()
     token_weight = torch.randn(7, 4).t()[:, :-1]
     target_ids = torch.randint(701, (4, 7))[:, 1:].int()
-    options = {"token_weight": token_weight, "target_ids": target_ids}
+    old_logp = -6.0 + torch.randn(7, 4).t()[:, :-1]
+    options = {"token_weight": token_weight, "target_ids": target_ids, "old_logp": old_logp}
     result, grad_hidden, grad_weight = fused(wide[:, :-1], weight_strided, teacher[:, 1:], **options)
     flat, flat_hidden, flat_weight = fused(
         wide[:, :-1].reshape(24, -1),
@@ -169,6 +170,7 @@ def test_leading_shapes_and_strides(dtype):
         teacher[:, 1:].reshape(24, -1),
         token_weight=token_weight.reshape(24),
         target_ids=target_ids.reshape(24).long(),
+        old_logp=old_logp.reshape(24),
     )
     for name, x, y in zip(result._fields, result, flat, strict=True):
         assert x.shape == (() if name == "loss" else (4, 6)) and x.dtype == torch.float32
@@ -208,7 +210,8 @@ def test_weights_of_every_size(beta):
         hidden, weight, teacher, token_weight=token_weight, beta=beta, target_ids=ids
     )
     skipped = token_weight == 0
-    for name, field in zip(result._fields[1:], result[1:], strict=True):
+    assert result.importance_ratio is None
+    for name, field in zip(result._fields[1:6], result[1:6], strict=True):
         assert (field[skipped] == 0).all() and (field[~skipped] != 0).all(), name
     assert (grad_hidden[skipped] == 0).all()
     for row in torch.nonzero(~skipped).flatten():
@@ -256,9 +259,10 @@ def test_only_kept_rows_are_projected(monkeypatch):
 
 def test_nan_in_one_row_reaches_that_row_and_the_loss():
     hidden, weight, teacher, _ = problem()
-    clean, clean_hidden, _ = fused(hidden, weight, teacher, target_ids=torch.arange(37))
+    options = {"target_ids": torch.arange(37), "old_logp": torch.full((37,), -6.0)}
+    clean, clean_hidden, _ = fused(hidden, weight, teacher, **options)
     hidden[5, 3] = torch.nan
-    result, grad_hidden, _ = fused(hidden, weight, teacher, target_ids=torch.arange(37))
+    result, grad_hidden, _ = fused(hidden, weight, teacher, **options)
     others = torch.arange(37) != 5
     assert result.loss.isnan()
     for got, expected in zip(result[1:], clean[1:], strict=True):
