@@ -23,6 +23,14 @@
 
 #include "mixture.h"
 
+// SCSDPO_GPU: the formulas take the GPU's own elementary functions, of gpu.h or of what stands for it on the host.
+#if defined(__CUDACC__) || defined(SCSDPO_ON_HOST)
+#include "gpu.h"
+#endif
+#if defined(__CUDA_ARCH__) || defined(SCSDPO_ON_HOST)
+#define SCSDPO_GPU
+#endif
+
 #if defined(__CUDACC__)
 #define SCSDPO_INLINE __host__ __device__ __forceinline__
 #else
@@ -82,20 +90,12 @@ SCSDPO_INLINE F phi(F x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-#if defined(__CUDA_ARCH__)
-__device__ __forceinline__ float power_of_two(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-#endif
-
 // e^x for x <= 80, to 2e-7 relative (on a GPU 3e-7 + 1e-7 |x|); 0 below -87, where the result would leave the normal
 // numbers.
 template <class F>
 SCSDPO_INLINE F exponential(F x) {
-#if defined(__CUDA_ARCH__)
-  return power_of_two(x * kLog2E);
+#if defined(SCSDPO_GPU)
+  return gpu::power_of_two(x * kLog2E);
 #else
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
   F bounded = x < -87.0f ? splat<F>(-87.0f) : x;
@@ -112,14 +112,11 @@ SCSDPO_INLINE F exponential(F x) {
 // that u lost.
 template <class F>
 SCSDPO_INLINE F log_one_plus(F u, F y) {
-#if defined(__CUDA_ARCH__)
-  float inverse, bits;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y + 2.0f));
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(bits) : "f"(u));
-  F z = y * inverse;  // log(1 + y) = 2 artanh(z)
+#if defined(SCSDPO_GPU)
+  F z = y * gpu::reciprocal(y + 2.0f);  // log(1 + y) = 2 artanh(z)
   F w = z * z;
   F series = w * ((w * 0.14790256f + 0.19994383f) * w + 0.33333343f);
-  return fabsf(y) < 0.29f ? (z + z) * series + (z + z) : bits * 0.69314718f;
+  return fabsf(y) < 0.29f ? (z + z) * series + (z + z) : gpu::log2(u) * 0.69314718f;
 #else
   auto k = (to_bits(u) - 0x3f3504f3) >> 23;  // u = 2^k m, sqrt(1/2) <= m < sqrt(2)
   F exponent = from_bits<F>(k + 0x4b400000) - 12582912.0f;
@@ -228,7 +225,6 @@ struct Row {
   float centre;
   float teacher_scale;  // puts e^(t - max_teacher) on the footing of e^y
   float inverse_temperature;
-  float bits;                              // log2(e) / temperature
   float inverse_student, inverse_teacher;  // 1 / Z_s, 1 / Z_t
   float log_ratio;                         // log(Z_t / Z_s) counted from centre
   float log_student, log_teacher;          // log Z_s, log Z_t
@@ -242,7 +238,6 @@ SCSDPO_INLINE Row row_of(float max_student, float max_teacher, float own, float 
   row.max_student = max_student;
   row.max_teacher = max_teacher;
   row.inverse_temperature = 1.0f / temperature;
-  row.bits = row.inverse_temperature * kLog2E;
   row.centre = std::isfinite(own) ? own : max_teacher - max_student;
   float apart = static_cast<float>(double{max_teacher} - max_student - row.centre);
   row.teacher_scale = std::exp(apart * row.inverse_temperature);
@@ -252,8 +247,8 @@ SCSDPO_INLINE Row row_of(float max_student, float max_teacher, float own, float 
 // e^(x / temperature)
 template <class F>
 SCSDPO_INLINE F boltzmann(F x, const Row& row) {
-#if defined(__CUDA_ARCH__)
-  return power_of_two(x * row.bits);
+#if defined(SCSDPO_GPU)
+  return gpu::power_of_two(x * (row.inverse_temperature * kLog2E));  // one factor a row
 #else
   return exponential(x * row.inverse_temperature);
 #endif

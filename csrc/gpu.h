@@ -29,6 +29,23 @@ __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ double exchange(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+// 2^x, 1 / x and log2(x) in one instruction each; what is below the normal numbers is 0.
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats rounded to bf16, to nearest, ties to even; the first in the lower half.
 __device__ __forceinline__ uint32_t two_bfloat16(float first, float second) {
   __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);

@@ -216,6 +216,13 @@ Real exchange(Real x, int mask) {
   return y;
 }
 
+inline float power_of_two(float x) {
+  float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0 : y;
+}
+inline float reciprocal(float x) { return 1 / x; }
+inline float log2(float x) { return std::log2(x); }
+
 inline uint32_t bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
