@@ -6,26 +6,16 @@
 #include SOURCE
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-namespace {
+#include "entry_of.h"
 
-using namespace scsdpo;
-
-// (divergence, score, slope) of an entry with reference and mean score 0.
-template <Objective objective>
-pybind11::tuple entry_of(float p, float q, float d, double beta) {
-  Entry<float> of = entry<objective>(p, q, d, mixture(beta));
-  return pybind11::make_tuple(of.divergence, of.score, slope<objective, float>({p, q, d}, of.score, Row{}));
-}
-
-}  // namespace
+std::array<float, 3> entry_on_cpu(float p, float q, float d, double beta);
 
 PYBIND11_MODULE(cuda_on_host, m) {
-  m.def("entry", [](float p, float q, float d, double beta) {
-    return beta == 0   ? entry_of<Objective::kForward>(p, q, d, beta)
-           : beta == 1 ? entry_of<Objective::kReverse>(p, q, d, beta)
-                       : entry_of<Objective::kJensenShannon>(p, q, d, beta);
-  });
+  using namespace scsdpo;
+  m.def("entry_on_gpu", [](float p, float q, float d, double beta) { return entry_of(p, q, d, beta); });
+  m.def("entry_on_cpu", &entry_on_cpu);
   m.def("row_divergence_cuda", [](const RowDivergence& task, int device, uintptr_t stream, CudaSchedule schedule) {
     return row_divergence_cuda(task, device, stream, schedule);
   });

@@ -21,7 +21,7 @@ def module(source: Path = CSRC / "row_divergence_cuda.cu") -> ModuleType:
     """The source's kernels, compiled."""
     folder = Path(tempfile.mkdtemp(prefix="cuda_on_host"))
     library = folder / f"cuda_on_host{sysconfig.get_config_var('EXT_SUFFIX')}"
-    files = [TESTS / "cuda_on_host.cpp", CSRC / "mixture.cpp", CSRC / "row_geometry.cpp"]
+    files = [TESTS / "cuda_on_host.cpp", TESTS / "entry_on_cpu.cpp", CSRC / "mixture.cpp", CSRC / "row_geometry.cpp"]
     includes = [f"-I{x}" for x in (pybind11.get_include(), sysconfig.get_path("include"), CSRC)]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", f'-DSOURCE="{source}"']
     subprocess.run(["c++", *flags, *includes, *files, "-o", library], check=True)

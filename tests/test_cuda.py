@@ -41,10 +41,11 @@ def exact_entry(p, d, beta):
 DISTANCES = [0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 0.999, 1.001, 2, 3.9, 4.1, 10, 19, 21, 40, 80]
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("beta", [0, 1e-6, 1e-3, 0.1, 0.5, 0.7, 0.999, 1 - 1e-6, 1])
-def test_an_entry_against_long_double(beta):
+def test_an_entry_against_long_double(device, beta):
     """To 6e-6 relative over the grid of p and d = log(q / p), and never negative."""
-    entry = cuda_on_host.module().entry
+    entry = getattr(cuda_on_host.module(), f"entry_on_{device}")
     for p in (1e-37, 1e-20, 1e-7, 1e-3, 0.4, 1.0):
         for d in (x for size in DISTANCES for x in (size, -size)):
             p, d = np.float32(p), np.float32(d)
@@ -60,10 +61,11 @@ def test_an_entry_against_long_double(beta):
                 assert abs(value - want) <= 6e-6 * abs(want) + 1e-38, (p, d, got, expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize("beta", [0, 1e-3, 0.5, 0.9, 1])
-def test_an_entry_that_one_side_forbids(beta):
+def test_an_entry_that_one_side_forbids(device, beta):
     """The limits as q → 0 and p → 0: share · p log(1 / share), or infinite where a KL divergence is."""
-    entry = cuda_on_host.module().entry
+    entry = getattr(cuda_on_host.module(), f"entry_on_{device}")
     nothing = entry(0.0, 0.0, float("nan"), beta)
     assert nothing[0] == 0 and nothing[2] == 0
     no_q = entry(0.25, 0.0, float("-inf"), beta)

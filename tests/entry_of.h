@@ -1,0 +1,25 @@
+// One entry of divergence.h with reference and mean score 0, on the elementary functions that the including file has
+// chosen: {divergence, score, slope}.
+#pragma once
+
+#include <array>
+
+#include "divergence.h"
+
+namespace scsdpo {
+namespace {
+
+template <Objective objective>
+std::array<float, 3> entry_of(float p, float q, float d, double beta) {
+  Entry<float> of = entry<objective>(p, q, d, mixture(beta));
+  return {of.divergence, of.score, slope<objective, float>({p, q, d}, of.score, Row{})};
+}
+
+inline std::array<float, 3> entry_of(float p, float q, float d, double beta) {
+  return beta == 0   ? entry_of<Objective::kForward>(p, q, d, beta)
+         : beta == 1 ? entry_of<Objective::kReverse>(p, q, d, beta)
+                     : entry_of<Objective::kJensenShannon>(p, q, d, beta);
+}
+
+}  // namespace
+}  // namespace scsdpo
