@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 
 from scsdpo_kernels import chunked, linear_divergence
+from scsdpo_kernels.kernels import kernels_of
 
 DTYPE = torch.bfloat16
 SUBSAMPLE = 64
@@ -191,7 +192,7 @@ def row_kernels(vocabulary: int, distance: float, repeats: int) -> dict:
     gradients = {name: torch.empty_like(student, dtype=getattr(torch, name)) for name in ("bfloat16", "float32")}
     for name in ("triton", "cuda-cluster", "cuda-streaming"):
         try:
-            kernel = chunked.row_kernel(student.device, name)
+            kernel = kernels_of(student.device, name).row_divergence
         except ValueError as error:
             skipped[name] = str(error)
             continue

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "huge_pages.h"
+#include "logits.h"
 #include "project.h"
 #include "row_divergence.h"
 
@@ -39,10 +40,24 @@ struct Fields : py::class_<Struct> {
   }
 };
 
+// A CPU kernel of one task on a number of threads and an instruction set.
+template <class Task>
+void on_processor(py::module_& m, const char* name, void (*kernel)(const Task&, int, InstructionSet)) {
+  m.def(name, [kernel](const Task& task, int threads, InstructionSet instruction_set) {
+    if (instruction_set > best_instruction_set())
+      throw std::invalid_argument("instruction_set: this build or this processor does not have the one asked for");
+    py::gil_scoped_release release;
+    kernel(task, threads, instruction_set);
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  py::enum_<DType>(m, "DType").value("float32", DType::kFloat32).value("bfloat16", DType::kBFloat16);
+  py::enum_<DType>(m, "DType")
+      .value("float32", DType::kFloat32)
+      .value("bfloat16", DType::kBFloat16)
+      .value("float64", DType::kFloat64);
   py::enum_<InstructionSet>(m, "InstructionSet")
       .value("baseline", InstructionSet::kBaseline)
       .value("avx2", InstructionSet::kAVX2)
@@ -64,6 +79,10 @@ PYBIND11_MODULE(_C, m) {
       .field("importance_clip", &RowDivergence::importance_clip)
       .field("beta", &RowDivergence::beta)
       .field("temperature", &RowDivergence::temperature)
+      .field("entry_clip", &RowDivergence::entry_clip)
+      .field("student_softcap", &RowDivergence::student_softcap)
+      .field("student_lse", &RowDivergence::student_lse)
+      .field("teacher_lse", &RowDivergence::teacher_lse)
       .field("divergence", &RowDivergence::divergence)
       .field("student_entropy", &RowDivergence::student_entropy)
       .field("teacher_entropy", &RowDivergence::teacher_entropy)
@@ -73,12 +92,30 @@ PYBIND11_MODULE(_C, m) {
       .field("gradient", &RowDivergence::gradient)
       .field("gradient_stride", &RowDivergence::gradient_stride)
       .field("gradient_dtype", &RowDivergence::gradient_dtype);
-  m.def("row_divergence_cpu", [](const RowDivergence& task, int threads, InstructionSet instruction_set) {
-    if (instruction_set > best_instruction_set())
-      throw std::invalid_argument("instruction_set: this build or this processor does not have the one asked for");
-    py::gil_scoped_release release;
-    row_divergence_cpu(task, threads, instruction_set);
-  });
+  on_processor(m, "row_divergence_cpu", row_divergence_cpu);
+
+  Fields<HeadLogits>(m, "HeadLogits")
+      .field("rows", &HeadLogits::rows)
+      .field("vocabulary", &HeadLogits::vocabulary)
+      .field("logits", &HeadLogits::logits)
+      .field("logits_stride", &HeadLogits::logits_stride)
+      .field("bias", &HeadLogits::bias)
+      .field("scale", &HeadLogits::scale)
+      .field("softcap", &HeadLogits::softcap);
+  on_processor(m, "head_logits", head_logits);
+  Fields<TailGradient>(m, "TailGradient")
+      .field("rows", &TailGradient::rows)
+      .field("vocabulary", &TailGradient::vocabulary)
+      .field("logits", &TailGradient::logits)
+      .field("logits_stride", &TailGradient::logits_stride)
+      .field("base", &TailGradient::base)
+      .field("factor", &TailGradient::factor)
+      .field("temperature", &TailGradient::temperature)
+      .field("softcap", &TailGradient::softcap)
+      .field("gradient", &TailGradient::gradient)
+      .field("gradient_stride", &TailGradient::gradient_stride)
+      .field("gradient_dtype", &TailGradient::gradient_dtype);
+  on_processor(m, "tail_gradient", tail_gradient);
 
   py::class_<RowGeometry>(m, "RowGeometry")
       .def_readonly("cluster", &RowGeometry::cluster)

@@ -9,6 +9,8 @@
 //                          entry q phi(-d)
 //     reverse  (beta = 1)  D = KL(p || q)                                dD/dz = p (-d - KL(p || q))
 //                          entry p phi(d)
+//     clipped (beta = 0)   D = sum_v min(q d, c)                         dD/dz = [q d <= c] (-q) + p (1 - Q)
+//                          entry q phi(-d), or p - q + c beyond c        Q = sum of the clipped q
 //     between              D = (1 - beta) KL(p || m) + beta KL(q || m)   dD/dz = (1 - beta) p (-a - KL(p || m))
 //                          entry beta q d - m a                          m = (1 - beta) p + beta q,  a = log(m / p)
 //
@@ -41,7 +43,12 @@ namespace scsdpo {
 // Every instruction set compiles this header anew: the anonymous namespace keeps the linker from merging the copies.
 namespace {
 
-enum class Objective { kForward, kReverse, kJensenShannon };
+enum class Objective { kForward, kReverse, kJensenShannon, kClippedForward };
+
+// Whether the gradient needs a mean over the row that the first sums do not have.
+constexpr bool has_late_mean(Objective objective) {
+  return objective == Objective::kJensenShannon || objective == Objective::kClippedForward;
+}
 
 // ---------------------------------------------------------------------------------------------------------------
 // Elementary functions, branch-free. Relative errors were measured against long double over the stated range.
@@ -134,6 +141,16 @@ SCSDPO_INLINE F times(F p, F x) {
   return p == 0.0f ? splat<F>(0.0f) : p * x;
 }
 
+// tanh(x), to 4e-7 relative: -e / (e + 2) with e = expm1(-2 |x|).
+template <class F>
+SCSDPO_INLINE F hyperbolic_tangent(F x) {
+  F y = abs_value(x) * -2.0f;
+  F near = y + phi(y), far = exponential(y) - 1.0f;
+  F e = y > -1.0f ? near : far;
+  F z = e / (e + 2.0f);
+  return x > 0.0f ? -z : z;
+}
+
 // p e^x - p from both ends: exact to rounding for small x, and without overflow for large ones. q = p e^x.
 template <class F>
 SCSDPO_INLINE F excess(F p, F q, F x) {
@@ -153,7 +170,8 @@ SCSDPO_INLINE F at_least(float below, F x) {
 template <class F>
 struct Entry {
   F divergence;  // its share of D
-  F score;       // dD/dz = p (score - mean score), times the student's share for the mixtures
+  F score;       // dD/dz = p (score - mean score), times the student's share for the mixtures. The clipped forward KL
+                 // has p score here
 };
 
 template <class F>
@@ -196,10 +214,24 @@ template <Objective objective, class F>
 SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
   if constexpr (objective == Objective::kForward) return {forward_kl(p, q, d), splat<F>(0.0f)};
   if constexpr (objective == Objective::kReverse) return {reverse_kl(p, q, d), -d};
+  if constexpr (objective == Objective::kClippedForward) {
+    auto clipped = times(q, d) > mix.entry_clip;
+    F kept = forward_kl(p, q, d), bound = p - q + mix.entry_clip, slope = -excess(p, q, d);
+    return {clipped ? bound : kept, clipped ? p : slope};
+  }
   F low = at_least(-120.0f, d), finite = low < 120.0f ? low : splat<F>(120.0f);
   Entry<F> near = mixture_near(p, finite, mix), far = mixture_far(p, q, finite, mix);
   auto is_near = abs_value(finite) < 1.0f;
   return {is_near ? near.divergence : far.divergence, is_near ? near.score : far.score};
+}
+
+// An entry's share of the late mean: of the scores, counted from the reference, or of Q.
+template <Objective objective, class F>
+SCSDPO_INLINE F mean_term(F p, F q, F d, F score, float reference, const Mixture& mix) {
+  if constexpr (objective == Objective::kClippedForward)
+    return times(q, d) > mix.entry_clip ? q : splat<F>(0.0f);
+  else
+    return p * (score - reference);
 }
 
 // p x for an x made of scores. The mixtures' are finite.
@@ -211,6 +243,8 @@ SCSDPO_INLINE F weighted_score(F p, F x) {
 
 // ---------------------------------------------------------------------------------------------------------------
 // A row: first the largest logits, then the normalisers, then the entries.
+
+constexpr float kLowest = -3.4028235e38f;  // below every logit but -inf, which it is subtracted from
 
 template <class F>
 struct Logits {
@@ -230,6 +264,7 @@ struct Row {
   float log_student, log_teacher;          // log Z_s, log Z_t
   float reference;                         // score where y = 0, from which scores are counted: the mean score of a
   float mean_score;                        // peaked row is then a sum of small terms, where nothing cancels
+  float inverse_softcap;                   // of the student's logits; 0: none
 };
 
 // `own` is the difference at the student's largest logit.
@@ -291,6 +326,27 @@ struct Entropies {
   float student, teacher;
 };
 
+// d (c tanh(x / c)) / dx = 1 - (z / c)^2 of a logit z = c tanh(x / c).
+template <class F>
+SCSDPO_INLINE F softcap_slope(F z, float inverse_softcap) {
+  F x = z * inverse_softcap;
+  return at_least(0.0f, 1.0f - x * x);
+}
+
+struct LogSumExp {
+  double student, teacher;
+};
+
+// Of the logits over the temperature. -inf of a side that forbids everything.
+template <class Real>
+SCSDPO_INLINE LogSumExp log_sum_exp(const Sums<Real>& sums, const Row& row) {
+  double inverse = row.inverse_temperature;
+  double student = row.max_student * inverse + std::log(double{sums.student});
+  double teacher = row.max_teacher * inverse + std::log(double{sums.teacher});
+  bool comparable = std::isfinite(row.log_ratio);
+  return {student, comparable ? student + (row.centre * inverse + row.log_ratio) : teacher};
+}
+
 // An infinite mean score (the reverse KL where the teacher forbids what the student allows) is taken as the largest
 // finite one: the forbidden entries' gradient is then +inf, never inf - inf.
 SCSDPO_INLINE float bounded_mean(float mean) { return mean > 3.4e38f ? 3.4e38f : mean; }
@@ -310,7 +366,7 @@ SCSDPO_INLINE Entropies conclude(const Sums<Real>& sums, const Mixture& mix, Row
 
   float p = row.inverse_student, q = exponential(-row.log_ratio) * p;
   row.reference = entry<objective>(p, q, -row.log_ratio, mix).score;
-  if (!std::isfinite(row.reference)) row.reference = 0.0f;
+  if (!std::isfinite(row.reference) || objective == Objective::kClippedForward) row.reference = 0.0f;
   row.mean_score = bounded_mean(static_cast<float>(-sums.linear / sums.student));
   return {static_cast<float>(log_student - sums.student_moment / sums.student * row.inverse_temperature),
           static_cast<float>(log_teacher - sums.teacher_moment / sums.teacher * row.inverse_temperature)};
@@ -334,6 +390,7 @@ SCSDPO_INLINE float slope_scale(float weight, const Mixture& mix, const Row& row
 // dD/dz of one entry without slope_scale.
 template <Objective objective, class F>
 SCSDPO_INLINE F slope(const Probabilities<F>& at, F score, const Row& row) {
+  if constexpr (objective == Objective::kClippedForward) return score - at.p * row.mean_score;
   if constexpr (objective == Objective::kForward) return -excess(at.p, at.q, at.d);
   return weighted_score<objective>(at.p, (score - row.reference) - row.mean_score);
 }

@@ -33,7 +33,7 @@ void interpolate(Function f, float (&coefficients)[kTerms]) {
 }  // namespace
 
 Mixture mixture(double beta) {
-  Mixture mix{static_cast<float>(1 - beta), static_cast<float>(beta), 0, {}, {}};
+  Mixture mix{static_cast<float>(1 - beta), static_cast<float>(beta), 0, {}, {}, 0};
   if (beta <= 0 || beta >= 1) return mix;
   // Four nats beyond where both sides have the same share of m; on the side of the smaller share.
   double even = std::log((1 - beta) / beta);

@@ -1,5 +1,5 @@
-// The constants of a generalised Jensen-Shannon divergence: D = (1 - beta) KL(p || m) + beta KL(q || m) with
-// m = (1 - beta) p + beta q.
+// The constants of a divergence; most of them are those of a generalised Jensen-Shannon divergence,
+// D = (1 - beta) KL(p || m) + beta KL(q || m) with m = (1 - beta) p + beta q.
 #pragma once
 
 namespace scsdpo {
@@ -14,6 +14,7 @@ struct Mixture {
   float turn;              // above this d, log(m / q) is what is computed, below it log(m / p)
   float score[kTerms];
   float divergence[kTerms];
+  float entry_clip;  // of the clipped forward KL
 };
 
 // beta in [0, 1]; the ends have no mixture, and need their shares only.

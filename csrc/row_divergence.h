@@ -15,12 +15,15 @@ namespace scsdpo {
 //     divergence[r], student_entropy[r], teacher_entropy[r]       nats
 //     student_logp[r], teacher_logp[r] = log p, log q at target[r]
 //     importance_ratio[r] = min(e^clamp(student_logp[r] - old_logp[r], -20, 20), importance_clip); 1 without old_logp
-//     gradient[r, v] = weight[r] * importance_ratio[r] * d divergence[r] / d student[r, v]
+//     gradient[r, v] = weight[r] * importance_ratio[r] * d divergence[r] / d student[r, v] * slope of the softcap
+//     student_lse[r], teacher_lse[r] = log sum_v e^(student[r, v] / temperature), and alike
+//
+// What is 0 or null is not there.
 struct RowDivergence {
   int64_t rows;
   int64_t vocabulary;
 
-  DType logits_dtype;
+  DType logits_dtype;   // kFloat64: with an fp32 gradient, and without teacher_is_difference
   const void* student;  // [rows, vocabulary], unit stride along the vocabulary
   int64_t student_stride;
   const void* teacher;  // the teacher's logits, or teacher's minus student's where teacher_is_difference
@@ -35,8 +38,13 @@ struct RowDivergence {
 
   double beta;  // the teacher's share: 0 forward KL(q || p), 1 reverse KL(p || q), between: generalised Jensen-Shannon
   float temperature;
+  float entry_clip;       // beta = 0: each entry's q log(q / p) counts up to here
+  float student_softcap;  // c, where the student's logits are c tanh(x / c): `gradient` is that of x
 
-  float* divergence;  // [rows], as the four below
+  double* student_lse;  // [rows]. Differences of the two keep their digits as teacher -> student
+  double* teacher_lse;
+
+  float* divergence;  // [rows], as the four below. Null: neither it nor a gradient is computed
   float* student_entropy;
   float* teacher_entropy;
   float* student_logp;  // written iff target is given

@@ -28,7 +28,6 @@ namespace scsdpo {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr float kLowest = -3.4028235e38f;  // below every logit but -inf, which it is subtracted from
 
 struct BFloat16 {
   uint16_t bits;

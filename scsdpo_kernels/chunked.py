@@ -9,25 +9,23 @@ products run in. Where student and teacher share an fp32 head, (h_t - h_s) Wᵀ 
 cost, and the divergence keeps its relative precision however close the teacher is.
 """
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import native
+from .arguments import Head, Numbers
+from .kernels import Kernels, kernels_of
 from .rows import Rows
+from .support import divergence_on_support
 
 # Both logit buffers together. A chunk never has fewer rows than MIN_ROWS, below which the products lose their speed;
 # every chunk but the first reads and writes the head's gradient once more. On a GPU, 1024 rows of 151936 entries: not
 # tuned on hardware.
 BUFFER_BYTES = {"cpu": 448 * 2**20, "gpu": 1216 * 2**20}
 MIN_ROWS = 256
-# Which kernel takes the rows on a GPU, and what CUDA's is told: a cluster of blocks to a row or one that streams it.
-# auto is CUDA's where this package was built with it, on NVIDIA GPUs from compute capability 8.0, else Triton's.
-ROW_KERNELS = {"auto": "auto", "cuda": "auto", "cuda-cluster": "cluster", "cuda-streaming": "streaming", "triton": None}
-ROW_KERNEL = os.environ.get("SCSDPO_ROW_KERNEL", "auto")
 # Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.
 SLAB_ROWS = 8192
 # A buffer's rows start at multiples of so many logits, so that every vocabulary has aligned loads.
@@ -36,83 +34,119 @@ ALIGNMENT = 64
 
 def divergence_rows(
     student: Tensor,  # (M, D) hidden states
-    student_weight: Tensor,  # (V, D)
-    teacher: Tensor,  # (M_t, D_t)
-    teacher_weight: Tensor,  # (V, D_t)
+    student_head: Head,
+    teacher: Tensor | None,  # (M_t, D_t); None: rows.support_logp
+    teacher_head: Head,
     rows: Rows,
+    numbers: Numbers,
     *,
-    beta: float,
-    temperature: float,
-    importance_clip: float,
     teacher_is_difference: bool,  # which of shared fp32 heads are projected so
     score_dtype: torch.dtype,  # of G
     grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
-    grad_weight_dtype: torch.dtype | None,  # None: not wanted
-) -> tuple[Tensor, Tensor | None]:  # (rows.scalars, K) fp32; (V, D)
+    grad_head: tuple[torch.dtype | None, ...],  # of the head's weight, bias, A and B. None: not wanted
+) -> tuple[Tensor, list[Tensor | None]]:  # (rows.scalars, K) fp32; gradients of weight, bias, A, B
     """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
-    vocabulary, device = student_weight.shape[0], student.device
-    row_divergence = row_kernel(device)
+    vocabulary, device = student_head.weight.shape[0], student.device
+    kernels = kernels_of(device)
     chunks = list(_chunks(len(rows.weight), vocabulary, device))
     scalars = torch.empty(rows.scalars, len(rows.weight), dtype=torch.float32, device=device)
-    head_gradient = _HeadGradient(student_weight, grad_weight_dtype, len(chunks))
-    want_gradient = grad_hidden is not None or grad_weight_dtype is not None
-    stacked = device.type != "cpu" and teacher_weight is student_weight and teacher.dtype == student.dtype
+    sums = _head_sums(student_head, grad_head, len(chunks))
+    want_gradient = grad_hidden is not None or any(grad_head)
+    sides = 1 if teacher is None else 2
+    stacked = sides == 2 and device.type != "cpu" and teacher_head.weight is student_head.weight
+    stacked = stacked and teacher.dtype == student.dtype
 
     longest = chunks[0].stop if chunks else 0
     stride = -(-vocabulary // ALIGNMENT) * ALIGNMENT
-    buffers = _empty(2 * longest, stride, dtype=torch.float32, device=device)[:, :vocabulary]
+    buffers = _empty(sides * longest, stride, dtype=torch.float32, device=device)[:, :vocabulary]
     for chunk in chunks:
-        student_chunk, teacher_chunk = student[rows.student[chunk]], teacher[rows.teacher[chunk]]
-        if teacher_is_difference:
-            teacher_chunk = teacher_chunk - student_chunk
+        of_chunk = rows.chunk(chunk)
+        student_chunk, teacher_chunk = student[of_chunk.student], None
         length = len(student_chunk)
-        student_logits, teacher_logits = buffers[:length], buffers[length : 2 * length]
+        student_logits, teacher_logits = buffers[:length], None
+        if teacher is not None:
+            teacher_chunk, teacher_logits = teacher[of_chunk.teacher], buffers[length : 2 * length]
+            if teacher_is_difference:
+                teacher_chunk = teacher_chunk - student_chunk
         if stacked:
-            _project(torch.cat([student_chunk, teacher_chunk]), student_weight, buffers[: 2 * length])
+            _project(torch.cat([student_chunk, teacher_chunk]), student_head.weight, buffers[: 2 * length])
         else:
-            _project(student_chunk, student_weight, student_logits)
-            _project(teacher_chunk, teacher_weight, teacher_logits)
+            _project(student_chunk, student_head.weight, student_logits)
+            if teacher is not None:
+                _project(teacher_chunk, teacher_head.weight, teacher_logits)
+        adapted = _finish(student_chunk, student_head, student_logits, kernels)
+        if teacher is not None:
+            head = teacher_head._replace(bias=None) if teacher_is_difference else teacher_head
+            _finish(teacher_chunk, head, teacher_logits, kernels)
 
         logit_gradient = _over(student_logits, score_dtype) if want_gradient else None
-        scalars[:, chunk] = torch.stack(
-            row_divergence(
-                student_logits,
-                teacher_logits,
-                rows.weight[chunk],
-                None if rows.target is None else rows.target[chunk],
-                beta=beta,
-                temperature=temperature,
-                teacher_is_difference=teacher_is_difference,
-                old_logp=None if rows.old_logp is None else rows.old_logp[chunk],
-                importance_clip=importance_clip,
-                gradient=logit_gradient,
-            )[: len(scalars)]
+        of_chunk = of_chunk._replace(weight=of_chunk.weight * student_head.logit_scale)
+        values = _row_values(
+            student_logits, teacher_logits, of_chunk, numbers, kernels, teacher_is_difference, logit_gradient
         )
-        if grad_hidden is not None:
-            grad_hidden[rows.kept[chunk]] = _back_project(logit_gradient, student_weight).to(grad_hidden.dtype)
-        if grad_weight_dtype is not None:
-            head_gradient.add(logit_gradient, student_chunk)
+        scalars[:, chunk] = torch.stack(values[: len(scalars)])
+        if want_gradient:
+            _gradients(logit_gradient, student_chunk, adapted, student_head, of_chunk.kept, grad_hidden, sums)
 
     # The buffers and all views of them go before the head's gradient may need another copy.
     buffers = student_logits = teacher_logits = logit_gradient = None
-    return scalars, None if grad_weight_dtype is None else head_gradient.result()
+    return scalars, [x if x is None else x.result() for x in sums]
 
 
-def row_kernel(device: torch.device, name: str | None = None) -> Callable:
-    """The row kernel of a device, with the contract of csrc/row_divergence.h: `name`, or what ROW_KERNEL says."""
-    name = name or ROW_KERNEL
-    if name not in ROW_KERNELS:
-        raise ValueError(f"SCSDPO_ROW_KERNEL: expected one of {', '.join(ROW_KERNELS)}, got {name!r}")
-    if device.type == "cpu":
-        return native.row_divergence
-    why = native.why_not_cuda(device)
-    if why and name.startswith("cuda"):
-        raise ValueError(f"SCSDPO_ROW_KERNEL={name} cannot run: {why}")
-    if why or name == "triton":
-        from .row_divergence_triton import row_divergence
+def _row_values(student, teacher, rows: Rows, numbers: Numbers, kernels: Kernels, teacher_is_difference, gradient):
+    """Row scalars of a chunk of logits, over the whole vocabulary or on a support."""
+    if numbers.top_k or numbers.sampled_token or rows.support_ids is not None:
+        return divergence_on_support(
+            student, teacher, rows, numbers, kernels, teacher_is_difference=teacher_is_difference, gradient=gradient
+        )
+    return kernels.row_divergence(
+        student,
+        teacher,
+        rows.weight,
+        rows.target,
+        beta=numbers.beta,
+        temperature=numbers.temperature,
+        teacher_is_difference=teacher_is_difference,
+        old_logp=rows.old_logp,
+        importance_clip=numbers.importance_clip,
+        entry_clip=numbers.entry_clip,
+        student_softcap=numbers.student_softcap,
+        gradient=gradient,
+    )
 
-        return row_divergence
-    return partial(native.row_divergence_cuda, row_schedule=ROW_KERNELS[name])
+
+def _finish(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> Tensor | None:
+    """What a head does beside its product, in place. Returns h Aᵀ (C, r) in fp32, if the head has an adapter."""
+    adapted = None
+    if head.lora_a is not None:
+        adapted = hidden.float() @ head.lora_a.float().t()
+        for slab, lora_b in _slabs(head.lora_b):
+            logits[:, slab].addmm_(adapted, lora_b.t(), alpha=head.lora_scale)
+    if head.bias is not None or head.logit_scale != 1.0 or head.softcap:
+        bias = None if head.bias is None else head.bias.float().contiguous()
+        kernels.head_logits(logits, bias, scale=head.logit_scale, softcap=head.softcap)
+    return adapted
+
+
+def _gradients(logit_gradient, hidden, adapted, head: Head, kept, grad_hidden, sums) -> None:
+    """A chunk's gradients of its hidden states, into grad_hidden[kept], and of the head, into `sums`."""
+    weight_sum, bias_sum, lora_a_sum, lora_b_sum = sums
+    grad_adapted = None
+    if head.lora_a is not None and (grad_hidden is not None or lora_a_sum is not None):
+        grad_adapted = _back_project(logit_gradient, head.lora_b.to(logit_gradient.dtype)).float() * head.lora_scale
+    if grad_hidden is not None:
+        of_chunk = _back_project(logit_gradient, head.weight)
+        if grad_adapted is not None:
+            of_chunk = of_chunk.float().addmm_(grad_adapted, head.lora_a.float())
+        grad_hidden[kept] = of_chunk.to(grad_hidden.dtype)
+    if weight_sum is not None:
+        weight_sum.add(logit_gradient, hidden)
+    if bias_sum is not None:
+        bias_sum.add(logit_gradient)
+    if lora_a_sum is not None:
+        lora_a_sum.add(grad_adapted, hidden)
+    if lora_b_sum is not None:
+        lora_b_sum.add(logit_gradient, adapted * head.lora_scale)
 
 
 def _empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -171,15 +205,36 @@ def _back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
     return grad_hidden
 
 
+def _head_sums(head: Head, dtypes: tuple[torch.dtype | None, ...], chunks: int) -> list:
+    """Sums over chunks of the gradients of weight, bias, A and B; None where none is wanted."""
+    kinds = _HeadGradient, _BiasGradient, _HeadGradient, _HeadGradient
+    parts = zip(kinds, head[:4], dtypes, strict=True)
+    return [None if dtype is None else kind(tensor, dtype, chunks) for kind, tensor, dtype in parts]
+
+
+class _BiasGradient:
+    """Σ over rows of G, in fp32, rounded at the end."""
+
+    def __init__(self, bias: Tensor, dtype: torch.dtype, chunks: int):
+        self.dtype = dtype
+        self.sum = torch.zeros_like(bias, dtype=torch.float32)
+
+    def add(self, logit_gradient: Tensor) -> None:
+        self.sum += logit_gradient.sum(0, dtype=torch.float32)
+
+    def result(self) -> Tensor:
+        return self.sum.to(self.dtype)
+
+
 class _HeadGradient:
     """Σ over chunks of Gᵀ h. More than one chunk's are summed in fp32 and rounded at the end."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype | None, chunks: int):
+    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int):
         self.dtype = dtype
         self.chunks = 0
-        if dtype is not None and chunks == 0:
+        if chunks == 0:
             self.sum = torch.zeros_like(weight, dtype=dtype)
-        elif dtype is not None:
+        else:
             accumulator = dtype if chunks == 1 else torch.float32
             self.sum = _empty(*weight.shape, dtype=accumulator, device=weight.device)
 
@@ -188,7 +243,7 @@ class _HeadGradient:
         same = self.sum.dtype == logit_gradient.dtype
         beta = min(self.chunks, 1)
         self.chunks += 1
-        if not same and hidden.device.type != "cpu":
+        if not same and hidden.device.type != "cpu" and hidden.dtype != torch.float32:
             _addmm_fp32(self.sum, logit_gradient.t(), hidden, beta=beta, out=self.sum)
             return
         size = self.sum.shape[0] if same else SLAB_ROWS  # what is added in another dtype exists a slab at a time

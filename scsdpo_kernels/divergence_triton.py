@@ -26,6 +26,7 @@ import triton.language as tl
 FORWARD = tl.constexpr(0)  # KL(q‖p), beta = 0
 REVERSE = tl.constexpr(1)  # KL(p‖q), beta = 1
 JENSEN_SHANNON = tl.constexpr(2)
+CLIPPED = tl.constexpr(3)  # KL(q‖p) whose entries count up to a bound each; its first walk is Jensen-Shannon's
 
 _INFINITY = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234e38)
@@ -33,9 +34,9 @@ _LARGEST = tl.constexpr(3.4028234e38)
 _TRUSTED = tl.constexpr(1e4)
 
 
-def objective(beta: float) -> int:
-    """The constexpr of the kernels for the teacher's share."""
-    return {0.0: FORWARD, 1.0: REVERSE}.get(beta, JENSEN_SHANNON).value
+def objective(beta: float, entry_clip: float = 0.0) -> int:
+    """The constexpr of the kernels for the teacher's share, and the bound of an entry (0: none)."""
+    return CLIPPED.value if entry_clip else {0.0: FORWARD, 1.0: REVERSE}.get(beta, JENSEN_SHANNON).value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,9 +57,18 @@ def _phi(x):
 
 
 @triton.jit
-def _exp(x):
+def exponential(x):
     """e^x by the hardware's 2^x, to 2e-7 + 1e-7 |x| relative; 0 below the normal numbers."""
     return tl.exp2(x * 1.44269504)
+
+
+@triton.jit
+def hyperbolic_tangent(x):
+    """tanh(x), to 6e-7 relative: -e/(e + 2) with e = e^(-2|x|) - 1."""
+    y = tl.abs(x) * -2.0
+    e = tl.where(y > -1, y + _phi(y), exponential(y) - 1.0)
+    z = e / (e + 2.0)
+    return tl.where(x > 0, -z, z)
 
 
 @triton.jit
@@ -167,7 +177,7 @@ def moments(s, t, difference, inverse_temperature, objective: tl.constexpr):
     centre = _centre(z, own, mean)
 
     y = (difference - centre[:, None]) * sign
-    other = other * _exp((base_t - base_s - centre) * sign)[:, None]  # on the footing of e e^y
+    other = other * exponential((base_t - base_s - centre) * sign)[:, None]  # on the footing of e e^y
     if objective == JENSEN_SHANNON:
         linear = tl.zeros_like(z)
         above = tl.sum(_excess(e, other, y), 1)
@@ -186,7 +196,7 @@ def _product(a, b):
 def _moved(maximum, z, h, to, inverse_temperature):
     """z and h of one side counted from another maximum, and the factor between."""
     shift = tl.where(maximum == -_INFINITY, 0.0, (maximum - to) * inverse_temperature)
-    factor = _exp(shift)
+    factor = exponential(shift)
     return factor, factor * z, factor * (h + z * tl.maximum(shift, -1e4))
 
 
@@ -227,8 +237,8 @@ def merged(
     mean = centre + (centre2 - centre) * (there2 / tl.where(total == 0, 1.0, total))
     new_centre = _centre(total, own, mean)
     step, step2 = (centre - new_centre) * sign, (centre2 - new_centre) * sign
-    stretch = _exp((_base(top) - _base(new)) * inverse_temperature + step)
-    stretch2 = _exp((_base(top2) - _base(new)) * inverse_temperature + step2)
+    stretch = exponential((_base(top) - _base(new)) * inverse_temperature + step)
+    stretch2 = exponential((_base(top2) - _base(new)) * inverse_temperature + step2)
     linear, above = _recentred(linear, above, z, a, stretch, step, objective)
     linear2, above2 = _recentred(linear2, above2, z2, b, stretch2, step2, objective)
     return (
@@ -316,9 +326,9 @@ def _mixture(d, share_s, share_t):
     larger = tl.where(up, share_t, share_s)
     smaller = tl.where(up, share_s, share_t)
     distance = tl.abs(d)
-    ratio = _exp(-distance)
+    ratio = exponential(-distance)
     fall = tl.where(distance < 1, _phi(-distance) - distance, ratio - 1.0)
-    return larger + smaller * ratio, smaller * fall, -larger * fall * _exp(distance), larger
+    return larger + smaller * ratio, smaller * fall, -larger * fall * exponential(distance), larger
 
 
 @triton.jit
@@ -367,6 +377,18 @@ def divergence_terms(p, q, d, reference, share_s, share_t):
 
 
 @triton.jit
+def clipped_terms(p, q, d, entry_clip):
+    """(R,) sums over (R, B) entries of the clipped KL(q‖p), Σ min(q d, c): its value, and Q, the clipped mass.
+
+    As Σ q = Σ p, p - q may be added to every entry: q φ(-d) then, and p - q + c of the clipped ones.
+    """
+    term = _times(q, d)
+    clipped = term > entry_clip
+    kept = tl.where(tl.abs(d) < 1, q * _phi(-d), p - q + term)
+    return _sum2(tl.where(clipped, p - q + entry_clip, kept), tl.where(clipped, q, 0.0))
+
+
+@triton.jit
 def value(of_student, of_teacher, score, share_s, share_t):
     """The Jensen-Shannon divergence and the mean score from the sums of `divergence_terms`."""
     divergence = share_s * of_student + share_t * of_teacher
@@ -376,6 +398,13 @@ def value(of_student, of_teacher, score, share_s, share_t):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Gradient.
+
+
+@triton.jit
+def softcap_slope(z, inverse_softcap):
+    """d (c tanh(x / c)) / dx = 1 - (z / c)² of a logit z = c tanh(x / c)."""
+    x = z * inverse_softcap
+    return tl.maximum(1.0 - x * x, 0.0)
 
 
 @triton.jit
@@ -399,5 +428,8 @@ def gradient(p, q, d, scale, reference, mean, share_s, share_t, objective: tl.co
     """(R, B) weight · dD/ds of entries."""
     if objective == FORWARD:
         return -_excess(p, q, d) * scale[:, None]
+    if objective == CLIPPED:
+        slope = tl.where(_times(q, d) > reference[:, None], p, -_excess(p, q, d))  # its reference is the bound
+        return (slope - p * mean[:, None]) * scale[:, None]
     score = (_score(d, share_s, share_t, objective) - reference[:, None]) - mean[:, None]
     return _times(p, score) * scale[:, None]

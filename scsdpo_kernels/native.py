@@ -13,11 +13,15 @@ except ImportError as error:  # a source tree that was never built, or a build f
         "from a source checkout, or install a wheel for this Python"
     ) from error
 
-_DTYPES = {torch.float32: _C.DType.float32, torch.bfloat16: _C.DType.bfloat16}
+_DTYPES = {
+    torch.float32: _C.DType.float32,
+    torch.bfloat16: _C.DType.bfloat16,
+    torch.float64: _C.DType.float64,
+}
 
 
 class RowDivergence(NamedTuple):
-    """One chunk's row scalars, each (C,) fp32 in nats."""
+    """One chunk's row scalars, each (C,) fp32 in nats. csrc/row_divergence.h has the contract."""
 
     divergence: Tensor
     student_entropy: Tensor
@@ -34,8 +38,8 @@ def instruction_sets() -> list[str]:
 
 
 def row_divergence(
-    student: Tensor,  # (C, V) fp32 or bf16 logits, unit stride along V
-    teacher: Tensor,  # (C, V) same dtype: the teacher's logits, or teacher - student
+    student: Tensor,  # (C, V) fp32, bf16 or float64 logits, unit stride along V
+    teacher: Tensor,  # (C, V) same dtype: the teacher's logits, or teacher - student (not in float64)
     weight: Tensor,  # (C,) fp32
     target: Tensor | None,  # (C,) int64 in [0, V)
     *,
@@ -44,6 +48,8 @@ def row_divergence(
     teacher_is_difference: bool,
     old_logp: Tensor | None = None,  # (C,) fp32, of the targets
     importance_clip: float = 2.0,
+    entry_clip: float = 0.0,  # 0: none
+    student_softcap: float = 0.0,  # 0: none
     gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
     instruction_set: str | None = None,  # None: the widest
 ) -> RowDivergence:
@@ -51,14 +57,98 @@ def row_divergence(
 
     csrc/row_divergence.h has the contract, csrc/divergence.h the equations.
     """
-    assert student.device.type == "cpu"
-    options = {"beta": beta, "temperature": temperature, "teacher_is_difference": teacher_is_difference}
     task, result = _row_task(
-        student, teacher, weight, target, old_logp, gradient, **options, importance_clip=importance_clip
-    )
-    name = instruction_set or instruction_sets()[-1]
-    _C.row_divergence_cpu(task, torch.get_num_threads(), _C.InstructionSet.__members__[name])
+        student, teacher, weight, target, old_logp, gradient, beta=beta, temperature=temperature,
+        teacher_is_difference=teacher_is_difference, importance_clip=importance_clip, entry_clip=entry_clip,
+        student_softcap=student_softcap,
+    )  # fmt: skip
+    _on_processor(_C.row_divergence_cpu, task, student.device, instruction_set)
     return result
+
+
+def row_statistics(
+    student: Tensor,  # (C, V) fp32 logits, unit stride along V; -inf: an entry that does not count
+    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
+    *,
+    temperature: float,
+    teacher_is_difference: bool,
+    instruction_set: str | None = None,  # None: the widest
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(C,) log-sum-exps of student and teacher in float64, and their entropies in fp32, of logits / temperature.
+
+    The difference of the two log-sum-exps keeps its digits as teacher -> student. Where nothing counts it is -inf.
+    """
+    rows, vocabulary = student.shape
+    lse = torch.empty(2, rows, dtype=torch.float64).unbind()
+    entropy = torch.empty(2, rows, dtype=torch.float32).unbind()
+    task = _C.RowDivergence(
+        rows=rows,
+        vocabulary=vocabulary,
+        logits_dtype=_DTYPES[student.dtype],
+        **_matrix(student=student),
+        **_matrix(teacher=teacher),
+        teacher_is_difference=teacher_is_difference,
+        temperature=temperature,
+        student_lse=lse[0].data_ptr(),
+        teacher_lse=lse[1].data_ptr(),
+        student_entropy=entropy[0].data_ptr(),
+        teacher_entropy=entropy[1].data_ptr(),
+    )
+    _on_processor(_C.row_divergence_cpu, task, student.device, instruction_set)
+    return *lse, *entropy
+
+
+def head_logits(
+    logits: Tensor,  # (C, V) fp32, unit stride along V: changed in place
+    bias: Tensor | None,  # (V,) fp32
+    *,
+    scale: float,
+    softcap: float,  # 0: none
+    instruction_set: str | None = None,  # None: the widest
+) -> None:
+    """logits = softcap tanh(scale (logits + bias) / softcap). csrc/logits.h has the contract."""
+    assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
+    task = _C.HeadLogits(
+        rows=logits.shape[0],
+        vocabulary=logits.shape[1],
+        **_matrix(logits=logits),
+        bias=_address(bias),
+        scale=scale,
+        softcap=softcap,
+    )
+    _on_processor(_C.head_logits, task, logits.device, instruction_set)
+
+
+def tail_gradient(
+    logits: Tensor,  # (C, V) fp32, unit stride along V
+    base: Tensor,  # (C,) fp32
+    factor: Tensor,  # (C,) fp32
+    gradient: Tensor,  # (C, V) fp32 or bf16 out; may lie over logits, row by row
+    *,
+    temperature: float,
+    softcap: float,  # 0: none
+    instruction_set: str | None = None,  # None: the widest
+) -> None:
+    """gradient = factor e^((logits - base) / temperature), through the softcap. csrc/logits.h has the contract."""
+    assert base.dtype == factor.dtype == torch.float32 and base.is_contiguous() and factor.is_contiguous()
+    task = _C.TailGradient(
+        rows=logits.shape[0],
+        vocabulary=logits.shape[1],
+        **_matrix(logits=logits),
+        base=base.data_ptr(),
+        factor=factor.data_ptr(),
+        temperature=temperature,
+        softcap=softcap,
+        **_matrix(gradient=gradient),
+        gradient_dtype=_DTYPES[gradient.dtype],
+    )
+    _on_processor(_C.tail_gradient, task, logits.device, instruction_set)
+
+
+def _on_processor(kernel, task, device: torch.device, instruction_set: str | None) -> None:
+    assert device.type == "cpu"
+    name = instruction_set or instruction_sets()[-1]
+    kernel(task, torch.get_num_threads(), _C.InstructionSet.__members__[name])
 
 
 def why_not_cuda(device: torch.device) -> str | None:
@@ -85,14 +175,18 @@ def row_divergence_cuda(
     teacher_is_difference: bool,
     old_logp: Tensor | None = None,
     importance_clip: float = 2.0,
+    entry_clip: float = 0.0,
+    student_softcap: float = 0.0,
     gradient: Tensor | None = None,
     row_schedule: str = "auto",  # "cluster" | "streaming": csrc/row_divergence_cuda.cu
 ) -> RowDivergence:
-    """The same on an NVIDIA GPU, on its current stream; it does not wait."""
-    options = {"beta": beta, "temperature": temperature, "teacher_is_difference": teacher_is_difference}
+    """The same on an NVIDIA GPU, on its current stream, of fp32 or bf16 logits; it does not wait."""
+    assert student.dtype != torch.float64
     task, result = _row_task(
-        student, teacher, weight, target, old_logp, gradient, **options, importance_clip=importance_clip
-    )
+        student, teacher, weight, target, old_logp, gradient, beta=beta, temperature=temperature,
+        teacher_is_difference=teacher_is_difference, importance_clip=importance_clip, entry_clip=entry_clip,
+        student_softcap=student_softcap,
+    )  # fmt: skip
     _C.row_divergence_cuda(task, *_stream(student.device), _C.CudaSchedule.__members__[row_schedule])
     return result
 
@@ -112,6 +206,8 @@ def _row_task(
     for tensor in (teacher, weight, target, old_logp, gradient):
         assert tensor is None or tensor.device == student.device
     assert student.dtype == teacher.dtype and weight.dtype == torch.float32
+    if student.dtype == torch.float64:
+        assert not options["teacher_is_difference"] and (gradient is None or gradient.dtype == torch.float32)
     assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
 
     assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())

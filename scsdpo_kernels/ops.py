@@ -13,92 +13,131 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .rows import Rows, as_matrix, complete, kept_rows
+from .arguments import DIFFERENTIABLE, Numbers, Tensors, features, student_head, teacher_head
+from .rows import Rows, as_matrix, complete, kept_rows, valid_support
 
-# loss, divergence, student_entropy, teacher_entropy, student_logp, teacher_logp, importance_ratio, grad_hidden,
-# grad_weight: the operator returns all of them, empty where they were not asked for.
-_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+FIELDS = 6  # of LinearDivergence beside the loss
 
 
-@torch.library.custom_op("scsdpo_kernels::linear_divergence", mutates_args=())
-def _operator(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
-    token_weight: Tensor,
-    target_ids: Tensor | None,
-    old_logp: Tensor | None,
-    rows: Tensor | None,
-    beta: float,
-    temperature: float,
-    importance_clip: float,
-    schedule: str,
-    want_grad_hidden: bool,
-    want_grad_weight: bool,
-) -> _Outputs:
+def _schema(*types: type) -> str:
+    """The fields of named tuples as torch.library declares arguments."""
+    names = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
+    return ", ".join(f"{names[kind]} {name}" for of in types for name, kind in of.__annotations__.items())
+
+
+def _outputs(count: int) -> str:
+    return "(" + ", ".join(["Tensor"] * count) + ")"
+
+
+# Returns the loss, the other fields of LinearDivergence, and the gradients of the first DIFFERENTIABLE arguments: empty
+# where they were not asked for.
+@torch.library.custom_op(
+    "scsdpo_kernels::linear_divergence",
+    mutates_args=(),
+    schema=f"({_schema(Tensors, Numbers)}, str schedule, bool[] wanted) -> {_outputs(1 + FIELDS + DIFFERENTIABLE)}",
+)
+def _operator(*arguments):
+    tensors, numbers, schedule, wanted = _named(arguments)
     if schedule == "tiled":
         from .tiled import divergence_rows
     else:
         from .chunked import divergence_rows
 
-    with torch.autocast(student_hidden.device.type, enabled=False), _current(student_hidden.device):
-        shared = teacher_weight is None or _same_storage(teacher_weight, student_weight)
+    student, teacher = student_head(tensors, numbers), teacher_head(tensors, numbers)
+    hidden, token_weight, rows = tensors.student_hidden, tensors.token_weight, tensors.rows
+    with torch.autocast(hidden.device.type, enabled=False), _current(hidden.device):
+        if _same_storage(student.weight, teacher.weight):
+            teacher = teacher._replace(weight=student.weight)
         silent = rows is not None and token_weight.device.type != "cpu"  # nothing waits, nothing is checked
-        may_subtract = shared and student_weight.dtype == teacher_hidden.dtype == torch.float32
+        may_subtract = (
+            tensors.teacher_hidden is not None
+            and student.weight.dtype == tensors.teacher_hidden.dtype == torch.float32
+            and not student.softcap
+            and _is_same(student, teacher)
+        )
         kept, head_is_finite = kept_rows(
             token_weight,
-            target_ids,
+            tensors.target_ids,
             rows,
-            vocabulary=student_weight.shape[0],
+            tensors.support_ids,
+            vocabulary=student.weight.shape[0],
             # an infinite entry, which forbids a token, would meet a difference of 0: 0 · inf is no logit
-            summed_head=student_weight.sum() if may_subtract and not silent else None,
+            summed_head=student.weight.sum() if may_subtract and not silent else None,
         )
-        student, student_rows = as_matrix(student_hidden, kept)
-        teacher, teacher_rows = as_matrix(teacher_hidden, kept)
+        states, student_rows = as_matrix(hidden, kept)
+        teacher_states, teacher_rows = None, None
+        if tensors.teacher_hidden is not None:
+            teacher_states, teacher_rows = as_matrix(tensors.teacher_hidden, kept)
         weight = token_weight.reshape(-1)[kept].float()
         if silent:  # a wrong list may not give a loss or a gradient that looks right
             right = complete(rows, token_weight.reshape(-1))
             weight = torch.where(right, weight, torch.nan)
-        target = None if target_ids is None else target_ids.reshape(-1)[kept].long()
+        target = None if tensors.target_ids is None else tensors.target_ids.reshape(-1)[kept].long()
         old = None  # of rows of weight 0, which a list may have, it may be anything
-        if old_logp is not None:
-            old = torch.where(weight == 0, 0.0, old_logp.reshape(-1)[kept].float())
-        grad_hidden = _zeros(student_hidden, _gradient_dtype(student_hidden) if want_grad_hidden else None)
-        scalars, grad_weight = divergence_rows(
+        if tensors.old_logp is not None:
+            old = torch.where(weight == 0, 0.0, tensors.old_logp.reshape(-1)[kept].float())
+        of_rows = Rows(
+            kept,
+            student_rows,
+            teacher_rows,
+            weight,
+            target,
+            old,
+            *_support(tensors, kept, student.weight.shape[0]),
+            rows is None and len(kept) == token_weight.numel(),
+        )
+        grads = [
+            None if tensor is None or not want else _gradient_dtype(tensor)
+            for tensor, want in zip(tensors, wanted, strict=False)
+        ]
+        grad_hidden = None if grads[0] is None else torch.zeros(hidden.shape, dtype=grads[0], device=hidden.device)
+        scalars, grad_head = divergence_rows(
+            states,
             student,
-            student_weight,
+            teacher_states,
             teacher,
-            student_weight if shared else teacher_weight,
-            Rows(
-                kept,
-                student_rows,
-                teacher_rows,
-                weight,
-                target,
-                old,
-                rows is None and len(kept) == token_weight.numel(),
-            ),
-            beta=beta,
-            temperature=temperature,
-            importance_clip=importance_clip,
+            of_rows,
+            numbers,
             teacher_is_difference=may_subtract and head_is_finite,
-            score_dtype=torch.bfloat16 if student_weight.dtype == torch.bfloat16 else torch.float32,
-            grad_hidden=grad_hidden.view(-1, student.shape[1]) if want_grad_hidden else None,
-            grad_weight_dtype=_gradient_dtype(student_weight) if want_grad_weight else None,
+            score_dtype=torch.bfloat16 if student.weight.dtype == torch.bfloat16 else torch.float32,
+            grad_hidden=None if grad_hidden is None else grad_hidden.view(-1, states.shape[1]),
+            grad_head=tuple(grads[1:]),
         )
 
         factor = weight.double() if old is None else weight.double() * scalars[5].double()
         loss = torch.where(weight == 0, 0.0, factor * scalars[0].double()).sum().float()
         if silent and len(kept) == 0:  # nothing above has become NaN
-            for result in (loss, grad_hidden, grad_weight):
+            for result in (loss, grad_hidden, *grad_head):
                 _ = result is None or result.masked_fill_(~right, torch.nan)
         per_token = torch.zeros(len(scalars), token_weight.numel(), dtype=torch.float32, device=token_weight.device)
         per_token[:, kept] = scalars
         fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
-        fields += [_zeros(token_weight, None) for _ in range(6 - len(fields))]
-        grad_weight = _zeros(student_weight, None) if grad_weight is None else grad_weight
-        return loss, *fields, grad_hidden, grad_weight
+        fields += [_empty(hidden) for _ in range(FIELDS - len(fields))]
+        return loss, *fields, *(_empty(hidden) if x is None else x for x in (grad_hidden, *grad_head))
+
+
+def _named(arguments: tuple) -> tuple:
+    """Tensors, Numbers, and what follows them."""
+    count = len(Tensors._fields), len(Tensors._fields) + len(Numbers._fields)
+    return Tensors(*arguments[: count[0]]), Numbers(*arguments[count[0] : count[1]]), *arguments[count[1] :]
+
+
+def _is_same(student, teacher) -> bool:
+    """Whether two heads are one: the same storage and numbers."""
+    return student[4:] == teacher[4:] and all(
+        (a is None and b is None) or (a is not None and b is not None and _same_storage(a, b))
+        for a, b in zip(student[:4], teacher[:4], strict=True)
+    )
+
+
+def _support(tensors: Tensors, kept: Tensor, vocabulary: int) -> tuple[Tensor | None, Tensor | None]:
+    """Ids and log-probabilities of the kept rows' supports. A row of wrong ones, if nothing was checked, becomes NaN."""
+    if tensors.support_ids is None:
+        return None, None
+    ids, logp = (x.flatten(0, -2)[kept] for x in (tensors.support_ids, tensors.support_logp))
+    ids = ids.long()
+    logp = torch.where(valid_support(ids, vocabulary)[:, None], logp.float(), torch.nan)
+    return ids.clamp(-1, vocabulary - 1), logp
 
 
 def _current(device: torch.device) -> AbstractContextManager:
@@ -110,11 +149,9 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
-def _zeros(like: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Zeros for a gradient of `like`, or where none is wanted an empty tensor."""
-    if dtype is None:
-        return like.new_empty(0, dtype=torch.float32)
-    return torch.zeros(like.shape, dtype=dtype, device=like.device)
+def _empty(like: Tensor) -> Tensor:
+    """In place of a result that was not asked for."""
+    return like.new_empty(0, dtype=torch.float32)
 
 
 def _gradient_dtype(tensor: Tensor) -> torch.dtype:
@@ -123,28 +160,32 @@ def _gradient_dtype(tensor: Tensor) -> torch.dtype:
 
 
 @_operator.register_fake
-def _(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows, beta,
-      temperature, importance_clip, schedule, want_grad_hidden, want_grad_weight):  # fmt: skip
-    def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return student_hidden.new_empty(shape, dtype=dtype)
+def _(*arguments):
+    tensors, numbers, _, wanted = _named(arguments)
+    hidden = tensors.student_hidden
 
-    leading = student_hidden.shape[:-1]
-    logp = leading if target_ids is not None else (0,)
+    def empty(is_there: bool, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return hidden.new_empty(shape if is_there else (0,), dtype=dtype)
+
+    leading = hidden.shape[:-1]
+    has_target = tensors.target_ids is not None
     return (
-        empty(()),
-        *(empty(leading) for _ in range(3)),
-        *(empty(logp) for _ in range(2)),
-        empty(leading if old_logp is not None else (0,)),
-        empty(student_hidden.shape, _gradient_dtype(student_hidden)) if want_grad_hidden else empty((0,)),
-        empty(student_weight.shape, _gradient_dtype(student_weight)) if want_grad_weight else empty((0,)),
+        empty(True, ()),
+        *(empty(True, leading) for _ in range(3)),
+        *(empty(has_target, leading) for _ in range(2)),
+        empty(tensors.old_logp is not None, leading),
+        *(
+            empty(False, ()) if tensor is None or not want else empty(True, tensor.shape, _gradient_dtype(tensor))
+            for tensor, want in zip(tensors, wanted, strict=False)
+        ),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)  # no (V, D) of zeros for outputs that nothing differentiates
     ctx.mark_non_differentiable(*output[1:])
-    ctx.dtypes = tuple(x.dtype for x in inputs[:2])
-    ctx.gradients = output[-2:]
+    ctx.dtypes = tuple(None if x is None else x.dtype for x in inputs[:DIFFERENTIABLE])
+    ctx.gradients = output[-DIFFERENTIABLE:]
     ctx.sole_holder = False
 
 
@@ -161,11 +202,11 @@ def _backward(ctx, grad_loss: Tensor | None, *_):
     gradients, ctx.gradients = ctx.gradients, None
     if grad_loss is None:
         return (None,) * len(ctx.needs_input_grad)
-    hidden, weight = (
+    given = [
         _scaled(gradient, grad_loss, ctx.sole_holder).to(dtype) if needed else None
         for gradient, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    )
-    return (hidden, weight) + (None,) * (len(ctx.needs_input_grad) - 2)
+    ]
+    return *given, *[None] * (len(ctx.needs_input_grad) - DIFFERENTIABLE)
 
 
 def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
@@ -179,38 +220,28 @@ def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
 _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("scsdpo_kernels::linear_divergence_per_token", mutates_args=())
-def _per_token_operator(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor | None,
-    token_weight: Tensor,  # 1 at the rows that are wanted, else 0
-    target_ids: Tensor | None,
-    old_logp: Tensor | None,
-    rows: Tensor | None,
-    beta: float,
-    temperature: float,
-    importance_clip: float,
-    schedule: str,
-) -> Tensor:
-    """Importance ratio · divergence of each row. Nothing waits for backward but the inputs."""
-    _, divergence, *_, ratio, _, _ = _operator(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows, beta,
-        temperature, importance_clip, schedule, False, False,
-    )  # fmt: skip
-    return divergence if old_logp is None else divergence * ratio
+# token_weight is 1 at the rows that are wanted, else 0. Nothing waits for backward but the inputs.
+@torch.library.custom_op(
+    "scsdpo_kernels::linear_divergence_per_token",
+    mutates_args=(),
+    schema=f"({_schema(Tensors, Numbers)}, str schedule) -> Tensor",
+)
+def _per_token_operator(*arguments):
+    """Importance ratio · divergence of each row."""
+    tensors, *_ = _named(arguments)
+    outputs = _operator(*arguments, [False] * DIFFERENTIABLE)
+    return outputs[1] if tensors.old_logp is None else outputs[1] * outputs[FIELDS]
 
 
 @_per_token_operator.register_fake
-def _(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp, rows, beta,
-      temperature, importance_clip, schedule):  # fmt: skip
-    return student_hidden.new_empty(student_hidden.shape[:-1], dtype=torch.float32)
+def _(*arguments):
+    return arguments[0].new_empty(arguments[0].shape[:-1], dtype=torch.float32)
 
 
 def _setup_per_token(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
+    count = len(Tensors._fields)
+    ctx.save_for_backward(*inputs[:count])
+    ctx.options = inputs[count:]
 
 
 def _backward_per_token(ctx, upstream: Tensor):
@@ -220,86 +251,58 @@ def _backward_per_token(ctx, upstream: Tensor):
             "linear_divergence_per_token: double backward (create_graph=True) is not supported; schedule='reference' "
             "has it"
         )
-    student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, *per_row = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:2]
+    tensors = Tensors(*ctx.saved_tensors)
+    wanted = list(ctx.needs_input_grad[:DIFFERENTIABLE])
     finite = upstream.isfinite()
-    weight = torch.where(finite, upstream, 0.0) * token_weight
-    outputs = _operator(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, weight, *per_row, *ctx.options, *wanted
-    )
+    weight = torch.where(finite, upstream, 0.0) * tensors.token_weight
+    outputs = _operator(*tensors._replace(token_weight=weight), *ctx.options, wanted)
     poison = torch.where(finite.all(), 1.0, torch.nan)  # of an overflown loss scale: gradients are not finite either
-    hidden, weight = (
+    given = [
         (gradient * poison).to(tensor.dtype) if needed else None
-        for gradient, tensor, needed in zip(outputs[-2:], (student_hidden, student_weight), wanted, strict=True)
-    )
-    return (hidden, weight) + (None,) * 10
+        for gradient, tensor, needed in zip(outputs[-DIFFERENTIABLE:], tensors, wanted, strict=False)
+    ]
+    return *given, *[None] * (len(ctx.needs_input_grad) - DIFFERENTIABLE)
 
 
 _per_token_operator.register_autograd(_backward_per_token, setup_context=_setup_per_token)
 
 
-def _fused(schedule, student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp,
-           rows, beta, temperature, importance_clip):  # fmt: skip
+def _fused(schedule: str, tensors: Tensors, numbers: Numbers):
     differentiable = torch.is_grad_enabled()
-    loss, *outputs = _operator(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        token_weight,
-        target_ids,
-        old_logp,
-        rows,
-        beta,
-        temperature,
-        importance_clip,
-        schedule,
-        differentiable and student_hidden.requires_grad,
-        differentiable and student_weight.requires_grad,
-    )
+    wanted = [differentiable and x is not None and x.requires_grad for x in tensors[:DIFFERENTIABLE]]
+    loss, *outputs = _operator(*tensors, *numbers, schedule, wanted)
     if loss.requires_grad and not torch.compiler.is_compiling():
         loss.grad_fn.sole_holder = True  # the gradients are dropped here, so backward may scale them in place
-    logps = outputs[3:5] if target_ids is not None else (None, None)
-    return loss, *outputs[:3], *logps, outputs[5] if old_logp is not None else None
+    return loss, *outputs[:FIELDS]
 
 
-def per_token(name: str, device: torch.device) -> Callable:
-    """(..., ) of importance ratio · divergence by the schedule of a name, with the arguments of schedules."""
-    run = schedule(name, device)
+def per_token(name: str, tensors: Tensors, numbers: Numbers) -> Tensor:
+    """(...,) of importance ratio · divergence by the schedule of a name."""
+    run = schedule(name, tensors, numbers)
     if run is _reference:
-        return lambda *arguments: _full_logits(*arguments)[1]
-    return lambda *arguments: _per_token_operator(*arguments, run.args[0])
+        return _full_logits(tensors, numbers)[1]
+    return _per_token_operator(*tensors, *numbers, run.args[0])
 
 
-def _reference(*arguments):
-    loss, _, *fields = _full_logits(*arguments)
+def _reference(tensors: Tensors, numbers: Numbers):
+    loss, _, *fields = _full_logits(tensors, numbers)
     return loss, *(x if x is None else x.detach() for x in fields)
 
 
-def _full_logits(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight, target_ids, old_logp,
-                 rows, beta, temperature, importance_clip):  # fmt: skip
+def _full_logits(tensors: Tensors, numbers: Numbers):
     from . import reference
 
-    kept, _ = kept_rows(token_weight, target_ids, rows, vocabulary=student_weight.shape[0], summed_head=None)
-    with torch.autocast(student_hidden.device.type, enabled=False):
-        return reference.linear_divergence(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            token_weight,
-            target_ids,
-            old_logp,
-            kept,
-            beta,
-            temperature,
-            importance_clip,
-        )
+    vocabulary = tensors.student_weight.shape[0]
+    kept, _ = kept_rows(
+        tensors.token_weight, tensors.target_ids, tensors.rows, tensors.support_ids, vocabulary, summed_head=None
+    )
+    with torch.autocast(tensors.student_hidden.device.type, enabled=False):
+        return reference.linear_divergence(tensors, numbers, kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Schedules. Every one of them takes (student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight,
-# target_ids, old_logp, rows, beta, temperature, importance_clip) and returns the fields of LinearDivergence.
+# Schedules. Every one of them takes Tensors and Numbers and returns the fields of LinearDivergence; those that were not
+# asked for may hold anything.
 
 SCHEDULES = {
     "auto": partial(_fused, "chunked"),  # no measurement prefers another one yet
@@ -307,15 +310,20 @@ SCHEDULES = {
     "tiled": partial(_fused, "tiled"),
     "reference": _reference,
 }
+# What a schedule has, where that is not everything.
+TILED = ()
 
 
-def schedule(name: str, device: torch.device) -> Callable:
-    """The schedule of a name. ValueError, with the reason, if there is none or it does not run on the device."""
+def schedule(name: str, tensors: Tensors, numbers: Numbers) -> Callable:
+    """The schedule of a name. ValueError, with the reason, if there is none, or it cannot do what is asked for."""
     if name not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
-    reason = why_not(name, device)
+    reason = why_not(name, tensors.student_hidden.device)
     if reason:
         raise ValueError(f"schedule={name!r}: {reason}")
+    lacking = [x for x in features(tensors, numbers) if name == "tiled" and x not in TILED]
+    if lacking:
+        raise ValueError(f"schedule={name!r}: it does not have {', '.join(lacking)}; schedule='chunked' does")
     return SCHEDULES[name]
 
 

@@ -9,51 +9,55 @@ import math
 import torch
 from torch import Tensor
 
-from .rows import as_matrix, complete
+from .arguments import Head, Numbers, Tensors, student_head, teacher_head
+from .rows import as_matrix, complete, valid_support
 
 
 def linear_divergence(
-    student_hidden: Tensor,  # (..., D)
-    student_weight: Tensor,  # (V, D)
-    teacher_hidden: Tensor,  # (..., D_t)
-    teacher_weight: Tensor | None,  # (V, D_t)
-    token_weight: Tensor,  # (...,)
-    target_ids: Tensor | None,  # (...,)
-    old_logp: Tensor | None,  # (...,)
-    kept: Tensor,  # (K,) int64 flat indices of the rows that are computed
-    beta: float,
-    temperature: float,
-    importance_clip: float,
+    tensors: Tensors,
+    numbers: Numbers,
+    kept: Tensor,  # (R,) int64 flat indices of the rows that are computed
 ):
     """loss, (...,) importance ratio · divergence, and the other fields of LinearDivergence: fp32, or float64's own."""
-    teacher_weight = student_weight if teacher_weight is None else teacher_weight
+    token_weight, temperature = tensors.token_weight, numbers.temperature
     weight = token_weight.reshape(-1)[kept].double()
     weight = torch.where(complete(kept, token_weight.reshape(-1)), weight, torch.nan)
-    log_p = _log_probabilities(_rows(student_hidden, kept), student_weight, temperature)
-    log_q = _log_probabilities(_rows(teacher_hidden, kept), teacher_weight, temperature).detach()
+    log_p = _log_probabilities(_rows(tensors.student_hidden, kept), student_head(tensors, numbers), temperature)
+    log_q = None
+    if tensors.teacher_hidden is not None:
+        log_q = _log_probabilities(_rows(tensors.teacher_hidden, kept), teacher_head(tensors, numbers), temperature)
+        log_q = log_q.detach()
 
-    def at_target(log: Tensor) -> Tensor:  # (K, V) to (K,)
-        return log.gather(-1, target_ids.reshape(-1)[kept].long().unsqueeze(-1)).squeeze(-1)
+    def at_target(log: Tensor) -> Tensor:  # (R, V) to (R,)
+        return log.gather(-1, tensors.target_ids.reshape(-1)[kept].long().unsqueeze(-1)).squeeze(-1)
 
-    divergence = _divergence(log_p, log_q, beta)
-    dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+    if numbers.sampled_token:
+        divergence = (at_target(log_p) - at_target(log_q)).detach() * at_target(log_p)
+    elif numbers.entry_clip:
+        terms = log_q.exp() * torch.where(log_q > -torch.inf, log_q - log_p, 0.0)
+        divergence = terms.clamp(max=numbers.entry_clip).sum(-1)
+    else:
+        divergence = _divergence(*_on_support(log_p, log_q, tensors, numbers, kept), numbers.beta)
+    dtype = torch.float64 if tensors.student_hidden.dtype == torch.float64 else torch.float32
     ratio = None
-    if old_logp is not None:
-        old = torch.where(weight == 0, 0.0, old_logp.reshape(-1)[kept].double())
+    if tensors.old_logp is not None:
+        old = torch.where(weight == 0, 0.0, tensors.old_logp.reshape(-1)[kept].double())
         log_ratio = at_target(log_p).detach() - old
-        ratio = log_ratio.clamp(-20, 20).exp().clamp(max=importance_clip)
+        ratio = log_ratio.clamp(-20, 20).exp().clamp(max=numbers.importance_clip)
         weight = weight * ratio
     loss = (weight * torch.where(weight == 0, 0.0, divergence)).sum().to(dtype)
 
-    def scattered(rows: Tensor) -> Tensor:  # (K,) to (...,)
+    def scattered(rows: Tensor | None) -> Tensor | None:  # (R,) to (...,)
+        if rows is None:
+            return None
         out = torch.zeros(token_weight.numel(), dtype=dtype, device=rows.device)
         return out.index_copy(0, kept, rows.to(dtype)).view(token_weight.shape)
 
-    entropies = (scattered(-_expectation(log, log)) for log in (log_p, log_q))
-    logps = (None if target_ids is None else scattered(at_target(log)) for log in (log_p, log_q))
+    sides = (log_p, log_q)
+    entropies = (None if log is None else -_expectation(log, log) for log in sides)
+    logps = (None if log is None or tensors.target_ids is None else at_target(log) for log in sides)
     per_token = divergence if ratio is None else ratio * divergence
-    ratio = None if ratio is None else scattered(ratio)
-    return loss, scattered(per_token), scattered(divergence), *entropies, *logps, ratio
+    return loss, *(scattered(x) for x in (per_token, divergence, *entropies, *logps, ratio))
 
 
 def _rows(hidden: Tensor, kept: Tensor) -> Tensor:
@@ -61,8 +65,41 @@ def _rows(hidden: Tensor, kept: Tensor) -> Tensor:
     return matrix[numbers]
 
 
-def _log_probabilities(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(hidden.double() @ weight.double().T / temperature, dim=-1)
+def _log_probabilities(hidden: Tensor, head: Head, temperature: float) -> Tensor:
+    hidden = hidden.double()
+    logits = hidden @ head.weight.double().T
+    if head.lora_a is not None:
+        logits = logits + head.lora_scale * (hidden @ head.lora_a.double().T @ head.lora_b.double().T)
+    if head.bias is not None:
+        logits = logits + head.bias.double()
+    logits = logits * head.logit_scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return torch.log_softmax(logits / temperature, dim=-1)
+
+
+def _on_support(log_p: Tensor, log_q: Tensor | None, tensors: Tensors, numbers: Numbers, kept: Tensor):
+    """Log-probabilities of both sides on the support and its tail; the whole vocabulary's where there is no support."""
+    if tensors.support_ids is not None:
+        ids, log_q = (x.flatten(0, -2)[kept] for x in (tensors.support_ids.long(), tensors.support_logp.double()))
+        exists = ids >= 0
+        log_q = torch.where(exists, log_q, -torch.inf)
+        log_q = torch.where(valid_support(ids, log_p.shape[1])[:, None], log_q, torch.nan)
+        log_p = torch.where(exists, log_p.gather(1, ids.clamp(0, log_p.shape[1] - 1)), -torch.inf)
+    elif numbers.top_k:
+        ids = log_p.topk(min(numbers.top_k, log_p.shape[1])).indices
+        log_p, log_q = log_p.gather(1, ids), log_q.gather(1, ids)
+    else:
+        return log_p, log_q
+    if numbers.renormalize:
+        nothing = (log_p == -torch.inf).all(-1, keepdim=True) & (log_q == -torch.inf).all(-1, keepdim=True)
+        return tuple(torch.log_softmax(torch.where(nothing, 0.0, x), dim=-1) for x in (log_p, log_q))
+    return tuple(torch.log_softmax(torch.cat([x, _log_tail(x)], dim=-1), dim=-1) for x in (log_p, log_q))
+
+
+def _log_tail(log: Tensor) -> Tensor:  # (R, K) to (R, 1)
+    inside = log.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+    return torch.log(-torch.expm1(inside))
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:

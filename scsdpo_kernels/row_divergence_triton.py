@@ -2,7 +2,7 @@
 
     pass     reads            writes
     1        s, t (8 bytes)                  moments, online: maxima, normalisers, entropies; KL at beta 0 and 1
-    2        s, t (8 bytes)                  Jensen-Shannon only: its terms and the mean score
+    2        s, t (8 bytes)                  Jensen-Shannon: its terms and the mean score; clipped KL alike
     3        s, t (8 bytes)   G (2 or 4)     weight · ∂D/∂s
 
 18 bytes of a pair of logits at beta 0 and 1, 26 between, with a bf16 gradient. Jensen-Shannon's two more reads cannot
@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .divergence_triton import (
+    CLIPPED,
     JENSEN_SHANNON,
+    clipped_terms,
     concluded,
     divergence_terms,
     gradient,
@@ -26,6 +28,7 @@ from .divergence_triton import (
     moments,
     objective,
     probabilities,
+    softcap_slope,
     top_score,
     value,
 )
@@ -49,29 +52,25 @@ def _entries(student, teacher, start, vocabulary, difference: tl.constexpr, BLOC
     """(1, BLOCK) of s, t, t - s and their columns; -inf beyond the vocabulary."""
     columns = start + tl.arange(0, BLOCK)[None, :]
     inside = columns < vocabulary
-    s = tl.load(student + columns, inside, float("-inf")).to(tl.float32)
+    s = tl.load(student + columns, inside, float("-inf"))
     if difference:
-        x = tl.load(teacher + columns, inside, 0.0).to(tl.float32)
+        s, x = s.to(tl.float32), tl.load(teacher + columns, inside, 0.0).to(tl.float32)
         return s, s + x, x, columns, inside
-    t = tl.load(teacher + columns, inside, float("-inf")).to(tl.float32)
-    d = t - s
+    t = tl.load(teacher + columns, inside, float("-inf"))
+    if student.dtype.element_ty == tl.float64:
+        d = (t - s).to(tl.float32)
+        s, t = s.to(tl.float32), t.to(tl.float32)
+    else:
+        s, t = s.to(tl.float32), t.to(tl.float32)
+        d = t - s
     d = tl.where(tl.abs(d) < 1e30, d, d * float("inf"))  # a token forbidden by the lowest number, as by -inf
     return s, t, d, columns, inside
 
 
 @triton.jit
-def row_divergence_kernel(
-    student, teacher, weight, target, old_logp, scalars, gradient_out,
-    student_stride, teacher_stride, gradient_stride, rows, vocabulary,
-    inverse_temperature, share_s, share_t, importance_clip,
-    objective: tl.constexpr, difference: tl.constexpr, has_target: tl.constexpr, has_old_logp: tl.constexpr,
-    has_gradient: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
-
+def _row_moments(student, teacher, vocabulary, inverse_temperature, objective: tl.constexpr, difference: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """Pass 1."""
     s, t, d, _, _ = _entries(student, teacher, 0, vocabulary, difference, BLOCK)
     m = moments(s, t, d, inverse_temperature, objective)
     max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = m
@@ -82,11 +81,56 @@ def row_divergence_kernel(
             max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above,
             a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, inverse_temperature, objective,
         )  # fmt: skip
+    return max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above
+
+
+@triton.jit
+def row_statistics_kernel(
+    student, teacher, lse, entropy, student_stride, teacher_stride, rows, vocabulary, inverse_temperature,
+    difference: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = _row_moments(
+        student, teacher, vocabulary, inverse_temperature, JENSEN_SHANNON, difference, BLOCK
+    )
+    (
+        _, entropy_s, entropy_t, log_s, log_t, base_s, base_t, centre, offset, _, _, _, _,
+    ) = concluded(
+        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, JENSEN_SHANNON
+    )  # fmt: skip
+    lse_s = base_s.to(tl.float64) * inverse_temperature + log_s
+    apart = centre.to(tl.float64) * inverse_temperature + offset  # keeps its digits, unless a side has nothing
+    own_t = base_t.to(tl.float64) * inverse_temperature + log_t
+    one = tl.arange(0, 1)
+    tl.store(lse + row + one, lse_s)
+    tl.store(lse + rows + row + one, tl.where(tl.abs(offset) < float("inf"), lse_s + apart, own_t))
+    tl.store(entropy + row + one, entropy_s)
+    tl.store(entropy + rows + row + one, entropy_t)
+
+
+@triton.jit
+def row_divergence_kernel(
+    student, teacher, weight, target, old_logp, scalars, gradient_out,
+    student_stride, teacher_stride, gradient_stride, rows, vocabulary,
+    inverse_temperature, share_s, share_t, importance_clip, entry_clip, inverse_softcap,
+    objective: tl.constexpr, difference: tl.constexpr, has_target: tl.constexpr, has_old_logp: tl.constexpr,
+    has_gradient: tl.constexpr, has_softcap: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    first_walk: tl.constexpr = JENSEN_SHANNON if objective == CLIPPED else objective
+    max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = _row_moments(
+        student, teacher, vocabulary, inverse_temperature, first_walk, difference, BLOCK
+    )
     (
         divergence, entropy_s, entropy_t, log_s, log_t,
         base_s, base_t, centre, offset, scale_s, scale_t, reference, mean,
     ) = concluded(
-        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, objective
+        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, first_walk
     )  # fmt: skip
 
     if objective == JENSEN_SHANNON:
@@ -100,6 +144,16 @@ def row_divergence_kernel(
             of_teacher += teacher_sum
             mean += score_sum
         divergence, mean = value(of_student, of_teacher, mean, share_s, share_t)
+    if objective == CLIPPED:
+        reference += entry_clip
+        divergence = tl.zeros_like(z_s)
+        for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
+            s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
+            p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
+            value_sum, mass_sum = clipped_terms(p, q, d, entry_clip)
+            divergence += value_sum
+            mean += mass_sum
+        mean = tl.where(divergence == divergence, mean, divergence)  # a NaN row is NaN throughout
 
     one = tl.arange(0, 1)
     tl.store(scalars + row + one, divergence)
@@ -131,11 +185,13 @@ def row_divergence_kernel(
             tl.debug_barrier()  # a bf16 block is written over logits that another warp reads in this round
             p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
             g = gradient(p, q, d, scale, reference, mean, share_s, share_t, objective)
+            if has_softcap:
+                g *= softcap_slope(s, inverse_softcap)
             tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
 
 
 def row_divergence(
-    student: Tensor,  # (C, V) fp32 or bf16 logits, unit stride along V
+    student: Tensor,  # (C, V) fp32, bf16 or float64 logits, unit stride along V
     teacher: Tensor,  # (C, V) same dtype: the teacher's logits, or teacher - student
     weight: Tensor,  # (C,) fp32
     target: Tensor | None,  # (C,) int64; ids outside [0, V) give NaN
@@ -145,6 +201,8 @@ def row_divergence(
     teacher_is_difference: bool,
     old_logp: Tensor | None = None,  # (C,) fp32, of the targets
     importance_clip: float = 2.0,
+    entry_clip: float = 0.0,  # 0: none
+    student_softcap: float = 0.0,  # 0: none
     gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
 ) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target, 6 with old_logp
     """Divergence, entropies and log-probabilities of each row of logits, and its weighted gradient into `gradient`.
@@ -164,9 +222,29 @@ def row_divergence(
     row_divergence_kernel[(rows,)](
         student, teacher, weight, target, old_logp, scalars, gradient,
         student.stride(0), teacher.stride(0), 0 if gradient is None else gradient.stride(0), rows, vocabulary,
-        1.0 / temperature, 1.0 - beta, beta, importance_clip,
-        objective=objective(beta), difference=teacher_is_difference, has_target=target is not None,
-        has_old_logp=old_logp is not None, has_gradient=gradient is not None, BLOCK=BLOCK,
+        1.0 / temperature, 1.0 - beta, beta, importance_clip, entry_clip,
+        1.0 / student_softcap if student_softcap else 0.0,
+        objective=objective(beta, entry_clip), difference=teacher_is_difference, has_target=target is not None,
+        has_old_logp=old_logp is not None, has_gradient=gradient is not None, has_softcap=bool(student_softcap),
+        BLOCK=BLOCK,
         **options(student.device.type),
     )  # fmt: skip
     return scalars.unbind()
+
+
+def row_statistics(
+    student: Tensor,  # (C, V) fp32 logits, unit stride along V; -inf: an entry that does not count
+    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
+    *,
+    temperature: float,
+    teacher_is_difference: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(C,) log-sum-exps of student and teacher in float64, and their entropies in fp32: as native.row_statistics."""
+    rows, vocabulary = student.shape
+    lse = torch.empty(2, rows, dtype=torch.float64, device=student.device)
+    entropy = torch.empty(2, rows, dtype=torch.float32, device=student.device)
+    row_statistics_kernel[(rows,)](
+        student, teacher, lse, entropy, student.stride(0), teacher.stride(0), rows, vocabulary, 1.0 / temperature,
+        difference=teacher_is_difference, BLOCK=BLOCK, **options(student.device.type),
+    )  # fmt: skip
+    return *lse.unbind(), *entropy.unbind()

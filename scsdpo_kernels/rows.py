@@ -11,16 +11,21 @@ class Rows(NamedTuple):
 
     kept: Tensor  # (K,) int64 among all rows: of the outputs and of the hidden gradient
     student: Tensor  # (K,) int64 of the student's hidden states
-    teacher: Tensor  # (K,) int64 of the teacher's
+    teacher: Tensor | None  # (K,) int64 of the teacher's; None: it has said support_logp
     weight: Tensor  # (K,) fp32
     target: Tensor | None  # (K,) int64
     old_logp: Tensor | None  # (K,) fp32
+    support_ids: Tensor | None  # (K, S) int64, -1: an empty slot
+    support_logp: Tensor | None  # (K, S)
     are_all: bool  # the rows are all rows, in order
 
     @property
     def scalars(self) -> int:
         """How many numbers a row has in the end: divergence, two entropies, two log-probabilities, importance ratio."""
         return 3 if self.target is None else 5 if self.old_logp is None else 6
+
+    def chunk(self, which: slice) -> "Rows":
+        return Rows(*(x[which] if isinstance(x, Tensor) else x for x in self))
 
 
 def as_matrix(
@@ -44,6 +49,7 @@ def kept_rows(
     token_weight: Tensor,  # (...,)
     target_ids: Tensor | None,  # (...,)
     rows: Tensor | None,  # (K,) int64, the caller's own list
+    support_ids: Tensor | None,  # (..., S)
     vocabulary: int,
     summed_head: Tensor | None,  # () the sum of a head that must not have infinite entries
 ) -> tuple[Tensor, bool]:  # (K,) int64, whether summed_head is finite
@@ -61,13 +67,18 @@ def kept_rows(
     lowest, highest = ids.aminmax() if ids.numel() else (ids.sum(), ids.sum())
     finite = torch.isfinite(weight.float()).all()
     head = torch.ones_like(finite) if summed_head is None else torch.isfinite(summed_head)
-    count, finite, head, lowest, highest = torch.stack(
-        [keep.sum(), finite.long(), head.long(), lowest, highest]
+    support = torch.ones_like(finite)
+    if support_ids is not None:
+        support = (valid_support(support_ids.flatten(0, -2), vocabulary) | ~keep).all()
+    count, finite, head, support, lowest, highest = torch.stack(
+        [keep.sum(), finite.long(), head.long(), support.long(), lowest, highest]
     ).tolist()
     if not finite:
         raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
     if not 0 <= lowest <= highest < vocabulary:
         raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {lowest} to {highest}")
+    if not support:
+        raise ValueError(f"support_ids: expected ids in [0, {vocabulary}), each once in a row, or -1 for an empty slot")
     if rows is not None:
         if not complete(rows, weight):
             raise ValueError("rows: expected every row whose token_weight is not 0, once")
@@ -75,6 +86,16 @@ def kept_rows(
     # The k-th kept row is where the running count reaches k: as torch.nonzero, without waiting for the device again.
     running, ranks = keep.cumsum(0), torch.arange(1, count + 1, device=keep.device)
     return torch.searchsorted(running, ranks), bool(head)
+
+
+def valid_support(
+    ids: Tensor,  # (N, S)
+    vocabulary: int,
+) -> Tensor:  # (N,) bool
+    """Whether a row's ids are in the vocabulary and different from each other; -1 is an empty slot."""
+    ids = ids.long().sort(dim=-1).values
+    repeated = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    return ((ids >= -1) & (ids < vocabulary)).all(-1) & ~repeated.any(-1)
 
 
 def _listed(rows: Tensor, keep: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .arguments import Head, Numbers
 from .divergence_triton import (
     JENSEN_SHANNON,
     concluded,
@@ -551,27 +552,27 @@ def grad_hidden_kernel(
 
 def divergence_rows(
     student: Tensor,  # (M, D) hidden states
-    student_weight: Tensor,  # (V, D)
+    student_head: Head,
     teacher: Tensor,  # (M_t, D_t)
-    teacher_weight: Tensor,  # (V, D_t)
+    teacher_head: Head,
     rows: Rows,
+    numbers: Numbers,
     *,
-    beta: float,
-    temperature: float,
-    importance_clip: float,
     teacher_is_difference: bool,  # which of shared fp32 heads are projected so
     score_dtype: torch.dtype,  # of G
     grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
-    grad_weight_dtype: torch.dtype | None,  # None: not wanted
-) -> tuple[Tensor, Tensor | None]:  # (rows.scalars, K) fp32; (V, D)
+    grad_head: tuple[torch.dtype | None, ...],  # of the head's weight, bias, A and B. None: not wanted
+) -> tuple[Tensor, list[Tensor | None]]:  # (rows.scalars, K) fp32; gradients of weight, bias, A, B
     """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
-    shared = teacher_weight is student_weight
-    student_weight = _unit_stride(student_weight)
-    teacher_weight = student_weight if shared else _unit_stride(teacher_weight)
+    shared = teacher_head.weight is student_head.weight
+    student_weight = _unit_stride(student_head.weight)
+    teacher_weight = student_weight if shared else _unit_stride(teacher_head.weight)
+    grad_weight_dtype = grad_head[0]
     count, vocabulary, device = len(rows.weight), student_weight.shape[0], student.device
     scalars = torch.empty(rows.scalars, count, dtype=torch.float32, device=device)
     if count == 0:
-        return scalars, None if grad_weight_dtype is None else torch.zeros_like(student_weight, dtype=grad_weight_dtype)
+        empty = None if grad_weight_dtype is None else torch.zeros_like(student_weight, dtype=grad_weight_dtype)
+        return scalars, [empty, None, None, None]
     choice = tiles(student, teacher, student.shape[1], teacher.shape[1])
     tile = choice[0]
     blocks = triton.cdiv(count, tile.ROWS)
@@ -580,7 +581,7 @@ def divergence_rows(
     processors, cache = _processors(device)
     resident = cache // 2 // (tile.ROWS * (student.shape[1] + teacher.shape[1]) * student.element_size())
     splits, each = splits_of(triton.cdiv(vocabulary, tile.COLUMNS), blocks, processors, resident)
-    which, numbers = objective(beta), (1.0 / temperature, 1.0 - beta, beta)
+    which, constants = objective(numbers.beta), (1.0 / numbers.temperature, 1.0 - numbers.beta, numbers.beta)
     problem = (
         student, student.stride(0), student_weight, student_weight.stride(0), student.shape[1],
         teacher, teacher.stride(0), teacher_weight, teacher_weight.stride(0), teacher.shape[1],
@@ -603,7 +604,7 @@ def divergence_rows(
     partial = torch.empty(MOMENTS, splits, count, dtype=torch.float32, device=device)
     scratch = torch.empty(MOMENTS, PARTS, splits, count, dtype=torch.float32, device=device)
     moments_kernel[splits, blocks](
-        *problem, magnitude, PARTS, scratch, partial, each, numbers[0], objective=which, **variant
+        *problem, magnitude, PARTS, scratch, partial, each, constants[0], objective=which, **variant
     )
     target_logits = None
     if rows.target is not None:
@@ -611,15 +612,15 @@ def divergence_rows(
         target_kernel[count,](*problem, rows.target, target_logits, WIDTH=1024)
     by_row = {"ROWS": 128, "enable_fp_fusion": True}
     conclude_kernel[triton.cdiv(count, 128),](
-        partial, splits, count, target_logits, rows.old_logp, scalars, row, *numbers, importance_clip,
+        partial, splits, count, target_logits, rows.old_logp, scalars, row, *constants, numbers.importance_clip,
         objective=which, has_target=rows.target is not None, has_old_logp=rows.old_logp is not None, **by_row,
     )  # fmt: skip
     if which == JENSEN_SHANNON.value:
-        terms_kernel[splits, blocks](*problem, magnitude, PARTS, row, scratch, each, *numbers, **variant)
-        value_kernel[triton.cdiv(count, 128),](scratch, PARTS * splits, count, scalars, row, *numbers[1:], **by_row)
+        terms_kernel[splits, blocks](*problem, magnitude, PARTS, row, scratch, each, *constants, **variant)
+        value_kernel[triton.cdiv(count, 128),](scratch, PARTS * splits, count, scalars, row, *constants[1:], **by_row)
     del partial, scratch
     if grad_hidden is None and grad_weight_dtype is None:
-        return scalars, None
+        return scalars, [None] * 4
 
     weight = rows.weight if rows.old_logp is None else rows.weight * scalars[5]
     columns = slab_columns(count, vocabulary, score_dtype.itemsize, tile.COLUMNS)
@@ -634,7 +635,7 @@ def divergence_rows(
     for first in range(0, vocabulary, columns):
         here = min(columns, vocabulary - first)
         gradient_kernel[triton.cdiv(here, tile.COLUMNS), blocks](
-            *problem, magnitude, PARTS, row, weight, slab, first, columns, *numbers, objective=which, **variant
+            *problem, magnitude, PARTS, row, weight, slab, first, columns, *constants, objective=which, **variant
         )
         if grad_weight is not None:
             torch.mm(slab[:, :here].t(), hidden, out=grad_weight[first : first + here])
@@ -643,7 +644,7 @@ def divergence_rows(
                 slab, here, student_weight[first:], rows.kept, grad_hidden, low, first == 0,
                 first + here == vocabulary,
             )  # fmt: skip
-    return scalars, grad_weight
+    return scalars, [grad_weight, None, None, None]
 
 
 def _add_grad_hidden(slab, columns, head, rows, grad_hidden, low, first: bool, last: bool) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from scsdpo_kernels import chunked, native
+from scsdpo_kernels import kernels, native
 
 CSRC = cuda_on_host.CSRC
 HEADER = 832  # row_geometry.h's kRowHeader
@@ -203,19 +203,19 @@ def test_why_cuda_cannot_run(monkeypatch):
 
 def test_a_row_kernel_that_cannot_run_raises_and_says_why(monkeypatch):
     with pytest.raises(ValueError, match=r"SCSDPO_ROW_KERNEL: expected one of auto, .*got 'cutlass'"):
-        chunked.row_kernel(torch.device("cpu"), "cutlass")
-    assert chunked.row_kernel(torch.device("cpu"), "triton") is native.row_divergence  # a GPU's choice
+        kernels.kernels_of(torch.device("cpu"), "cutlass")
+    assert kernels.kernels_of(torch.device("cpu"), "triton").row_divergence is native.row_divergence  # a GPU's choice
     monkeypatch.setattr(native, "why_not_cuda", lambda device: "no compiler")
     for name in ("cuda", "cuda-cluster", "cuda-streaming"):
         with pytest.raises(ValueError, match=f"SCSDPO_ROW_KERNEL={name} cannot run: no compiler"):
-            chunked.row_kernel(torch.device("cuda"), name)
+            kernels.kernels_of(torch.device("cuda"), name)
     from scsdpo_kernels import row_divergence_triton
 
-    assert chunked.row_kernel(torch.device("cuda")) is row_divergence_triton.row_divergence
+    assert kernels.kernels_of(torch.device("cuda")).row_divergence is row_divergence_triton.row_divergence
     monkeypatch.setattr(native, "why_not_cuda", lambda device: None)
-    assert chunked.row_kernel(torch.device("cuda"), "triton") is row_divergence_triton.row_divergence
+    assert kernels.kernels_of(torch.device("cuda"), "triton").row_divergence is row_divergence_triton.row_divergence
     for name in ("auto", "cuda", "cuda-cluster", "cuda-streaming"):
-        chosen = chunked.row_kernel(torch.device("cuda"), name)
+        chosen = kernels.kernels_of(torch.device("cuda"), name).row_divergence
         assert chosen.func is native.row_divergence_cuda
         assert chosen.keywords == {"row_schedule": name.removeprefix("cuda-").replace("cuda", "auto")}
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from oracle import relative_error
 
-from scsdpo_kernels import chunked, linear_divergence, native, question_weights, scsdpo_loss, tiled
+from scsdpo_kernels import chunked, kernels, linear_divergence, native, question_weights, scsdpo_loss, tiled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -138,7 +138,7 @@ VOCABULARIES = (1, 7, 50257, 100278, 151936, 262144)
 
 def row_kernel(name):
     try:
-        kernel = chunked.row_kernel(torch.device("cuda", torch.cuda.current_device()), name)
+        kernel = kernels.kernels_of(torch.device("cuda", torch.cuda.current_device()), name).row_divergence
     except ValueError as error:
         pytest.skip(str(error))
     if name == "cuda-cluster" and torch.cuda.get_device_capability() < (9, 0):

@@ -9,6 +9,7 @@ from test_linear_divergence import DTYPES, fused, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scsdpo_kernels import chunked, linear_divergence, native
+from scsdpo_kernels.linear_divergence import _arguments
 from scsdpo_kernels.rows import complete
 
 
@@ -19,11 +20,38 @@ def test_opcheck(dtype, beta, target):
     hidden, weight, teacher, head = problem(leading=(3, 5), width=8, vocabulary=31, teacher_width=6, dtype=dtype)
     ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
     for wants in ((True, True), (True, False), (False, True)):
-        arguments = (hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1]), teacher, head)
+        inputs = hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1])
+        options = {"token_weight": torch.randn(3, 5), "target_ids": ids, "old_logp": old, "beta": beta}
+        tensors, numbers = _arguments(*inputs, teacher, head, **options)
         torch.library.opcheck(
             torch.ops.scsdpo_kernels.linear_divergence.default,
-            (*arguments, torch.randn(3, 5), ids, old, None, beta, 1.0, 2.0, "chunked", *wants),
+            (*tensors, *numbers, "chunked", [*wants, False, False, False]),
         )
+
+
+def test_opcheck_of_every_argument():
+    hidden, weight, teacher, head = problem(leading=(7,), width=8, vocabulary=31, teacher_width=6)
+    own = {
+        "student_bias": torch.randn(31, requires_grad=True),
+        "student_lora": (torch.randn(2, 8, requires_grad=True), torch.randn(31, 2, requires_grad=True), 0.5),
+        "student_softcap": 9.0,
+        "student_logit_scale": 0.5,
+    }
+    others = {
+        "teacher_bias": torch.randn(31),
+        "teacher_lora": (torch.randn(3, 6), torch.randn(31, 3), 2.0),
+        "teacher_softcap": 5.0,
+        "teacher_logit_scale": 2.0,
+        "top_k": 4,
+    }
+    support = {"support_ids": torch.arange(21).view(7, 3), "support_logp": torch.full((7, 3), -2.0)}
+    for given, options in (((teacher, head), {**own, **others}), ((None, None), {**own, **support})):
+        inputs = hidden.requires_grad_(), weight.requires_grad_()
+        tensors, numbers = _arguments(*inputs, *given, **options)
+        for operator, rest in (("linear_divergence", ([True] * 5,)), ("linear_divergence_per_token", ())):
+            torch.library.opcheck(
+                getattr(torch.ops.scsdpo_kernels, operator).default, (*tensors, *numbers, "chunked", *rest)
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -428,4 +456,4 @@ def test_the_host_waits_for_nothing_but_the_number_of_rows(monkeypatch, schedule
     weight.requires_grad_()
     with Waits() as waits:
         loss = linear_divergence(hidden, weight, teacher, **options).loss
-    assert loss > 0 and transfers == [5] and waits.names == []
+    assert loss > 0 and transfers == [6] and waits.names == []

@@ -24,8 +24,10 @@ LAYERS = [
     {"linear_divergence", "weights", "trust_region"},
     {"ops"},
     {"chunked", "tiled", "reference"},
-    {"native", "row_divergence_triton", "question_weights_triton", "rows"},
-    {"divergence_triton"},
+    {"support"},
+    {"kernels"},
+    {"native", "row_divergence_triton", "logits_triton", "question_weights_triton", "rows"},
+    {"divergence_triton", "arguments"},
     {"_C"},
 ]
 
@@ -76,8 +78,12 @@ def test_import_brings_torch_and_nothing_else_heavy():
 def test_public_signatures():
     """The contract that other people's scripts call."""
     linear = list(inspect.signature(scsdpo_kernels.linear_divergence).parameters)
-    assert linear == ["student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "token_weight", "beta",
-                      "temperature", "target_ids", "old_logp", "importance_clip", "schedule", "rows"]  # fmt: skip
+    assert linear == [
+        "student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "token_weight", "beta", "temperature",
+        "target_ids", "old_logp", "importance_clip", "top_k", "tail", "support_ids", "support_logp", "sampled_token",
+        "entry_clip", "student_bias", "teacher_bias", "student_softcap", "teacher_softcap", "student_logit_scale",
+        "teacher_logit_scale", "student_lora", "teacher_lora", "schedule", "rows",
+    ]  # fmt: skip
     weights = list(inspect.signature(scsdpo_kernels.question_weights).parameters)
     assert weights == ["rewards", "question_ids", "exponent", "success_threshold", "group"]
     assert scsdpo_kernels.LinearDivergence._fields == (
@@ -99,7 +105,11 @@ def test_public_signatures():
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is not None and parameter.default is not inspect.Parameter.empty
     }
-    assert defaults == {"beta": 0.5, "temperature": 1.0, "schedule": "auto", "reduction": "token-mean", "exponent": 0.5}
+    assert defaults == {"beta": 0.5, "temperature": 1.0, "schedule": "auto", "reduction": "token-mean", "exponent": 0.5,
+                        "sampled_token": False}  # fmt: skip
+    shared = inspect.signature(scsdpo_kernels.linear_divergence.__globals__["_arguments"]).parameters
+    for name, parameter in inspect.signature(scsdpo_kernels.linear_divergence).parameters.items():
+        assert name in list(linear[:4]) or shared[name].default == parameter.default, name
     for name in scsdpo_kernels.__all__:
         assert getattr(scsdpo_kernels, name).__doc__
 

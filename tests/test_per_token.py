@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_linear_divergence import DTYPES, problem
 
-from scsdpo_kernels import linear_divergence, linear_divergence_per_token, ops
+from scsdpo_kernels import linear_divergence, linear_divergence_per_token
+from scsdpo_kernels.linear_divergence import _arguments
 
 SCHEDULES = ("chunked", "tiled", "reference")
 BETAS = (0.0, 0.5, 1.0)
@@ -133,9 +134,9 @@ def test_double_backward_raises_but_in_the_reference():
 def test_opcheck(target):
     hidden, weight, teacher, head = problem(leading=(3, 5), width=8, vocabulary=31, teacher_width=6)
     ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
+    tensors, numbers = _arguments(*leaves(hidden, weight), teacher, head, target_ids=ids, old_logp=old)
     torch.library.opcheck(
-        torch.ops.scsdpo_kernels.linear_divergence_per_token.default,
-        (*leaves(hidden, weight), teacher, head, torch.ones(3, 5), ids, old, None, 0.5, 1.0, 2.0, "chunked"),
+        torch.ops.scsdpo_kernels.linear_divergence_per_token.default, (*tensors, *numbers, "chunked")
     )
 
 
@@ -170,4 +171,5 @@ def test_bad_input_names_the_argument():
         arguments = {"student_hidden": hidden, "student_weight": weight, "teacher_hidden": teacher, **changed}
         with pytest.raises(error, match=match):
             linear_divergence_per_token(**arguments)
-    assert ops.per_token("auto", torch.device("cpu")) is not None
+    with pytest.raises(TypeError, match="token_weight: .* takes none"):
+        linear_divergence_per_token(hidden, weight, teacher, token_weight=torch.ones(4))
