@@ -46,9 +46,8 @@ namespace {
 enum class Objective { kForward, kReverse, kJensenShannon, kClippedForward };
 
 // Whether the gradient needs a mean over the row that the first sums do not have.
-constexpr bool has_late_mean(Objective objective) {
-  return objective == Objective::kJensenShannon || objective == Objective::kClippedForward;
-}
+template <Objective objective>
+constexpr bool kLateMean = objective == Objective::kJensenShannon || objective == Objective::kClippedForward;
 
 // ---------------------------------------------------------------------------------------------------------------
 // Elementary functions, branch-free. Relative errors were measured against long double over the stated range.

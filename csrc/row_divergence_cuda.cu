@@ -10,7 +10,7 @@
 //     maxima       shared memory               streaming: together with the sums, online, from device memory
 //     sums         shared or device memory
 //     divergence   shared or device memory     G at beta 0 and 1; between, the scores into shared memory
-//     gradient     shared or device memory     G of a mixture: it needs the mean score
+//     gradient     shared or device memory     G of a mixture, or with clipped entries: it needs a mean of the row
 //
 // divergence.h has the formulas. A thread's sums are fp32, and so are a warp's; what crosses blocks is float64. Sums
 // are added in one order: the same bits from run to run, whatever the GPU. Nothing synchronises, nothing is allocated.
@@ -40,6 +40,7 @@ struct Task {
   int64_t slice;
   bool aligned_logits;    // all rows start at multiples of 16 bytes
   bool aligned_gradient;  // of 16 bytes, or of 8 for a bf16 gradient of fp32 logits
+  float inverse_softcap;  // of the student's logits; 0: none
 };
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -181,13 +182,26 @@ struct Quad {
     }
   }
 
-  // Divergence, and the mean score of a mixture.
-  __device__ __forceinline__ void add_to(float (&terms)[2], const Row& row) const {
+  // Divergence, and the late mean.
+  __device__ __forceinline__ void add_to(float (&terms)[2], const Row& row, const Mixture& mix) const {
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
       terms[0] += entry[i].divergence;
-      if constexpr (objective == Objective::kJensenShannon)
-        terms[1] += weighted_score<objective>(probability[i].p, entry[i].score - row.reference);
+      const Probabilities<float>& at = probability[i];
+      if constexpr (kLateMean<objective>)
+        terms[1] += mean_term<objective>(at.p, at.q, at.d, entry[i].score, row.reference, mix);
+    }
+  }
+
+  // What the gradient is made of, through the student's softcap: after the terms have been added.
+  __device__ __forceinline__ void through_softcap(const Logits<float>* at, float inverse_softcap) {
+    if (inverse_softcap == 0.0f) return;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i) {
+      float slope = softcap_slope(at[i].s, inverse_softcap);
+      probability[i].p *= slope;
+      probability[i].q *= slope;
+      if constexpr (objective == Objective::kClippedForward) entry[i].score *= slope;
     }
   }
 
@@ -218,11 +232,13 @@ struct Outputs {
     row = of;
   }
 
-  // result: the divergence, and the mean score of a mixture.
+  // result: the divergence, and the late mean.
   template <Objective objective>
   __device__ __forceinline__ void finish(const double (&result)[2], const RowDivergence& task, int64_t r, bool writes) {
-    double divergence = result[0] < 0 ? 0 : result[0];     // what is left of a row whose entries have underflowed
-    if constexpr (objective == Objective::kJensenShannon)  // a NaN row is NaN throughout
+    double divergence = result[0];
+    if constexpr (objective != Objective::kClippedForward)
+      divergence = divergence < 0 ? 0 : divergence;  // what is left of a row whose entries have underflowed
+    if constexpr (kLateMean<objective>)              // a NaN row is NaN throughout
       row.mean_score = static_cast<float>(divergence == divergence ? result[1] : divergence);
     if (!writes) return;
     task.divergence[r] = static_cast<float>(divergence);
@@ -451,7 +467,7 @@ struct Slice {
 template <Objective objective, class Logit, bool difference>
 __device__ void cluster_rows(const Task& task) {
   // fp32 logits leave room for p and the score in their place; bf16 ones are computed again.
-  constexpr bool keeps = objective == Objective::kJensenShannon && sizeof(Logit) == 4;
+  constexpr bool keeps = kLateMean<objective> && sizeof(Logit) == 4;
   Slice<Logit, difference> slice(task, gpu::shared_memory());
   Header& header = slice.header;
   const RowDivergence& rows = task.rows;
@@ -516,15 +532,16 @@ __device__ void cluster_rows(const Task& task) {
     const float scale = header.of.scale;
 
     const Gradient gradient(task, r);
-    const bool last = objective != Objective::kJensenShannon || !rows.gradient;
+    const bool last = !kLateMean<objective> || !rows.gradient;
     float terms[2] = {};
     slice.walk(
         [&](int k) {
           Logits<float> at[kQuad];
           slice.at(k, at);
           Quad<objective> quad(at, row, task.mix);
-          quad.add_to(terms, row);
-          if constexpr (objective != Objective::kJensenShannon) {
+          quad.add_to(terms, row, task.mix);
+          quad.through_softcap(at, task.inverse_softcap);
+          if constexpr (!kLateMean<objective>) {
             if (rows.gradient) {
               float g[kQuad];
               quad.gradient(g, row, scale);
@@ -559,7 +576,9 @@ __device__ void cluster_rows(const Task& task) {
           } else {
             Logits<float> at[kQuad];
             slice.at(k, at);
-            Quad<objective>(at, row, task.mix).gradient(g, row, scale);
+            Quad<objective> quad(at, row, task.mix);
+            quad.through_softcap(at, task.inverse_softcap);
+            quad.gradient(g, row, scale);
           }
           gradient.store(slice.begin + int64_t{k} * kQuad, g);
         },
@@ -759,7 +778,7 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
   float terms[2] = {};
   stream.walk([&](int64_t v, const Logits<float>(&at)[kGroup][n]) {
     // The gradient may lie over logits that other threads read in this turn.
-    if (objective != Objective::kJensenShannon && rows.gradient) gpu::block_barrier();
+    if (!kLateMean<objective> && rows.gradient) gpu::block_barrier();
     float sum[2] = {};
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
@@ -767,10 +786,11 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
 #pragma unroll
       for (int i = 0; i < n; i += kQuad) {
         Quad<objective> quad(at[k] + i, row, task.mix);
-        quad.add_to(sum, row);
-        if constexpr (objective != Objective::kJensenShannon) quad.gradient(g + i, row, scale);
+        quad.add_to(sum, row, task.mix);
+        quad.through_softcap(at[k] + i, task.inverse_softcap);
+        if constexpr (!kLateMean<objective>) quad.gradient(g + i, row, scale);
       }
-      if constexpr (objective != Objective::kJensenShannon) {
+      if constexpr (!kLateMean<objective>) {
         if (rows.gradient) gradient.store(v + k * stream.step(), g);
       }
     }
@@ -780,7 +800,7 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
   double result[2];
   sum_over_block(terms, header.of_warps, result);
   if (leads) header.of.finish<objective>(result, rows, r, true);
-  if (objective != Objective::kJensenShannon || !rows.gradient) return;
+  if (!kLateMean<objective> || !rows.gradient) return;
   gpu::block_barrier();
   row = header.of.row;
 
@@ -790,7 +810,11 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
     for (int k = 0; k < kGroup; ++k) {
       float g[n];
 #pragma unroll
-      for (int i = 0; i < n; i += kQuad) Quad<objective>(at[k] + i, row, task.mix).gradient(g + i, row, scale);
+      for (int i = 0; i < n; i += kQuad) {
+        Quad<objective> quad(at[k] + i, row, task.mix);
+        quad.through_softcap(at[k] + i, task.inverse_softcap);
+        quad.gradient(g + i, row, scale);
+      }
       gradient.store(v + k * stream.step(), g);
     }
   });
@@ -837,6 +861,7 @@ Kernels kernels(bool difference) {
 
 template <class Logit>
 Kernels kernels(const RowDivergence& task) {
+  if (task.entry_clip) return kernels<Objective::kClippedForward, Logit>(task.teacher_is_difference);
   if (task.beta == 0) return kernels<Objective::kForward, Logit>(task.teacher_is_difference);
   if (task.beta == 1) return kernels<Objective::kReverse, Logit>(task.teacher_is_difference);
   return kernels<Objective::kJensenShannon, Logit>(task.teacher_is_difference);
@@ -879,7 +904,10 @@ const char* cuda_error() {
 RowGeometry row_divergence_cuda(const RowDivergence& rows, int device, uintptr_t stream, CudaSchedule schedule) {
   int64_t bytes = rows.logits_dtype == DType::kFloat32 ? 4 : 2;
   int64_t gradient_bytes = rows.gradient_dtype == DType::kFloat32 ? 4 : 2;
-  Task task{rows, mixture(rows.beta), 0, false, false};
+  if (rows.logits_dtype == DType::kFloat64 || rows.student_lse)
+    throw std::invalid_argument("row_divergence: on a GPU neither float64 logits nor log-sum-exps");
+  Task task{rows, mixture(rows.beta), 0, false, false, rows.student_softcap ? 1.0f / rows.student_softcap : 0.0f};
+  task.mix.entry_clip = rows.entry_clip;
   task.aligned_logits =
       aligned(rows.student, rows.student_stride, bytes, 16) && aligned(rows.teacher, rows.teacher_stride, bytes, 16);
   task.aligned_gradient = aligned(rows.gradient, rows.gradient_stride, gradient_bytes,

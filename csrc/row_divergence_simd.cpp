@@ -110,7 +110,7 @@ double divergence(const Memory& memory, const Mixture& mix, Row& row, float scal
         auto at = probabilities(logits, row);
         auto [d, score] = entry<objective>(at.p, at.q, at.d, mix);
         d_sum += d;
-        if constexpr (has_late_mean(objective))
+        if constexpr (kLateMean<objective>)
           mean_sum += mean_term<objective>(at.p, at.q, at.d, score, row.reference, mix);
         else if (gradient)
           store(gradient + v, capped(slope<objective>(at, score, row) * scale, logits.s, row), count);
@@ -120,7 +120,7 @@ double divergence(const Memory& memory, const Mixture& mix, Row& row, float scal
         mean += sum(mean_sum);
         d_sum = mean_sum = Floats{};
       });
-  if (has_late_mean(objective)) row.mean_score = static_cast<float>(mean);
+  if (kLateMean<objective>) row.mean_score = static_cast<float>(mean);
   if (objective == Objective::kClippedForward) return divergence;
   return divergence < 0 ? 0 : divergence;  // what is left of a row whose entries have underflowed
 }
@@ -153,7 +153,7 @@ void one_row(const RowDivergence& task, const Mixture& mix, const Memory& memory
   if (!task.divergence) return;
   double value = divergence<objective>(memory, mix, row, scale, gradient);
   task.divergence[r] = static_cast<float>(value);
-  if constexpr (has_late_mean(objective)) {
+  if constexpr (kLateMean<objective>) {
     if (!gradient) return;
     if (std::isnan(value)) row.mean_score = static_cast<float>(value);  // a NaN row is NaN throughout
     memory.walk(

@@ -20,19 +20,26 @@ class Rows(NamedTuple):
     log_q: np.ndarray  # (C, V)
 
 
-def rows(student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0) -> Rows:
+def rows(
+    student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0, entry_clip: float | None = None
+) -> Rows:
     """Straight from the definitions, in long double: exact to 1e-5 relative even where KL is 1e-12 of its terms."""
     log_p, log_q = (_log_softmax(x.double().numpy().astype(np.longdouble) / temperature) for x in (student, teacher))
     with np.errstate(
         invalid="ignore", divide="ignore"
     ):  # -inf - -inf of an entry that both forbid, which _weighted then leaves out
-        return _rows(log_p, log_q, beta, temperature)
+        return _rows(log_p, log_q, beta, temperature, entry_clip)
 
 
-def _rows(log_p: np.ndarray, log_q: np.ndarray, beta: float, temperature: float) -> Rows:
+def _rows(log_p: np.ndarray, log_q: np.ndarray, beta: float, temperature: float, entry_clip: float | None) -> Rows:
     p, q = np.exp(log_p), np.exp(log_q)
     beta = np.longdouble(beta)
-    if beta == 0:
+    if entry_clip is not None:
+        terms = _weighted(q, log_q - log_p)
+        kept = np.where(terms > entry_clip, 0, q)
+        divergence = np.where(terms > entry_clip, entry_clip, terms).sum(axis=-1)
+        gradient = p * kept.sum(axis=-1, keepdims=True) - kept
+    elif beta == 0:
         divergence, gradient = _mean(q, log_q - log_p), p - q
     elif beta == 1:
         divergence = _mean(p, log_p - log_q)

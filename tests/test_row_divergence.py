@@ -3,6 +3,7 @@
 Without a GPU, CUDA's kernels run as host code (gpu_on_host.h) and Triton's in its interpreter.
 """
 
+import functools
 import itertools
 
 import cuda_on_host
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 
-from scsdpo_kernels import native, row_divergence_triton
+from scsdpo_kernels import logits_triton, native, row_divergence_triton
 
 BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
 VOCABULARIES = (1, 2, 7, 16, 17, 1021, 4999)
@@ -56,7 +57,7 @@ def device_of(kernel):
 
 
 def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gradient="float32", difference=False,
-        kernel=INSTRUCTION_SETS[-1], old_logp=None, importance_clip=2.0):  # fmt: skip
+        kernel=INSTRUCTION_SETS[-1], old_logp=None, importance_clip=2.0, **objective):  # fmt: skip
     """RowDivergence and the gradient, from logits that stay as they are."""
     device = device_of(kernel)
     weight = torch.ones(len(student)) if weight is None else weight
@@ -71,7 +72,7 @@ def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gr
     if gradient is not None:
         out = torch.full_like(student, torch.nan, dtype=getattr(torch, gradient))
     options = {"beta": beta, "temperature": temperature, "teacher_is_difference": difference}
-    options |= {"old_logp": old_logp, "importance_clip": importance_clip}
+    options |= {"old_logp": old_logp, "importance_clip": importance_clip, **objective}
     scalars = call(kernel, student, teacher, weight, target, **options, gradient=out)
     return scalars, None if out is None else out.cpu()
 
@@ -445,3 +446,179 @@ def test_project(dtype, shape):
     scale = hidden.double().abs() @ weight.double().abs().T
     assert ((got[:, 2:-3] - exact).abs() <= 4e-7 * scale).all()
     assert got[:, :2].isnan().all() and got[:, -3:].isnan().all()
+
+
+def bf16_error(kernel):
+    """Of rounding to nearest; Triton's interpreter cuts off."""
+    return 8e-3 if kernel == "triton" and DEVICE == "cpu" else 4e-3
+
+
+@every_kernel
+@pytest.mark.parametrize("gradient", ["float32", "bfloat16"])
+@pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
+def test_clipped_entries(kernel, gradient, difference):
+    """Σ min(q log(q/p), c): the whole range of bounds, from one that clips nothing to one that clips nearly all."""
+    for vocabulary, scale, distance, bound in itertools.product((7, 517), (1.0, 8.0), (1e-4, 1.0), (1e-6, 0.01, 50.0)):
+        student, teacher = logits(vocabulary, scale, distance)
+        if difference:
+            teacher = (student.double() + (teacher.double() - student).float().double())
+        expected = oracle.rows(student, teacher, 0.0, 0.8, entry_clip=bound)
+        weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0])
+        scalars, got = run(student, teacher.double(), 0.0, temperature=0.8, weight=weight, gradient=gradient,
+                           difference=difference, kernel=kernel, entry_clip=bound)  # fmt: skip
+        plain = oracle.rows(student, teacher, 0.0, 0.8)
+        clips = np.abs(plain.divergence - expected.divergence) > 0
+        error = np.abs(scalars.divergence.numpy() - expected.divergence)
+        # where entries are clipped, the others no longer sum to anything positive: fp32 of the probabilities remains
+        assert (error <= np.where(clips, 1e-6, 1e-5 * np.maximum(expected.divergence, 1e-10))).all(), error
+        exact = expected.gradient.astype(float) * weight.numpy()[:, None]
+        norm = np.linalg.norm(exact, axis=-1)
+        error = np.linalg.norm(got.double().numpy() - exact, axis=-1)
+        relative = 1e-5 if gradient == "float32" else bf16_error(kernel)
+        assert (error <= relative * norm + np.where(clips, 1e-6, 1e-9) * np.abs(weight.numpy())).all(), (error, norm)
+
+
+@every_kernel
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0, "clipped"])
+@pytest.mark.parametrize("gradient", ["float32", "bfloat16"])
+def test_gradient_through_a_softcap(kernel, beta, gradient):
+    """Logits z = c tanh(x / c): the gradient is x's, of fp32 and bf16 logits, values are z's."""
+    objective = {"entry_clip": 0.02} if beta == "clipped" else {}
+    beta = 0.0 if beta == "clipped" else beta
+    cap = 5.0
+    student, teacher = (cap * torch.tanh(x / cap) for x in logits(517, 6.0, 1.0))
+    for dtype in (torch.float32, torch.bfloat16):
+        if dtype == torch.bfloat16 and gradient == "float32" and kernel in CUDA:
+            continue  # a row of fp32 gradients does not fit over one of bf16 logits; others are tested above
+        s, t = student.to(dtype), teacher.to(dtype)
+        expected = oracle.rows(s.float(), t.float(), beta, 1.3, **objective)
+        scalars, got = run(s, t, beta, temperature=1.3, gradient=gradient, kernel=kernel, student_softcap=cap,
+                           **objective)  # fmt: skip
+        exact = expected.gradient.astype(float) * (1 - (s.double().numpy() / cap) ** 2)
+        error = np.linalg.norm(got.double().numpy() - exact, axis=-1)
+        assert (error <= (2e-5 if gradient == "float32" else bf16_error(kernel)) * np.linalg.norm(exact, axis=-1)).all(), error
+        np.testing.assert_allclose(scalars.divergence.numpy(), expected.divergence.astype(float), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [*INSTRUCTION_SETS, "triton"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_float64_logits(kernel, beta):
+    """Differences far below fp32's rounding of the logits: 1e-5 relative where fp32 logits would have lost them all."""
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(5, 101, generator=generator, dtype=torch.double) * 4 + 1000
+    teacher = student + 1e-7 * torch.randn(5, 101, generator=generator, dtype=torch.double)
+    student[1, 4] = teacher[1, 4] = -torch.inf
+    student[2, 5] = -torch.inf if beta == 1.0 else student[2, 5]
+    p = student.softmax(-1)
+    d = torch.where(student.isinf() & teacher.isinf(), 0.0, teacher - student)
+    finite = d.isfinite().all(-1)
+    assert finite.sum() == (4 if beta == 1.0 else 5)
+    mean = (p * d).sum(-1, keepdim=True)
+    variance = (p * (d - mean) ** 2).sum(-1)
+    curvature = 1.0 if beta in (0.0, 1.0) else beta * (1 - beta)
+    device = device_of(kernel)
+    out = torch.empty(5, 101, device=device)
+    s, t = student.to(device), teacher.to(device)
+    scalars = call(kernel, s, t, torch.ones(5, device=device), None, beta=beta, temperature=1.0,
+                   teacher_is_difference=False, gradient=out)  # fmt: skip
+    got = scalars.divergence.double()[finite]
+    torch.testing.assert_close(got, curvature / 2 * variance[finite], rtol=1e-4, atol=0)
+    exact = -curvature * p * (d - mean)
+    torch.testing.assert_close(out.cpu().double()[finite], exact[finite], rtol=1e-3, atol=1e-14)
+
+
+def statistics(kernel, student, teacher, **options):
+    if kernel == "triton":
+        device = device_of(kernel)
+        out = row_divergence_triton.row_statistics(student.to(device), teacher.to(device), **options)
+        return [x.cpu() for x in out]
+    return native.row_statistics(student, teacher, **options, instruction_set=kernel)
+
+
+@pytest.mark.parametrize("kernel", [*INSTRUCTION_SETS, "triton"])
+@pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
+def test_statistics(kernel, difference):
+    """Log-sum-exps to fp32, their difference to 1e-5 of itself, entropies; -inf counts as nothing, on either side."""
+    for vocabulary, scale, distance in itertools.product((1, 16, 517), (0.5, 8.0), (1e-5, 1.0)):
+        student, teacher = logits(vocabulary, scale, distance)
+        teacher = student + (teacher - student)
+        given = (teacher.double() - student).float() if difference else teacher
+        exact_teacher = student.double() + given.double() if difference else teacher.double()
+        student_lse, teacher_lse, *entropies = statistics(
+            kernel, student, given, temperature=0.7, teacher_is_difference=difference
+        )
+        assert student_lse.dtype == teacher_lse.dtype == torch.float64
+        exact = [(x.double() / 0.7).logsumexp(-1) for x in (student, exact_teacher)]
+        torch.testing.assert_close(student_lse, exact[0], rtol=1e-6, atol=1e-6)
+        apart = exact[1] - exact[0]
+        assert (teacher_lse - student_lse - apart).abs().max() <= 1e-5 * apart.abs().max() + 1e-6 * distance
+        for entropy, x in zip(entropies, (student, exact_teacher), strict=True):
+            log = (x.double() / 0.7).log_softmax(-1)
+            torch.testing.assert_close(entropy.double(), -(log.exp() * log).sum(-1), rtol=1e-5, atol=2e-6)
+    if difference:
+        return
+    student, teacher = logits(37, 2.0, 1.0)
+    student[0], teacher[0, 5:] = -torch.inf, -torch.inf
+    student[1, :30], teacher[1] = -torch.inf, -torch.inf
+    student[2] = teacher[2] = -torch.inf
+    student[3, 7] = torch.nan
+    student_lse, teacher_lse, *_ = statistics(kernel, student, teacher, temperature=1.0, teacher_is_difference=False)
+    torch.testing.assert_close(student_lse, student.double().logsumexp(-1), rtol=0, atol=2e-6, equal_nan=True)
+    rest = [0, 1, 2, 4]
+    torch.testing.assert_close(teacher_lse[rest], teacher.double().logsumexp(-1)[rest], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kernel", [*INSTRUCTION_SETS, "triton"])
+def test_head_logits(kernel):
+    """In place, for odd sizes and strides, to 5e-7 relative, from 1e-6 to far beyond the softcap; NaN stays."""
+    device = device_of(kernel)
+    run = logits_triton.head_logits if kernel == "triton" else functools.partial(native.head_logits, instruction_set=kernel)
+    generator = torch.Generator().manual_seed(0)
+    for vocabulary, cap, scale, has_bias in itertools.product((1, 17, 5003), (0.0, 30.0), (1.0, -0.3), (False, True)):
+        x = torch.randn(3, vocabulary + 5, generator=generator) * torch.logspace(-6, 2, vocabulary + 5)
+        bias = torch.randn(vocabulary, generator=generator) if has_bias else None
+        z = x.clone().to(device)
+        run(z[:, :vocabulary], None if bias is None else bias.to(device), scale=scale, softcap=cap)
+        z = z.cpu()
+        exact = (x[:, :vocabulary].double() + (0 if bias is None else bias.double())) * scale
+        exact = cap * torch.tanh(exact / cap) if cap else exact
+        # bias and logit may cancel: of what they are made of then
+        size = exact.abs() + (0 if bias is None else bias.abs() * abs(scale))
+        assert ((z[:, :vocabulary] - exact).abs() <= 6e-7 * size + 1e-30).all()
+        assert torch.equal(z[:, vocabulary:], x[:, vocabulary:])
+    special = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.0]], device=device)
+    run(special, None, scale=1.0, softcap=4.0)
+    torch.testing.assert_close(special.cpu(), torch.tensor([[4.0, -4.0, torch.nan, 0.0]]), equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", [*INSTRUCTION_SETS, "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [0.0, 20.0])
+def test_tail_gradient(kernel, dtype, cap):
+    """factor e^((z - base)/τ) through the softcap, over the logits themselves; 0 of -inf, NaN stays in its row."""
+    device = device_of(kernel)
+    tail = logits_triton.tail_gradient if kernel == "triton" else functools.partial(
+        native.tail_gradient, instruction_set=kernel)  # fmt: skip
+    for vocabulary in (1, 33, 9001):
+        z = torch.randn(4, -(-vocabulary // 64) * 64, generator=torch.Generator().manual_seed(1)) * 6
+        if cap:
+            z = cap * torch.tanh(z / cap)
+        z[1, 0] = -torch.inf
+        z[2, 0] = torch.nan
+        exact = z[:, :vocabulary].double()
+        base = torch.tensor([3.0, 7.0, 1.0, 0.0])
+        factor = torch.tensor([1.0, -2.0, 1.0, 1e-3])
+        memory = z.to(device)
+        student = memory[:, :vocabulary]
+        out = memory.view(dtype)[:, :vocabulary]
+        tail(student, base.to(device), factor.to(device), out, temperature=0.7, softcap=cap)
+        expected = factor[:, None].double() * ((exact - base[:, None]) / 0.7).exp()
+        expected = expected * torch.where(exact == -torch.inf, 1.0, 1 - (exact / cap) ** 2) if cap else expected
+        got = out.cpu().double()
+        exponent = ((exact - base[:, None]) / 0.7).clamp(min=-1e3)
+        limit = (1e-6 + 2e-7 * exponent.abs() + (dtype == torch.bfloat16) * bf16_error(kernel)) * expected.abs()
+        if cap:  # a slope near 0 is what is left of 1 - x²
+            limit = limit + 3e-7 * factor.abs()[:, None] * exponent.exp()
+        finite = ~expected.isnan()
+        assert ((got - expected).abs() <= limit + 1e-37)[finite].all()
+        assert torch.equal(got.isnan(), expected.isnan())
