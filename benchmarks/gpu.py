@@ -24,9 +24,10 @@ from pathlib import Path
 
 import torch
 import triton
+from objectives import cases
 from torch import Tensor
 
-from scsdpo_kernels import chunked, linear_divergence
+from scsdpo_kernels import linear_divergence
 from scsdpo_kernels.kernels import kernels_of
 
 DTYPE = torch.bfloat16
@@ -234,6 +235,31 @@ def evaluation(rows: int, width: int, vocabulary: int, repeats: int) -> dict:
     return {"evaluation": result}
 
 
+def objectives(rows: int, width: int, vocabulary: int, repeats: int) -> dict:
+    """Every objective and part of a head, forward and backward with a frozen head, beside the plain divergence."""
+
+    def on_device(x):
+        return x.detach().cuda() if isinstance(x, Tensor) else x
+
+    hidden, weight, teacher = problem(rows, width, vocabulary)
+    runs = {}
+    for name, options in cases(torch.empty(rows, width), torch.empty(vocabulary, width)).items():
+        options = {key: on_device(x) for key, x in options.items()}
+        if "student_lora" in options:
+            options["student_lora"] = tuple(map(on_device, options["student_lora"]))
+
+        def run(options=options):
+            own = None if "support_ids" in options else teacher
+            hidden.grad = None
+            linear_divergence(hidden, weight.detach(), own, **options).loss.backward()
+
+        runs[name] = run
+    times = medians(runs, repeats)
+    plain = next(iter(times.values()))
+    return {"objectives": {name: {"milliseconds": x, "/ plain": x / plain} for name, x in times.items()},
+            "rows": rows, "width": width, "vocabulary": vocabulary}  # fmt: skip
+
+
 def table(lines: list[dict]) -> str:
     out = []
     for line in lines:
@@ -291,6 +317,7 @@ def main() -> None:
         lambda: row_kernels(arguments.vocabulary, 0.1, arguments.repeats),
         lambda: case(arguments.rows[0], **plain),
         lambda: evaluation(arguments.rows[0], arguments.width, arguments.vocabulary, arguments.repeats),
+        lambda: objectives(arguments.rows[-1], arguments.width, arguments.vocabulary, arguments.repeats),
         *(lambda zeros=zeros: case(most, **{**plain, "zeros": zeros}) for zeros in (0.63, 0.78)),
         *(lambda rows=rows: case(rows, **plain) for rows in arguments.rows[1:]),
         *(lambda beta=beta: case(most, **{**plain, "beta": beta}) for beta in (0.0, 1.0)),

@@ -131,7 +131,7 @@ def _is_same(student, teacher) -> bool:
 
 
 def _support(tensors: Tensors, kept: Tensor, vocabulary: int) -> tuple[Tensor | None, Tensor | None]:
-    """Ids and log-probabilities of the kept rows' supports. A row of wrong ones, if nothing was checked, becomes NaN."""
+    """Ids and log-probabilities of the kept rows' supports. A row of wrong ids, if nothing was checked, becomes NaN."""
     if tensors.support_ids is None:
         return None, None
     ids, logp = (x.flatten(0, -2)[kept] for x in (tensors.support_ids, tensors.support_logp))
@@ -161,7 +161,7 @@ def _gradient_dtype(tensor: Tensor) -> torch.dtype:
 
 @_operator.register_fake
 def _(*arguments):
-    tensors, numbers, _, wanted = _named(arguments)
+    tensors, _, _, wanted = _named(arguments)
     hidden = tensors.student_hidden
 
     def empty(is_there: bool, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

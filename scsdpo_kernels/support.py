@@ -101,7 +101,7 @@ def _support(student: Tensor, rows: Rows, numbers: Numbers) -> tuple[Tensor, Ten
     if numbers.sampled_token:
         ids = rows.target[:, None]
     elif rows.support_ids is None:
-        ids = student.topk(min(numbers.top_k, student.shape[1]), sorted=False).indices
+        ids = student.topk(min(numbers.top_k, student.shape[1]), sorted=False).indices.sort().values  # one order
     else:
         exists = rows.support_ids >= 0
         first = rows.support_ids.gather(1, exists.int().argmax(1, keepdim=True)).clamp(min=0)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from scsdpo_kernels import question_weights_triton, row_divergence_triton, tiled
+from scsdpo_kernels import logits_triton, question_weights_triton, row_divergence_triton, tiled
 
 # Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
 TARGETS = {
@@ -27,7 +27,7 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-TYPES = {2: "bf16", 4: "fp32"}
+TYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
 INTEGERS = [
     "magnitude",
     "width",
@@ -44,26 +44,46 @@ INTEGERS = [
     "parts",
     "rows",
 ]
-FP32 = ["target_logits", "old_logp", "scratch", "partial", "scalars", "row", "weight", "weights"]
+FP32 = ["target_logits", "old_logp", "scratch", "partial", "scalars", "row", "weight", "weights", "entropy", "logits",
+        "bias", "base", "factor"]  # fmt: skip
 OPERANDS = ["student", "teacher", "student_head", "teacher_head", "head", "slab"]
 
 
 def kernels(target):
     """(kernel, element, constants, options) of all that is launched on a target."""
-    for objective, difference, gradient in itertools.product((0, 1, 2), (False, True), ("bf16", "fp32")):
+    options = row_divergence_triton.options("cuda" if target.startswith("sm") else "hip")
+    rows = list(itertools.product((0, 1, 2, 3), ("fp32",), (False, True), ("bf16", "fp32"), (False,)))
+    rows += [(objective, "fp64", False, "fp32", False) for objective in (0, 1, 2)]  # of supports
+    rows += [(objective, "fp32", False, "bf16", True) for objective in (0, 1, 2, 3)]
+    for objective, element, difference, gradient, softcap in rows:
         yield (
             row_divergence_triton.row_divergence_kernel,
-            {"student": "fp32", "teacher": "fp32", "gradient_out": gradient},
+            {"student": element, "teacher": element, "gradient_out": gradient},
             {
                 "objective": objective,
                 "difference": difference,
                 "has_target": True,
                 "has_old_logp": True,
                 "has_gradient": True,
+                "has_softcap": softcap,
                 "BLOCK": row_divergence_triton.BLOCK,
             },
-            row_divergence_triton.options("cuda" if target.startswith("sm") else "hip"),
+            options,
         )
+    for difference in (False, True):
+        constants = {"difference": difference, "BLOCK": row_divergence_triton.BLOCK}
+        elements = {"student": "fp32", "teacher": "fp32", "lse": "fp64"}
+        yield row_divergence_triton.row_statistics_kernel, elements, constants, options
+    for softcap in (False, True):
+        constants = {"has_bias": True, "has_softcap": softcap, "BLOCK": logits_triton.BLOCK}
+        yield logits_triton.head_logits_kernel, {}, constants, {"num_warps": logits_triton.WARPS}
+        for gradient in ("bf16", "fp32"):
+            yield (
+                logits_triton.tail_gradient_kernel,
+                {"gradient_out": gradient},
+                constants,
+                {"num_warps": logits_triton.WARPS},
+            )
     for bytes_, tile in ((b, t) for b in (2, 4) for t in tiled.TILES[target, b]):
         # descriptors, shared, difference, precision: fp32 heads that are shared are projected as a difference, and on
         # matrix units where PyTorch is told so

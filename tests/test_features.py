@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import cuda_on_host
-import pytest
 import torch
 from conftest import DEVICE
 from test_linear_divergence import problem

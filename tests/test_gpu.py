@@ -409,3 +409,51 @@ def test_compute_sanitizer_is_content():
             timeout=120,
         )
         assert done.returncode == 0, done.stdout[-4000:]
+
+
+def _objectives():
+    generator = torch.Generator().manual_seed(0)
+    rows, vocabulary, width = 64, 20011, 512
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).cuda()
+
+    target = {"target_ids": torch.randint(vocabulary, (rows,), generator=generator).cuda()}
+    ids = torch.arange(rows * 12, device="cuda").view(rows, 12)
+    ids[3, 4:] = -1
+    return {
+        "top_k": {"top_k": 100},
+        "renormalize": {"top_k": 20, "tail": "renormalize", "beta": 1.0, **target},
+        "support": {"support_ids": ids, "support_logp": torch.full((rows, 12), -3.0, device="cuda")},
+        "sampled": {**target, "sampled_token": True, "beta": 1.0, "old_logp": torch.full((rows,), -9.0, device="cuda")},
+        "clip": {"entry_clip": 0.01, "beta": 0.0},
+        "bias": {"student_bias": randn(vocabulary), "beta": 0.0},
+        "softcap": {"student_softcap": 5.0, "student_logit_scale": 0.7},
+        "softcap, clip": {"student_softcap": 5.0, "entry_clip": 0.01, "beta": 0.0},
+        "lora": {"student_lora": (randn(8, width) * 0.05, randn(vocabulary, 8) * 0.2, 0.5), "top_k": 50},
+    }
+
+
+OBJECTIVES = ("top_k", "renormalize", "support", "sampled", "clip", "bias", "softcap", "softcap, clip", "lora")
+
+
+@pytest.mark.parametrize("name", ROW_KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives_and_heads(name, dtype, objective, monkeypatch):
+    """Against float64 on full logits, with every row kernel, several chunks, no wait for the host but one."""
+    row_kernel(name)  # or skips
+    monkeypatch.setattr(kernels, "ROW_KERNEL", name)
+    monkeypatch.setattr(chunked, "MIN_ROWS", 25)
+    monkeypatch.setitem(chunked.BUFFER_BYTES, "gpu", 0)
+    hidden, weight, teacher, _ = problem(64, dtype, 20011, 512, distance=0.3)
+    options = _objectives()[objective]
+    own = None if "support_ids" in options else teacher
+    result, *gradients = fused(hidden, weight, own, **options)
+    exact, *expected = fused(hidden.double(), weight.double(), None if own is None else own.double(), **options,
+                             schedule="reference")  # fmt: skip
+    torch.testing.assert_close(result.divergence.double(), exact.divergence, rtol=1e-4, atol=1e-6)
+    for got, want in zip(gradients, expected, strict=True):
+        assert relative_error(got, want) < (8e-3 if dtype == torch.bfloat16 else 1e-4)
+    silent = fused(hidden, weight, own, **options, rows=torch.arange(64, device="cuda"))
+    assert all(torch.equal(x, y) for x, y in zip(silent[1:], gradients, strict=True))

@@ -135,9 +135,7 @@ def test_opcheck(target):
     hidden, weight, teacher, head = problem(leading=(3, 5), width=8, vocabulary=31, teacher_width=6)
     ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
     tensors, numbers = _arguments(*leaves(hidden, weight), teacher, head, target_ids=ids, old_logp=old)
-    torch.library.opcheck(
-        torch.ops.scsdpo_kernels.linear_divergence_per_token.default, (*tensors, *numbers, "chunked")
-    )
+    torch.library.opcheck(torch.ops.scsdpo_kernels.linear_divergence_per_token.default, (*tensors, *numbers, "chunked"))
 
 
 def test_compiled_has_the_bits_of_eager():
@@ -171,5 +169,5 @@ def test_bad_input_names_the_argument():
         arguments = {"student_hidden": hidden, "student_weight": weight, "teacher_hidden": teacher, **changed}
         with pytest.raises(error, match=match):
             linear_divergence_per_token(**arguments)
-    with pytest.raises(TypeError, match="token_weight: .* takes none"):
+    with pytest.raises(TypeError, match=r"token_weight: .* takes none"):
         linear_divergence_per_token(hidden, weight, teacher, token_weight=torch.ones(4))

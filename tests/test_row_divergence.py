@@ -461,7 +461,7 @@ def test_clipped_entries(kernel, gradient, difference):
     for vocabulary, scale, distance, bound in itertools.product((7, 517), (1.0, 8.0), (1e-4, 1.0), (1e-6, 0.01, 50.0)):
         student, teacher = logits(vocabulary, scale, distance)
         if difference:
-            teacher = (student.double() + (teacher.double() - student).float().double())
+            teacher = student.double() + (teacher.double() - student).float().double()
         expected = oracle.rows(student, teacher, 0.0, 0.8, entry_clip=bound)
         weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0])
         scalars, got = run(student, teacher.double(), 0.0, temperature=0.8, weight=weight, gradient=gradient,
@@ -496,7 +496,8 @@ def test_gradient_through_a_softcap(kernel, beta, gradient):
                            **objective)  # fmt: skip
         exact = expected.gradient.astype(float) * (1 - (s.double().numpy() / cap) ** 2)
         error = np.linalg.norm(got.double().numpy() - exact, axis=-1)
-        assert (error <= (2e-5 if gradient == "float32" else bf16_error(kernel)) * np.linalg.norm(exact, axis=-1)).all(), error
+        limit = 2e-5 if gradient == "float32" else bf16_error(kernel)
+        assert (error <= limit * np.linalg.norm(exact, axis=-1)).all(), error
         np.testing.assert_allclose(scalars.divergence.numpy(), expected.divergence.astype(float), rtol=1e-5, atol=1e-6)
 
 
@@ -572,7 +573,9 @@ def test_statistics(kernel, difference):
 def test_head_logits(kernel):
     """In place, for odd sizes and strides, to 5e-7 relative, from 1e-6 to far beyond the softcap; NaN stays."""
     device = device_of(kernel)
-    run = logits_triton.head_logits if kernel == "triton" else functools.partial(native.head_logits, instruction_set=kernel)
+    run = logits_triton.head_logits
+    if kernel != "triton":
+        run = functools.partial(native.head_logits, instruction_set=kernel)
     generator = torch.Generator().manual_seed(0)
     for vocabulary, cap, scale, has_bias in itertools.product((1, 17, 5003), (0.0, 30.0), (1.0, -0.3), (False, True)):
         x = torch.randn(3, vocabulary + 5, generator=generator) * torch.logspace(-6, 2, vocabulary + 5)
@@ -597,8 +600,9 @@ def test_head_logits(kernel):
 def test_tail_gradient(kernel, dtype, cap):
     """factor e^((z - base)/τ) through the softcap, over the logits themselves; 0 of -inf, NaN stays in its row."""
     device = device_of(kernel)
-    tail = logits_triton.tail_gradient if kernel == "triton" else functools.partial(
-        native.tail_gradient, instruction_set=kernel)  # fmt: skip
+    tail = logits_triton.tail_gradient
+    if kernel != "triton":
+        tail = functools.partial(native.tail_gradient, instruction_set=kernel)
     for vocabulary in (1, 33, 9001):
         z = torch.randn(4, -(-vocabulary // 64) * 64, generator=torch.Generator().manual_seed(1)) * 6
         if cap:
