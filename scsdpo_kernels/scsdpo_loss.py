@@ -19,8 +19,8 @@ REDUCTIONS = ("token-mean", "weighted-token-mean", "sequence-mean", "sum")
 def scsdpo_loss(
     student_hidden: Tensor,  # (B, T, D)
     student_weight: Tensor,  # (V, D)
-    teacher_hidden: Tensor,  # (B, T, D_t)
-    teacher_weight: Tensor | None = None,  # (V, D_t); None: the teacher shares student_weight
+    teacher_hidden: Tensor | None = None,  # (B, T, D_t); None: support_ids and support_logp
+    teacher_weight: Tensor | None = None,  # (V, D_t); None: the student's whole head
     *,
     rewards: Tensor | None = None,  # (B,)
     question_ids: Tensor | None = None,  # (B,)
@@ -47,8 +47,7 @@ def scsdpo_loss(
             them and is in no denominator.
         denominator: tokens (or rollouts, for "sequence-mean") of the whole optimiser step, where this call is one
             micro-batch or rank of it. None: this call's.
-        divergence_options: beta, temperature, target_ids, old_logp, importance_clip, schedule, rows of
-            `linear_divergence`.
+        divergence_options: every further keyword argument of `linear_divergence`.
 
     Returns:
         LinearDivergence: `loss` is the aggregate, the per-token fields are (B, T) and neither weighted nor reduced.

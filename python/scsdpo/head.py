@@ -1,0 +1,241 @@
+"""The output head of a Hugging Face model as the place where distillation happens.
+
+A wrapper (DDP, FSDP2, ZeRO-3) gathers the head's weight around the head's own forward and reduces its gradient
+afterwards. So the loss has to be computed there, and inside the wrapper's forward:
+
+    patch_lm_head(model)                      once, before the model is wrapped or after
+    teacher = hidden_states(teacher_model, input_ids, attention_mask)         (B, L, D), without gradient
+    result = distill(model, input_ids, attention_mask, tokens, teacher_hidden=teacher[:, -T-1:-1], ...)
+
+`distill` runs the backbone and then `lm_head(hidden, distill_args)`, whose forward is `linear_divergence` on the weight
+that it finds in itself. Without distill_args the head is what it was: generation and evaluation notice nothing.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from scsdpo_kernels import LinearDivergence, linear_divergence, scsdpo_loss
+
+# What a text config calls them; every other name like these is refused, unless it says that there is none.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_SCALES = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
+_LIKE_THESE = re.compile(r"(logits?_|_logits?$|_logits?_|lm_head_mult|soft_?cap)")
+_OF_SOMETHING_ELSE = re.compile(r"(attn|attention|router|aux|to_keep|output_logits|temperature|init_value)")
+
+
+def patch_lm_head(model: nn.Module) -> nn.Module:
+    """Teaches a model's output head to distil; returns the head. On this instance only, and once however often called.
+
+    The head's forward takes `distill_args`, keyword arguments of `linear_divergence` without the student's (or, where
+    `mask` is among them, of `scsdpo_loss`), and then returns a LinearDivergence in place of logits. Bias, softcap and logit scale come from the head and the model's
+    config; a single LoRA adapter (PEFT) on the head goes the operator's own way.
+
+    Raises:
+        ValueError: a head that this cannot be right for: prompt learning, modules_to_save, DoRA, LoRA with dropout or
+            several active adapters, a softcap or scale of a name that is not known, a head that is not a linear layer.
+    """
+    base = base_model(model)
+    head = base.get_output_embeddings()
+    _refuse(model, base, head)
+    if "forward" in vars(head) and hasattr(vars(head)["forward"], "scsdpo_original"):
+        return head
+    original = head.forward
+
+    def forward(hidden: Tensor, *args: Any, distill_args: dict[str, Any] | None = None, **kwargs: Any):
+        if distill_args is None:
+            return original(hidden, *args, **kwargs)
+        loss = scsdpo_loss if "mask" in distill_args else linear_divergence
+        return loss(hidden, linear_weight(head), **student_arguments(base), **distill_args)
+
+    forward.scsdpo_original = original
+    head.forward = forward
+    return head
+
+
+def unpatch_lm_head(model: nn.Module) -> None:
+    """The head's forward as the class has it."""
+    vars(base_model(model).get_output_embeddings()).pop("forward", None)
+
+
+def distill(
+    model: nn.Module,  # wrapped or not
+    input_ids: Tensor,  # (B, L)
+    attention_mask: Tensor,  # (B, L)
+    tokens: int,  # T: the last so many of L are the response
+    *,
+    backbone: dict[str, Any] | None = None,  # further arguments of the backbone, as position_ids
+    **distill_args: Any,
+) -> LinearDivergence:  # (B, T) fields
+    """Runs the student and, as its head's forward, `linear_divergence`, all inside the wrapper's forward.
+
+    distill_args are keyword arguments of `linear_divergence`, as teacher_hidden (B, T, D_t), token_weight (B, T), or,
+    where `mask` (B, T) is among them, of `scsdpo_loss`.
+    """
+
+    def student(inner: nn.Module) -> LinearDivergence:
+        hidden = _run_backbone(inner, input_ids, attention_mask, backbone)
+        head = base_model(inner).get_output_embeddings()
+        return head(hidden[:, -tokens - 1 : -1], distill_args=distill_args)
+
+    return inside_forward(model, student)
+
+
+def hidden_states(
+    model: nn.Module,  # wrapped or not
+    input_ids: Tensor,  # (B, L)
+    attention_mask: Tensor,  # (B, L)
+    *,
+    backbone: dict[str, Any] | None = None,
+) -> Tensor:  # (B, L, D)
+    """What a model hands to its head. Call it under torch.no_grad() for a teacher."""
+    return inside_forward(model, lambda inner: _run_backbone(inner, input_ids, attention_mask, backbone))
+
+
+def teacher_arguments(teacher: nn.Module, student: nn.Module | None = None) -> dict[str, Any]:
+    """The teacher's share of linear_divergence's arguments: its head's weight, in full, and what else the head has.
+
+    Empty for a teacher whose head is the student's own, which the operator then projects with at no further cost.
+    Gather it once a step: of a sharded teacher (FSDP2, ZeRO-3) the weight exists in full for as long as this is held.
+    """
+    base = base_model(teacher)
+    head = base.get_output_embeddings()
+    if student is not None and head is base_model(student).get_output_embeddings():
+        return {}
+    given = {"teacher_weight": _in_full(linear_weight(head))}
+    given |= {name.replace("student_", "teacher_", 1): value for name, value in student_arguments(base).items()}
+    if given.get("teacher_bias") is not None:
+        given["teacher_bias"] = _in_full(given["teacher_bias"])
+    return given
+
+
+def inside_forward(model: nn.Module, run: Callable[[nn.Module], Any]) -> Any:
+    """run(inner model), from inside the forward of the model that wraps it: hooks before and after are its own."""
+    inner = _unwrapped(model)
+    original = vars(inner).get("forward")
+
+    def forward() -> Any:
+        restore()
+        return run(inner)
+
+    def restore() -> None:
+        if original is None:
+            vars(inner).pop("forward", None)
+        else:
+            inner.forward = original
+
+    inner.forward = forward
+    try:
+        return model()
+    finally:
+        restore()
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside wrappers and PEFT."""
+    inner = _unwrapped(model)
+    return inner.get_base_model() if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model") else inner
+
+
+def linear_weight(head: nn.Module) -> Tensor:
+    """(V, D), of a linear layer or of the one under an adapter."""
+    return getattr(head, "base_layer", head).weight
+
+
+def student_arguments(base: nn.Module) -> dict[str, Any]:
+    """What a transformers model's head has beside its weight, as linear_divergence's arguments of the student."""
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    given: dict[str, Any] = {}
+    bias = getattr(getattr(head, "base_layer", head), "bias", None)
+    if bias is not None:
+        given["student_bias"] = bias
+    softcaps = [getattr(config, name) for name in _SOFTCAPS if getattr(config, name, None)]
+    if softcaps:
+        given["student_softcap"] = float(softcaps[0])
+    scale = 1.0
+    for name in _SCALES:
+        scale *= _number(config, name)
+    for name in _DIVISORS:
+        scale /= _number(config, name)
+    if scale != 1.0:
+        given["student_logit_scale"] = scale
+    if getattr(head, "lora_A", None) and not head.disable_adapters and head.active_adapters:
+        (adapter,) = head.active_adapters
+        given["student_lora"] = head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter]
+    return given
+
+
+def _number(config: Any, name: str) -> float:
+    value = getattr(config, name, None)
+    return 1.0 if value is None else float(value)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
+def _run_backbone(inner: nn.Module, input_ids, attention_mask, backbone) -> Tensor:
+    base = base_model(inner)
+    decoder = base.get_decoder()
+    if decoder is base:
+        raise ValueError(f"{type(base).__name__}: expected a model whose backbone get_decoder() returns")
+    options = {"use_cache": False, **(backbone or {})}
+    return decoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+
+
+def _in_full(parameter: Tensor) -> Tensor:
+    """Detached, and all of it."""
+    if hasattr(parameter, "full_tensor"):  # FSDP2
+        return parameter.detach().full_tensor()
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.detach()
+
+
+def _refuse(model: nn.Module, base: nn.Module, head: nn.Module | None) -> None:
+    name = type(base).__name__
+    if head is None:
+        raise ValueError(f"{name}: expected a model with an output head, get_output_embeddings() returned None")
+    peft = getattr(_unwrapped(model), "peft_config", None) or {}
+    for adapter in peft.values():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"{name}: prompt learning (PEFT) puts tokens in front of the backbone's input, which a distilled head "
+                "does not see; use LoRA"
+            )
+    if hasattr(head, "modules_to_save"):
+        raise ValueError(
+            f"{name}: the head is in modules_to_save, a copy beside the head that is patched; train it in full, or put "
+            "'lm_head' into LoRA's target_modules"
+        )
+    if getattr(head, "lora_A", None) is not None:
+        active = [x for x in head.active_adapters if x in head.lora_A]
+        dropout = [x for x in active if not isinstance(head.lora_dropout[x], nn.Identity)]
+        variant = [x for x in active if getattr(head, "use_dora", {}).get(x)]
+        if len(active) > 1 or dropout or variant:
+            raise ValueError(
+                f"{name}: LoRA on the head has to be one active adapter without dropout and DoRA, got adapters "
+                f"{active}, with dropout {dropout}, with DoRA {variant}; or leave 'lm_head' out of target_modules"
+            )
+    linear = getattr(head, "base_layer", head)
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(f"{name}: expected a linear output head, got {type(linear).__name__}")
+    known = (*_SOFTCAPS, *_SCALES, *_DIVISORS)
+    for key, value in base.config.get_text_config().to_dict().items():
+        like = _LIKE_THESE.search(key) and not _OF_SOMETHING_ELSE.search(key)
+        if like and key not in known and not isinstance(value, bool) and value not in (None, 1, 1.0, 0):
+            raise ValueError(
+                f"{name}: its config has {key}={value}, which may change the logits behind the head and is not known "
+                "here; compute its loss from hidden states with linear_divergence and the arguments that it needs"
+            )
+
+
+__all__ = ["distill", "hidden_states", "patch_lm_head", "teacher_arguments", "unpatch_lm_head"]
