@@ -1,6 +1,10 @@
 """scsdpo.trl beside the stock trainer: the same losses and gradient norms over several optimiser steps."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,3 +279,37 @@ def test_lora_on_other_modules(folder, teacher):
         run.train()
         results.append([line for line in run.state.log_history if "loss" in line])
     assert_same(*reversed(results))
+
+
+def two_processes(trainer, folder):
+    """The log of two processes of which each has half of every group."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    run = subprocess.run([*command, trainer, str(folder)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("LOG "))[4:])
+
+
+def test_groups_that_straddle_processes(folder):
+    """DDP on gloo: the weights are of the whole generation batch, whichever rank has a rollout."""
+    stock, ours = (two_processes(name, folder) for name in ("stock", "ours"))
+    for a, b in zip(ours, stock, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-7)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5, abs=2e-6)
+    assert any(line["loss"] > 1e-3 for line in ours) and any(0 < line["scsdpo/pass_rate"] < 1 for line in ours)
+
+
+def main(name, folder):
+    if name == "stock":
+        loss = sdpo_trainer.compute_full_logit_self_distillation_loss
+        sdpo_trainer.compute_full_logit_self_distillation_loss = lambda *a, **k: (
+            loss(*a, **k) * ByHand.weights.unsqueeze(1)
+        )
+    trainer, config = (ByHand, SDPOConfig) if name == "stock" else (SCSDPOTrainer, SCSDPOConfig)
+    lines, _ = train(trainer, config, Path(folder), "qwen3", per_device_train_batch_size=6, num_generations=4,
+                     gradient_accumulation_steps=1)  # fmt: skip
+    if os.environ["RANK"] == "0":
+        print("LOG", json.dumps(lines), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

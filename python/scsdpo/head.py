@@ -31,8 +31,9 @@ def patch_lm_head(model: nn.Module) -> nn.Module:
     """Teaches a model's output head to distil; returns the head. On this instance only, and once however often called.
 
     The head's forward takes `distill_args`, keyword arguments of `linear_divergence` without the student's (or, where
-    `mask` is among them, of `scsdpo_loss`), and then returns a LinearDivergence in place of logits. Bias, softcap and logit scale come from the head and the model's
-    config; a single LoRA adapter (PEFT) on the head goes the operator's own way.
+    `mask` is among them, of `scsdpo_loss`), and then returns a LinearDivergence in place of logits. Bias, softcap and
+    logit scale come from the head and the model's config; a single LoRA adapter (PEFT) on the head goes the operator's
+    own way.
 
     Raises:
         ValueError: a head that this cannot be right for: prompt learning, modules_to_save, DoRA, LoRA with dropout or

@@ -80,8 +80,8 @@ class SCSDPOTrainer(SDPOTrainer):
         head = patch_lm_head(self.model)
         if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind != "live":
             raise ValueError(
-                f"teacher_model_kind: expected 'live' where LoRA adapts the head, got {self.args.teacher_model_kind!r}; "
-                "or leave 'lm_head' out of target_modules"
+                "teacher_model_kind: expected 'live' where LoRA adapts the head, got "
+                f"{self.args.teacher_model_kind!r}; or leave 'lm_head' out of target_modules"
             )
         self._teacher_head: tuple[int, dict[str, Any]] = (-1, {})
 

@@ -1,0 +1,249 @@
+"""scsdpo.head on Hugging Face models: every part of a head, refusals, and the recipe for transformers.Trainer."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainingArguments,
+)
+
+from scsdpo.head import distill, hidden_states, patch_lm_head, teacher_arguments, unpatch_lm_head
+
+README = Path(__file__).parents[1] / "README.md"
+SIZES = {"vocab_size": 151, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}  # fmt: skip
+MODELS = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen3, tied": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "tie_word_embeddings": True}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "gemma2, softcap, tied": (Gemma2Config, Gemma2ForCausalLM, {"head_dim": 16, "final_logit_softcapping": 2.0}),
+    "cohere, logit scale": (CohereConfig, CohereForCausalLM, {"logit_scale": 0.3}),
+    "granite, logits scaling": (GraniteConfig, GraniteForCausalLM, {"logits_scaling": 4.0}),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM, {}),
+    "phi, bias": (PhiConfig, PhiForCausalLM, {}),
+}
+
+
+def build(name, seed=0, **options):
+    config, model, own = MODELS[name]
+    torch.manual_seed(seed)
+    return model(config(**{**SIZES, **own, **options}))
+
+
+def batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 151, (3, 12), generator=generator)
+    attention = torch.ones_like(ids)
+    attention[1, :3] = 0  # padded on the left
+    return ids, attention
+
+
+def kl(log_q, log_p):
+    return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_gradient_is_that_of_full_logits(name, checkpointing):
+    """A teacher of its own: loss and every parameter's gradient, whatever stands in the head."""
+    model, teacher = build(name), build(name, seed=1)
+    ids, attention = batch()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    tokens, weight = 5, torch.rand(3, 5)
+    log_p = model(ids, attention_mask=attention).logits[:, -tokens - 1 : -1].log_softmax(-1)
+    with torch.no_grad():
+        log_q = teacher(ids, attention_mask=attention).logits[:, -tokens - 1 : -1].log_softmax(-1)
+    loss = (kl(log_q, log_p) * weight).sum()
+    loss.backward()
+    expected = {key: x.grad.clone() for key, x in model.named_parameters()}
+    model.zero_grad()
+
+    head = patch_lm_head(model)
+    assert patch_lm_head(model) is head
+    with torch.no_grad():
+        hidden = hidden_states(teacher, ids, attention)
+    result = distill(model, ids, attention, tokens, teacher_hidden=hidden[:, -tokens - 1 : -1], token_weight=weight,
+                     beta=0.0, target_ids=ids[:, -tokens:], **teacher_arguments(teacher, model))  # fmt: skip
+    result.loss.backward()
+    torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=1e-6)
+    of_targets = log_p.gather(-1, ids[:, -tokens:, None])[..., 0]
+    torch.testing.assert_close(result.student_logp, of_targets, rtol=1e-5, atol=2e-6)
+    for key, x in model.named_parameters():
+        assert (x.grad - expected[key]).norm() <= 2e-5 * expected[key].norm() + 1e-7, key
+
+    unpatch_lm_head(model)
+    assert "forward" not in vars(head)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2, softcap, tied", "phi, bias"])
+def test_a_live_teacher_has_the_students_whole_head(name):
+    model = build(name)
+    patch_lm_head(model)
+    ids, attention = batch()
+    with torch.no_grad():
+        hidden = hidden_states(model, ids, attention)[:, -6:-1]
+    assert teacher_arguments(model, model) == {}
+    same = distill(model, ids, attention, 5, teacher_hidden=hidden)
+    assert (same.divergence == 0).all()
+    other = distill(model, ids, attention, 5, teacher_hidden=hidden, **teacher_arguments(build(name, seed=2)))
+    assert (other.divergence > 0).all()
+
+
+def test_generation_and_logits_are_untouched():
+    model = build("qwen3")
+    ids, attention = batch()
+    before = model(ids, attention_mask=attention).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
+    patch_lm_head(model)
+    after = model(ids, attention_mask=attention).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_failed_step_leaves_the_model_as_it_was():
+    model = build("qwen3")
+    patch_lm_head(model)
+    ids, attention = batch()
+    with pytest.raises(ValueError, match="teacher_hidden"):
+        distill(model, ids, attention, 5)
+    assert "forward" not in vars(model) and model(ids, attention_mask=attention).logits.shape == (3, 12, 151)
+
+
+class Refused:
+    def softcap(self):
+        model = build("qwen3")
+        model.config.logits_mup_width_multiplier = 3.0
+        return model, "logits_mup_width_multiplier=3.0"
+
+    def head(self):
+        model = build("qwen3")
+        model.lm_head = nn.Sequential(nn.Linear(32, 151))
+        return model, "expected a linear output head, got Sequential"
+
+    def no_head(self):
+        return build("qwen3").model, "output head|get_output_embeddings"
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Refused) if name[0] != "_"])
+def test_what_cannot_be_right_is_refused(name):
+    model, message = getattr(Refused(), name)()
+    with pytest.raises(ValueError, match=message):
+        patch_lm_head(model)
+
+
+def peft_model(**options):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    model = peft.get_peft_model(build("qwen3"), peft.LoraConfig(r=4, **options))
+    for key, x in model.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(x, std=0.1)
+    return model
+
+
+def test_lora_on_the_head_goes_the_operators_way():
+    """Against full logits: gradients of A and B on the head and elsewhere, none of the frozen weights."""
+    model = peft_model(target_modules=["q_proj", "lm_head"])
+    teacher, (ids, attention) = build("qwen3", seed=1), batch()
+    log_p = model(ids, attention_mask=attention).logits[:, -6:-1].log_softmax(-1)
+    with torch.no_grad():
+        log_q = teacher(ids, attention_mask=attention).logits[:, -6:-1].log_softmax(-1)
+        hidden = hidden_states(teacher, ids, attention)[:, -6:-1]
+    kl(log_q, log_p).sum().backward()
+    expected = {key: x.grad.clone() for key, x in model.named_parameters() if x.grad is not None}
+    assert any("lm_head.lora_A" in key for key in expected) and not any("base_layer" in key for key in expected)
+    model.zero_grad()
+    patch_lm_head(model)
+    arguments = {"teacher_hidden": hidden, "beta": 0.0, **teacher_arguments(teacher, model)}
+    distill(model, ids, attention, 5, **arguments).loss.backward()
+    got = {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
+    assert got.keys() == expected.keys()
+    for key, x in got.items():
+        assert (x - expected[key]).norm() <= 2e-5 * expected[key].norm(), key
+    with torch.no_grad():
+        own = hidden_states(model, ids, attention)[:, -6:-1]
+    assert (distill(model, ids, attention, 5, teacher_hidden=own).divergence == 0).all()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"target_modules": ["lm_head"], "lora_dropout": 0.1}, "without dropout"),
+    ({"target_modules": ["lm_head"], "use_dora": True}, "DoRA"),
+])  # fmt: skip
+def test_adapters_that_cannot_be_right_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        patch_lm_head(peft_model(**options))
+
+
+def test_prompt_learning_is_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("qwen3"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="prompt learning"):
+        patch_lm_head(model)
+
+
+def recipe():
+    """The README's Trainer, as it stands there."""
+    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (code,) = [x for x in snippets if "(Trainer)" in x]
+    names: dict = {}
+    exec(compile(ast.parse(code), "README.md", "exec"), names)
+    return names["DistillationTrainer"]
+
+
+def test_the_recipe_for_transformers_trainer(tmp_path):
+    """Two optimiser steps of two micro-batches each have the parameters of a loop on full logits."""
+    rows = 8
+    generator = torch.Generator().manual_seed(0)
+    ids, teacher_ids = (torch.randint(3, 151, (rows, n), generator=generator) for n in (12, 15))
+    teacher_ids[:, -5:] = ids[:, -5:]
+    mask = (torch.rand(rows, 5, generator=generator) < 0.7).long()
+    weight = torch.rand(rows, generator=generator)
+    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "teacher_input_ids": teacher_ids,
+               "teacher_attention_mask": torch.ones_like(teacher_ids), "mask": mask,
+               "question_weight": weight}  # fmt: skip
+    data = Dataset.from_dict({name: x.tolist() for name, x in columns.items()})
+    model, teacher, other = build("qwen3"), build("qwen3", seed=1), build("qwen3")
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2,
+        learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, report_to="none", use_cpu=True,
+        remove_unused_columns=False, save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    recipe()(model, arguments, train_dataset=data, teacher=teacher).train()
+
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        for start in (4 * step, 4 * step + 2):
+            of = slice(start, start + 2)
+            log_p = other(ids[of]).logits[:, -6:-1].log_softmax(-1)
+            with torch.no_grad():
+                log_q = teacher(teacher_ids[of]).logits[:, -6:-1].log_softmax(-1)
+            log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
+            divergence = 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
+            loss = (divergence * mask[of] * weight[of, None]).sum() / mask[of].sum()
+            (loss / 2).backward()
+        optimizer.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
