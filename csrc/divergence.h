@@ -10,7 +10,8 @@
 //     reverse  (beta = 1)  D = KL(p || q)                                dD/dz = p (-d - KL(p || q))
 //                          entry p phi(d)
 //     clipped (beta = 0)   D = sum_v min(q d, c)                         dD/dz = [q d <= c] (-q) + p (1 - Q)
-//                          entry q phi(-d), or p - q + c beyond c        Q = sum of the clipped q
+//                          entry q phi(-d), or p - q + c beyond c        Q = sum of the clipped q; where that is
+//                          most of 1, min(q d, c), and 1 - Q is summed itself: nothing cancels on either side
 //     between              D = (1 - beta) KL(p || m) + beta KL(q || m)   dD/dz = (1 - beta) p (-a - KL(p || m))
 //                          entry beta q d - m a                          m = (1 - beta) p + beta q,  a = log(m / p)
 //
@@ -46,6 +47,8 @@ namespace {
 enum class Objective { kForward, kReverse, kJensenShannon, kClippedForward };
 
 // Whether the gradient needs a mean over the row that the first sums do not have.
+template <Objective objective>
+constexpr int kTermCount = objective == Objective::kClippedForward ? 4 : 2;
 template <Objective objective>
 constexpr bool kLateMean = objective == Objective::kJensenShannon || objective == Objective::kClippedForward;
 
@@ -169,8 +172,8 @@ SCSDPO_INLINE F at_least(float below, F x) {
 template <class F>
 struct Entry {
   F divergence;  // its share of D
-  F score;       // dD/dz = p (score - mean score), times the student's share for the mixtures. The clipped forward KL
-                 // has p score here
+  F score;       // dD/dz = p (score - mean score), times the student's share for the mixtures. Of the clipped forward
+                 // KL, 1 if the entry is clipped and 0 if not
 };
 
 template <class F>
@@ -215,22 +218,13 @@ SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
   if constexpr (objective == Objective::kReverse) return {reverse_kl(p, q, d), -d};
   if constexpr (objective == Objective::kClippedForward) {
     auto clipped = times(q, d) > mix.entry_clip;
-    F kept = forward_kl(p, q, d), bound = p - q + mix.entry_clip, slope = -excess(p, q, d);
-    return {clipped ? bound : kept, clipped ? p : slope};
+    F kept = forward_kl(p, q, d), bound = p - q + mix.entry_clip;
+    return {clipped ? bound : kept, clipped ? splat<F>(1.0f) : splat<F>(0.0f)};
   }
   F low = at_least(-120.0f, d), finite = low < 120.0f ? low : splat<F>(120.0f);
   Entry<F> near = mixture_near(p, finite, mix), far = mixture_far(p, q, finite, mix);
   auto is_near = abs_value(finite) < 1.0f;
   return {is_near ? near.divergence : far.divergence, is_near ? near.score : far.score};
-}
-
-// An entry's share of the late mean: of the scores, counted from the reference, or of Q.
-template <Objective objective, class F>
-SCSDPO_INLINE F mean_term(F p, F q, F d, F score, float reference, const Mixture& mix) {
-  if constexpr (objective == Objective::kClippedForward)
-    return times(q, d) > mix.entry_clip ? q : splat<F>(0.0f);
-  else
-    return p * (score - reference);
 }
 
 // p x for an x made of scores. The mixtures' are finite.
@@ -264,6 +258,7 @@ struct Row {
   float reference;                         // score where y = 0, from which scores are counted: the mean score of a
   float mean_score;                        // peaked row is then a sum of small terms, where nothing cancels
   float inverse_softcap;                   // of the student's logits; 0: none
+  bool mostly_clipped;                     // mean_score is 1 - Q, else Q
 };
 
 // `own` is the difference at the student's largest logit.
@@ -324,6 +319,37 @@ SCSDPO_INLINE Probabilities<F> probabilities(const Logits<F>& at, const Row& row
 struct Entropies {
   float student, teacher;
 };
+
+// What is summed of the entries: the divergence; of a mixture the mean score, counted from the reference; of the
+// clipped forward KL Q, 1 - Q, and the divergence where Q is large.
+template <Objective objective, class F>
+SCSDPO_INLINE void add_terms(F (&terms)[kTermCount<objective>], const Probabilities<F>& at, const Entry<F>& of,
+                             const Row& row, const Mixture& mix) {
+  terms[0] += of.divergence;
+  if constexpr (objective == Objective::kJensenShannon) terms[1] += at.p * (of.score - row.reference);
+  if constexpr (objective == Objective::kClippedForward) {
+    auto clipped = of.score > 0.0f;
+    F term = times(at.q, at.d);
+    terms[1] += clipped ? at.q : splat<F>(0.0f);
+    terms[2] += clipped ? splat<F>(0.0f) : at.q;
+    terms[3] += clipped ? splat<F>(mix.entry_clip) : term;
+  }
+}
+
+// The divergence from the sums of these terms; sets what `slope` needs of the row.
+template <Objective objective>
+SCSDPO_INLINE double finish(const double (&terms)[kTermCount<objective>], Row& row) {
+  double divergence = terms[0], mean = terms[1];
+  if constexpr (objective == Objective::kClippedForward) {
+    row.mostly_clipped = terms[1] > 0.5;
+    if (row.mostly_clipped) divergence = terms[3], mean = terms[2];
+  } else {
+    divergence = divergence < 0 ? 0 : divergence;  // what is left of a row whose entries have underflowed
+  }
+  if constexpr (kLateMean<objective>)  // a NaN row is NaN throughout
+    row.mean_score = static_cast<float>(divergence == divergence ? mean : divergence);
+  return divergence;
+}
 
 // d (c tanh(x / c)) / dx = 1 - (z / c)^2 of a logit z = c tanh(x / c).
 template <class F>
@@ -389,7 +415,11 @@ SCSDPO_INLINE float slope_scale(float weight, const Mixture& mix, const Row& row
 // dD/dz of one entry without slope_scale.
 template <Objective objective, class F>
 SCSDPO_INLINE F slope(const Probabilities<F>& at, F score, const Row& row) {
-  if constexpr (objective == Objective::kClippedForward) return score - at.p * row.mean_score;
+  if constexpr (objective == Objective::kClippedForward) {
+    F mean = at.p * row.mean_score;
+    if (row.mostly_clipped) return score > 0.0f ? mean : mean - at.q;
+    return (score > 0.0f ? at.p : -excess(at.p, at.q, at.d)) - mean;
+  }
   if constexpr (objective == Objective::kForward) return -excess(at.p, at.q, at.d);
   return weighted_score<objective>(at.p, (score - row.reference) - row.mean_score);
 }

@@ -28,7 +28,7 @@ struct TailGradient {
   const float* logits;  // [rows, vocabulary]; -inf: 0 is written
   int64_t logits_stride;
   const float* base;    // [rows]
-  const float* factor;  // [rows]
+  const float* factor;  // [rows]; 0: so is the gradient, whatever the row holds
   float temperature;
   float softcap;   // 0: none
   void* gradient;  // [rows, vocabulary]. A row may lie over the same row of logits.

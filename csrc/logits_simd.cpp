@@ -34,6 +34,10 @@ void tail_row(const TailGradient& task, int64_t r) {
   Gradient* out = static_cast<Gradient*>(task.gradient) + r * task.gradient_stride;
   const float inverse_temperature = 1.0f / task.temperature, base = task.base[r], factor = task.factor[r];
   const float inverse_softcap = task.softcap == 0.0f ? 0.0f : 1.0f / task.softcap;
+  if (factor == 0.0f) {  // whatever the row holds
+    std::fill(out, out + task.vocabulary, Gradient{});
+    return;
+  }
   walk(task.vocabulary, [&](int64_t v, int count) __attribute__((always_inline)) {
     Floats z = load(row + v, count, 0.0f);
     Floats g = exponential((z - base) * inverse_temperature) * factor;

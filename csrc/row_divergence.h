@@ -30,7 +30,7 @@ struct RowDivergence {
   int64_t teacher_stride;
   bool teacher_is_difference;
 
-  const float* weight;    // [rows]
+  const float* weight;    // [rows]; 0: so is the gradient, whatever the row holds
   const int64_t* target;  // [rows], each in [0, vocabulary); null: no log-probabilities wanted
 
   const float* old_logp;  // [rows]; null: no importance ratios. Needs target.

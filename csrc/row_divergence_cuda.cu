@@ -182,15 +182,10 @@ struct Quad {
     }
   }
 
-  // Divergence, and the late mean.
-  __device__ __forceinline__ void add_to(float (&terms)[2], const Row& row, const Mixture& mix) const {
+  __device__ __forceinline__ void add_to(float (&terms)[kTermCount<objective>], const Row& row,
+                                         const Mixture& mix) const {
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      terms[0] += entry[i].divergence;
-      const Probabilities<float>& at = probability[i];
-      if constexpr (kLateMean<objective>)
-        terms[1] += mean_term<objective>(at.p, at.q, at.d, entry[i].score, row.reference, mix);
-    }
+    for (int i = 0; i < kQuad; ++i) add_terms<objective>(terms, probability[i], entry[i], row, mix);
   }
 
   // What the gradient is made of, through the student's softcap: after the terms have been added.
@@ -201,13 +196,12 @@ struct Quad {
       float slope = softcap_slope(at[i].s, inverse_softcap);
       probability[i].p *= slope;
       probability[i].q *= slope;
-      if constexpr (objective == Objective::kClippedForward) entry[i].score *= slope;
     }
   }
 
   __device__ __forceinline__ void gradient(float* g, const Row& row, float scale) const {
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) g[i] = slope<objective>(probability[i], entry[i].score, row) * scale;
+    for (int i = 0; i < kQuad; ++i) g[i] = times(scale, slope<objective>(probability[i], entry[i].score, row));
   }
 };
 
@@ -232,14 +226,10 @@ struct Outputs {
     row = of;
   }
 
-  // result: the divergence, and the late mean.
   template <Objective objective>
-  __device__ __forceinline__ void finish(const double (&result)[2], const RowDivergence& task, int64_t r, bool writes) {
-    double divergence = result[0];
-    if constexpr (objective != Objective::kClippedForward)
-      divergence = divergence < 0 ? 0 : divergence;  // what is left of a row whose entries have underflowed
-    if constexpr (kLateMean<objective>)              // a NaN row is NaN throughout
-      row.mean_score = static_cast<float>(divergence == divergence ? result[1] : divergence);
+  __device__ __forceinline__ void finish(const double (&terms)[kTermCount<objective>], const RowDivergence& task,
+                                         int64_t r, bool writes) {
+    double divergence = scsdpo::finish<objective>(terms, row);
     if (!writes) return;
     task.divergence[r] = static_cast<float>(divergence);
     task.student_entropy[r] = entropy.student;
@@ -467,7 +457,7 @@ struct Slice {
 template <Objective objective, class Logit, bool difference>
 __device__ void cluster_rows(const Task& task) {
   // fp32 logits leave room for p and the score in their place; bf16 ones are computed again.
-  constexpr bool keeps = kLateMean<objective> && sizeof(Logit) == 4;
+  constexpr bool keeps = objective == Objective::kJensenShannon && sizeof(Logit) == 4;
   Slice<Logit, difference> slice(task, gpu::shared_memory());
   Header& header = slice.header;
   const RowDivergence& rows = task.rows;
@@ -533,7 +523,7 @@ __device__ void cluster_rows(const Task& task) {
 
     const Gradient gradient(task, r);
     const bool last = !kLateMean<objective> || !rows.gradient;
-    float terms[2] = {};
+    float terms[kTermCount<objective>] = {};
     slice.walk(
         [&](int k) {
           Logits<float> at[kQuad];
@@ -556,7 +546,7 @@ __device__ void cluster_rows(const Task& task) {
           }
         },
         last ? next : -1);
-    double result[2];
+    double result[kTermCount<objective>];
     sum_over_cluster(terms, header, told, result);
     told ^= 1;
     if (leads) header.of.finish<objective>(result, rows, r, gpu::cluster_rank() == 0);
@@ -571,7 +561,7 @@ __device__ void cluster_rows(const Task& task) {
 #pragma unroll
             for (int i = 0; i < kQuad; ++i) {
               float p = entry_of(slice.student[k], i), score = entry_of(slice.teacher[k], i);
-              g[i] = slope<objective>({p, 0.0f, 0.0f}, score, row) * scale;
+              g[i] = times(scale, slope<objective>({p, 0.0f, 0.0f}, score, row));
             }
           } else {
             Logits<float> at[kQuad];
@@ -775,11 +765,11 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
   const float scale = header.of.scale;
   const Gradient gradient(task, r);
 
-  float terms[2] = {};
+  float terms[kTermCount<objective>] = {};
   stream.walk([&](int64_t v, const Logits<float>(&at)[kGroup][n]) {
     // The gradient may lie over logits that other threads read in this turn.
     if (!kLateMean<objective> && rows.gradient) gpu::block_barrier();
-    float sum[2] = {};
+    float sum[kTermCount<objective>] = {};
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       float g[n];
@@ -794,10 +784,10 @@ __global__ void __launch_bounds__(kStreamingThreads, 3) row_streaming(const __gr
         if (rows.gradient) gradient.store(v + k * stream.step(), g);
       }
     }
-    terms[0] += sum[0];
-    terms[1] += sum[1];
+#pragma unroll
+    for (int i = 0; i < kTermCount<objective>; ++i) terms[i] += sum[i];
   });
-  double result[2];
+  double result[kTermCount<objective>];
   sum_over_block(terms, header.of_warps, result);
   if (leads) header.of.finish<objective>(result, rows, r, true);
   if (!kLateMean<objective> || !rows.gradient) return;

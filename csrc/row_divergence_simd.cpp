@@ -98,31 +98,25 @@ SCSDPO_INLINE Floats capped(Floats gradient, Floats z, const Row& row) {
   return row.inverse_softcap == 0.0f ? gradient : gradient * softcap_slope(z, row.inverse_softcap);
 }
 
-// The divergence, and the late mean, which the gradient then needs; the other gradients are written on the way, if
-// `gradient` is given.
+// The divergence, and in `row` what a gradient still needs; the other gradients are written on the way, if `gradient`
+// is given.
 template <Objective objective, class Memory, class Gradient>
 double divergence(const Memory& memory, const Mixture& mix, Row& row, float scale, Gradient* gradient) {
-  double divergence = 0, mean = 0;
-  Floats d_sum{}, mean_sum{};
+  double total[kTermCount<objective>] = {};
+  Floats terms[kTermCount<objective>] = {};
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
         auto at = probabilities(logits, row);
-        auto [d, score] = entry<objective>(at.p, at.q, at.d, mix);
-        d_sum += d;
-        if constexpr (kLateMean<objective>)
-          mean_sum += mean_term<objective>(at.p, at.q, at.d, score, row.reference, mix);
-        else if (gradient)
-          store(gradient + v, capped(slope<objective>(at, score, row) * scale, logits.s, row), count);
+        auto of = entry<objective>(at.p, at.q, at.d, mix);
+        add_terms<objective>(terms, at, of, row, mix);
+        if (!kLateMean<objective> && gradient)
+          store(gradient + v, capped(slope<objective>(at, of.score, row) * scale, logits.s, row), count);
       },
       [&]() __attribute__((always_inline)) {
-        divergence += sum(d_sum);
-        mean += sum(mean_sum);
-        d_sum = mean_sum = Floats{};
+        for (int i = 0; i < kTermCount<objective>; ++i) total[i] += sum(terms[i]), terms[i] = Floats{};
       });
-  if (kLateMean<objective>) row.mean_score = static_cast<float>(mean);
-  if (objective == Objective::kClippedForward) return divergence;
-  return divergence < 0 ? 0 : divergence;  // what is left of a row whose entries have underflowed
+  return finish<objective>(total, row);
 }
 
 template <Objective objective, class Memory, class Gradient>
@@ -151,11 +145,14 @@ void one_row(const RowDivergence& task, const Mixture& mix, const Memory& memory
     scale *= task.importance_ratio[r];
   }
   if (!task.divergence) return;
-  double value = divergence<objective>(memory, mix, row, scale, gradient);
-  task.divergence[r] = static_cast<float>(value);
+  Gradient* wanted = scale == 0.0f ? nullptr : gradient;
+  task.divergence[r] = static_cast<float>(divergence<objective>(memory, mix, row, scale, wanted));
+  if (gradient && !wanted) {  // whatever the row holds: 0 may not meet an infinity
+    std::fill(gradient, gradient + task.vocabulary, Gradient{});
+    return;
+  }
   if constexpr (kLateMean<objective>) {
     if (!gradient) return;
-    if (std::isnan(value)) row.mean_score = static_cast<float>(value);  // a NaN row is NaN throughout
     memory.walk(
         [&](int64_t v, int count) __attribute__((always_inline)) {
           auto logits = memory.at(v, count);

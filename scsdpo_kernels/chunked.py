@@ -217,10 +217,12 @@ class _BiasGradient:
 
     def __init__(self, bias: Tensor, dtype: torch.dtype, chunks: int):
         self.dtype = dtype
-        self.sum = torch.zeros_like(bias, dtype=torch.float32)
+        self.sum = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
 
     def add(self, logit_gradient: Tensor) -> None:
-        self.sum += logit_gradient.sum(0, dtype=torch.float32)
+        for start in range(0, len(self.sum), SLAB_ROWS):  # a sum in fp32 copies what it sums
+            slab = slice(start, start + SLAB_ROWS)
+            self.sum[slab] += logit_gradient[:, slab].sum(0, dtype=torch.float32)
 
     def result(self) -> Tensor:
         return self.sum.to(self.dtype)
@@ -233,9 +235,9 @@ class _HeadGradient:
         self.dtype = dtype
         self.chunks = 0
         if chunks == 0:
-            self.sum = torch.zeros_like(weight, dtype=dtype)
+            self.sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         else:
-            accumulator = dtype if chunks == 1 else torch.float32
+            accumulator = dtype if chunks == 1 and dtype != torch.float64 else torch.float32
             self.sum = _empty(*weight.shape, dtype=accumulator, device=weight.device)
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:

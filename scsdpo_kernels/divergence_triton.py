@@ -378,14 +378,30 @@ def divergence_terms(p, q, d, reference, share_s, share_t):
 
 @triton.jit
 def clipped_terms(p, q, d, entry_clip):
-    """(R,) sums over (R, B) entries of the clipped KL(q‖p), Σ min(q d, c): its value, and Q, the clipped mass.
+    """(R,) sums over (R, B) entries of the clipped KL(q‖p), Σ min(q d, c): its value, Q, 1 - Q, and its value again.
 
-    As Σ q = Σ p, p - q may be added to every entry: q φ(-d) then, and p - q + c of the clipped ones.
+    Q is the clipped mass. As Σ q = Σ p, p - q may be added to every entry: q φ(-d) then, and p - q + c of the clipped
+    ones, which is the value to take where Q is small; where it is large, nothing of the plain sum cancels.
     """
     term = _times(q, d)
     clipped = term > entry_clip
     kept = tl.where(tl.abs(d) < 1, q * _phi(-d), p - q + term)
-    return _sum2(tl.where(clipped, p - q + entry_clip, kept), tl.where(clipped, q, 0.0))
+    return _sum4(
+        tl.where(clipped, p - q + entry_clip, kept),
+        tl.where(clipped, q, 0.0),
+        tl.where(clipped, 0.0, q),
+        tl.where(clipped, entry_clip, term),
+    )
+
+
+@triton.jit
+def clipped_gradient(p, q, d, scale, mean, mostly_clipped, entry_clip):
+    """(R, B) weight · dD/ds: p (1 - Q), and of an entry that is not clipped -q. `mean` is Q or, where mostly, 1 - Q."""
+    clipped = _times(q, d) > entry_clip
+    share = p * mean[:, None]
+    few = tl.where(clipped, p, -_excess(p, q, d)) - share
+    most = tl.where(clipped, share, share - q)
+    return tl.where(mostly_clipped[:, None], most, few) * scale[:, None]
 
 
 @triton.jit
@@ -428,8 +444,5 @@ def gradient(p, q, d, scale, reference, mean, share_s, share_t, objective: tl.co
     """(R, B) weight · dD/ds of entries."""
     if objective == FORWARD:
         return -_excess(p, q, d) * scale[:, None]
-    if objective == CLIPPED:
-        slope = tl.where(_times(q, d) > reference[:, None], p, -_excess(p, q, d))  # its reference is the bound
-        return (slope - p * mean[:, None]) * scale[:, None]
     score = (_score(d, share_s, share_t, objective) - reference[:, None]) - mean[:, None]
     return _times(p, score) * scale[:, None]

@@ -76,7 +76,8 @@ def linear_divergence(
     Args:
         beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: generalised Jensen-Shannon.
         temperature: divides both sides' logits; there is no τ² factor.
-        target_ids: sampled tokens, asks for their log-probabilities. Ids of rows of weight 0 are not looked at.
+        target_ids: sampled tokens, asks for their log-probabilities. Ids of rows that are not computed are not looked
+            at.
         old_logp: log-probabilities of target_ids at the time they were sampled. Each row's weight is then multiplied
             with its importance ratio min(e^clamp(log p - old_logp, -20, 20), importance_clip), detached, log p being
             this pass's own (SDPO, arXiv 2601.20802). Those of rows of weight 0 are not looked at.
@@ -96,7 +97,8 @@ def linear_divergence(
             z = c tanh(s (h Wᵀ + b + λ (h Aᵀ) Bᵀ) / c): bias b, softcap c (Gemma), logit scale s (Cohere; 1/s divides
             in Granite), low-rank adapter (A, B, λ).
         teacher_bias, teacher_softcap, teacher_logit_scale, teacher_lora: the same of the teacher's head. A teacher
-            without teacher_weight has the student's whole head, but for what is given here (inf is no softcap).
+            without teacher_weight has the student's whole head, but for what is given here (inf is no softcap); with
+            one, even the student's own tensor, it has only what is given here.
         schedule: "chunked" projects a chunk of rows at a time, into buffers. "tiled" (GPUs) has logits in registers
             only: slower, and with next to no memory but the gradients'. "reference" is plain PyTorch with full logits,
             in any dtype up to float64 and differentiable twice. "auto" is "chunked".
@@ -189,7 +191,7 @@ def _arguments(
         ("teacher_lora's scale", teacher_lora_scale),
     ):
         _check_number(name, number, above_0=False)
-    _check_support_options(top_k, tail)
+    _check_support_options(top_k, tail, sampled_token)
     _check_together(
         {
             **{name: value for name, value in tensors._asdict().items() if "lora" not in name},
@@ -262,13 +264,16 @@ def _lora(name: str, lora) -> tuple[Tensor | None, Tensor | None, float]:
     if not isinstance(lora, tuple | list) or len(lora) != 3:
         raise TypeError(f"{name}: expected (A, B, scale), got {type(lora).__name__}")
     for part, tensor in zip("AB", lora[:2], strict=True):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor as {part}, got {type(tensor).__name__}")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: expected a tensor of floating-point numbers as {part}, got {got}")
+    if not isinstance(lora[2], int | float):
+        raise TypeError(f"{name}: expected a number as scale, got {type(lora[2]).__name__}")
     return tuple(lora)
 
 
 def _softcap(softcap: float | None) -> float:
-    return 0.0 if softcap is None or math.isinf(softcap) else float(softcap)
+    return 0.0 if softcap is None or softcap == math.inf else float(softcap)
 
 
 def _in_autocast(device: str) -> bool:
@@ -306,9 +311,7 @@ def _check_tensors(tensors: Tensors, dtypes: tuple[torch.dtype, ...]) -> None:
         tensor = getattr(tensors, name)
         if tensor is not None and tensor.dtype not in _INTEGERS:
             raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
-    real = ("old_logp", "support_logp", "student_bias", "teacher_bias", "student_lora_a", "student_lora_b",
-            "teacher_lora_a", "teacher_lora_b")  # fmt: skip
-    for name in real:
+    for name in ("old_logp", "support_logp", "student_bias", "teacher_bias"):
         tensor = getattr(tensors, name)
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
@@ -404,7 +407,9 @@ def _check_together(given: dict, beta: float) -> None:
             raise ValueError(f"{name}: expected beta={only} with it, got beta={beta}")
 
 
-def _check_support_options(top_k, tail) -> None:
+def _check_support_options(top_k, tail, sampled_token) -> None:
+    if not isinstance(sampled_token, bool):
+        raise TypeError(f"sampled_token: expected True or False, got {type(sampled_token).__name__}")
     if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool)):
         raise TypeError(f"top_k: expected an integer, got {type(top_k).__name__}")
     if top_k is not None and top_k < 1:
@@ -418,10 +423,10 @@ def _check_number(name: str, number: float | None, above_0: bool) -> None:
         return
     if not isinstance(number, int | float):
         raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
-    if above_0 and not number > 0.0:
-        raise ValueError(f"{name}: expected a number above 0, got {number}")
-    if not above_0 and not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, got {number}")
+    if above_0 and not (2.0**-126 <= number <= 2.0**126 or number == math.inf):
+        raise ValueError(f"{name}: expected a number above 0, normal in fp32, got {number}")
+    if not above_0 and not -(2.0**126) <= number <= 2.0**126:
+        raise ValueError(f"{name}: expected a finite number, normal in fp32, got {number}")
 
 
 def _check_numbers(beta: float, temperature: float) -> None:

@@ -19,8 +19,8 @@ BLOCK, WARPS = 4096, 4
 @triton.jit
 def _block(logits, stride, vocabulary, BLOCK: tl.constexpr):
     """Addresses of a program's logits, their columns, and which of them exist."""
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    return logits + tl.program_id(1).to(tl.int64) * stride + columns, columns, columns < vocabulary
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    return logits + tl.program_id(0).to(tl.int64) * stride + columns, columns, columns < vocabulary
 
 
 @triton.jit
@@ -56,6 +56,7 @@ def tail_gradient_kernel(
         g = exponential((z - base) * inverse_temperature) * factor
         if has_softcap:
             g *= softcap_slope(z, inverse_softcap)
+        g = tl.where(factor == 0, 0.0, g)  # whatever the row holds
         tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
 
 
@@ -69,7 +70,7 @@ def head_logits(
     """logits = softcap tanh(scale (logits + bias) / softcap)."""
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
     rows, vocabulary = logits.shape
-    head_logits_kernel[triton.cdiv(vocabulary, BLOCK), rows](
+    head_logits_kernel[rows, triton.cdiv(vocabulary, BLOCK)](
         logits, logits.stride(0), vocabulary, bias, scale, softcap,
         has_bias=bias is not None, has_softcap=bool(softcap), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip

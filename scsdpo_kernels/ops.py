@@ -134,10 +134,11 @@ def _support(tensors: Tensors, kept: Tensor, vocabulary: int) -> tuple[Tensor | 
     """Ids and log-probabilities of the kept rows' supports. A row of wrong ids, if nothing was checked, becomes NaN."""
     if tensors.support_ids is None:
         return None, None
-    ids, logp = (x.flatten(0, -2)[kept] for x in (tensors.support_ids, tensors.support_logp))
-    ids = ids.long()
-    logp = torch.where(valid_support(ids, vocabulary)[:, None], logp.float(), torch.nan)
-    return ids.clamp(-1, vocabulary - 1), logp
+    ids, logp = (x.flatten(0, -2)[kept] for x in (tensors.support_ids.long(), tensors.support_logp.float()))
+    valid = valid_support(ids, vocabulary)[:, None]
+    ids, logp = torch.where(valid, ids, 0), torch.where(valid, logp, torch.nan)
+    computed = tensors.token_weight.reshape(-1)[kept, None] != 0  # a list may have others, which may hold anything
+    return torch.where(computed, ids, -1), torch.where(computed, logp, -torch.inf)
 
 
 def _current(device: torch.device) -> AbstractContextManager:

@@ -82,6 +82,8 @@ def _on_support(log_p: Tensor, log_q: Tensor | None, tensors: Tensors, numbers: 
     """Log-probabilities of both sides on the support and its tail; the whole vocabulary's where there is no support."""
     if tensors.support_ids is not None:
         ids, log_q = (x.flatten(0, -2)[kept] for x in (tensors.support_ids.long(), tensors.support_logp.double()))
+        computed = tensors.token_weight.reshape(-1)[kept, None] != 0  # a list may have others, which may hold anything
+        ids = torch.where(computed, ids, -1)
         exists = ids >= 0
         log_q = torch.where(exists, log_q, -torch.inf)
         log_q = torch.where(valid_support(ids, log_p.shape[1])[:, None], log_q, torch.nan)

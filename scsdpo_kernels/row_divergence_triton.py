@@ -18,6 +18,7 @@ from torch import Tensor
 from .divergence_triton import (
     CLIPPED,
     JENSEN_SHANNON,
+    clipped_gradient,
     clipped_terms,
     concluded,
     divergence_terms,
@@ -145,14 +146,18 @@ def row_divergence_kernel(
             mean += score_sum
         divergence, mean = value(of_student, of_teacher, mean, share_s, share_t)
     if objective == CLIPPED:
-        reference += entry_clip
-        divergence = tl.zeros_like(z_s)
+        divergence, plain, unclipped = tl.zeros_like(z_s), tl.zeros_like(z_s), tl.zeros_like(z_s)
         for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
             s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
             p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
-            value_sum, mass_sum = clipped_terms(p, q, d, entry_clip)
+            value_sum, clipped_sum, unclipped_sum, plain_sum = clipped_terms(p, q, d, entry_clip)
             divergence += value_sum
-            mean += mass_sum
+            mean += clipped_sum
+            unclipped += unclipped_sum
+            plain += plain_sum
+        mostly_clipped = mean > 0.5
+        divergence = tl.where(mostly_clipped, plain, divergence)
+        mean = tl.where(mostly_clipped, unclipped, mean)
         mean = tl.where(divergence == divergence, mean, divergence)  # a NaN row is NaN throughout
 
     one = tl.arange(0, 1)
@@ -184,9 +189,13 @@ def row_divergence_kernel(
             s, t, d, columns, inside = _entries(student, teacher, start, vocabulary, difference, BLOCK)
             tl.debug_barrier()  # a bf16 block is written over logits that another warp reads in this round
             p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
-            g = gradient(p, q, d, scale, reference, mean, share_s, share_t, objective)
+            if objective == CLIPPED:
+                g = clipped_gradient(p, q, d, scale, mean, mostly_clipped, entry_clip)
+            else:
+                g = gradient(p, q, d, scale, reference, mean, share_s, share_t, objective)
             if has_softcap:
                 g *= softcap_slope(s, inverse_softcap)
+            g = tl.where(scale[:, None] == 0, 0.0, g)  # whatever the row holds
             tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
 
 

@@ -75,19 +75,21 @@ def divergence_on_support(
 
     # g: of the logits in A, and of the tail's log-sum-exp
     if numbers.sampled_token:
-        ratio = log_p - log_q
+        ratio = log_p - log_q + 0.0 * target[:, None]  # NaN for a target that is none
         divergence = (ratio * log_p).squeeze(-1)
         g = weight[:, None] * ratio * log_tail.exp()
         g = torch.cat([g, -g], dim=-1)
     else:
         divergence, g = _few_entries(log_p, log_tail, log_q, log_tail_t, exists, weight, numbers, kernels)
     if gradient is not None:
+        g = torch.where(weight[:, None] == 0, 0.0, g)  # whatever the row holds
         bounded = (log_tail < LEAST_LOG_TAIL).squeeze(-1) & (not numbers.sampled_token)
         g, g_tail = g[:, :-1], g[:, -1]
         g = g + (bounded * g_tail)[:, None] * log_p.exp()
         g_tail = torch.where(bounded, 0.0, g_tail) / temperature
         base = torch.where(tail.isfinite(), tail * temperature, 0.0).float()
         factor = torch.where(tail == -torch.inf, 0.0 * g_tail, g_tail * (base.double() / temperature - tail).exp())
+        factor = torch.where(weight == 0, 0.0, factor)
         softcap = numbers.student_softcap
         kernels.tail_gradient(student, base, factor.float(), gradient, temperature=temperature, softcap=softcap)
         if softcap:
@@ -99,7 +101,7 @@ def divergence_on_support(
 def _support(student: Tensor, rows: Rows, numbers: Numbers) -> tuple[Tensor, Tensor]:  # (C, K) int64, (C, K) bool
     """Ids, and which of the slots exist. A slot that does not repeats the row's first one that does, or 0."""
     if numbers.sampled_token:
-        ids = rows.target[:, None]
+        ids = rows.target.clamp(0, student.shape[1] - 1)[:, None]
     elif rows.support_ids is None:
         ids = student.topk(min(numbers.top_k, student.shape[1]), sorted=False).indices.sort().values  # one order
     else:
@@ -123,7 +125,8 @@ def _put(gradient: Tensor, ids: Tensor, exists: Tensor, g: Tensor) -> None:
     some = exists.any(1, keepdim=True)
     first = g.gather(1, exists.int().argmax(1, keepdim=True))
     g = torch.where(exists, g, first).to(gradient.dtype)
-    gradient.scatter_(1, ids, torch.where(some, g, gradient.gather(1, ids)))
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    gradient[rows, ids] = torch.where(some, g, gradient.gather(1, ids))  # scatter_ would copy all of a bf16 chunk
 
 
 def _at_target(logits: Tensor, rows: Rows) -> Tensor | None:  # (C,) float64

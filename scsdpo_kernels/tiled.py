@@ -502,6 +502,7 @@ def gradient_kernel(
             s_part, t_part, d_part, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature
         )
         g = gradient(p, q, d_part, scale, reference, mean, share_s, share_t, objective)
+        g = tl.where(scale[:, None] == 0, 0.0, g)  # whatever the row holds
         tl.store(to + columns[None, :], g.to(slab.dtype.element_ty), inside[:, None] & (columns < vocabulary)[None, :])
 
 
@@ -571,7 +572,11 @@ def divergence_rows(
     count, vocabulary, device = len(rows.weight), student_weight.shape[0], student.device
     scalars = torch.empty(rows.scalars, count, dtype=torch.float32, device=device)
     if count == 0:
-        empty = None if grad_weight_dtype is None else torch.zeros_like(student_weight, dtype=grad_weight_dtype)
+        empty = (
+            None
+            if grad_weight_dtype is None
+            else torch.zeros(student_weight.shape, dtype=grad_weight_dtype, device=device)
+        )
         return scalars, [empty, None, None, None]
     choice = tiles(student, teacher, student.shape[1], teacher.shape[1])
     tile = choice[0]

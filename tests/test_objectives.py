@@ -539,7 +539,7 @@ def test_zero_negative_and_huge_weights(name):
         options_r = {**options, "target_ids": options["target_ids"][r : r + 1]}
         alone = linear_divergence(*one, teacher[r : r + 1], **options_r)
         (expected,) = torch.autograd.grad(alone.loss, one[:1])
-        torch.testing.assert_close(grad_hidden[r], expected[0] * token_weight[r], rtol=1e-4, atol=0)
+        torch.testing.assert_close(grad_hidden[r], expected[0] * token_weight[r], rtol=1e-4, atol=1e-37)
         assert result.divergence[r] == (0 if token_weight[r] == 0 else alone.divergence[0])
 
 
@@ -618,3 +618,83 @@ def test_one_row_without_a_leading_axis():
 
 def test_kernels_of_a_cpu_are_native():
     assert kernels_of(torch.device("cpu")) != triton_kernels()
+
+
+def test_listed_rows_of_weight_0_may_hold_anything(kernels):
+    """Padding in `rows=`: repeated ids, NaN, -inf and infinite divergences of rows of weight 0 reach no gradient."""
+    hidden, weight, teacher, _ = problem((4,), D, V)
+    ids, logp = torch.arange(12).view(4, 3), torch.full((4, 3), -2.0)
+    token_weight, rows = torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.arange(4)
+    for beta in BETAS:
+        for bad_ids, bad_logp in ((0, -2.0), (7, torch.nan), (9, -torch.inf)):
+            given, teacher_logp = ids.clone(), logp.clone()
+            given[1], teacher_logp[1], teacher_logp[3] = bad_ids, bad_logp, bad_logp
+            results = []
+            for listed in (None, rows):
+                inputs = leaves(hidden, weight)
+                out = linear_divergence(*inputs, support_ids=given, support_logp=teacher_logp, beta=beta,
+                                        token_weight=token_weight, rows=listed)  # fmt: skip
+                results.append((out.loss, *torch.autograd.grad(out.loss, inputs)))
+            for x, y in zip(*results, strict=True):
+                torch.testing.assert_close(x, y)
+    forbids = torch.zeros(V)
+    forbids[3] = -torch.inf
+    infinite = {"teacher_bias": forbids, "student_bias": torch.zeros(V), "beta": 1.0}
+    inputs = leaves(hidden, weight)
+    result = linear_divergence(*inputs, teacher, token_weight=torch.zeros(4), rows=rows, **infinite)
+    assert result.divergence.isinf().all()
+    assert all((x == 0).all() for x in torch.autograd.grad(result.loss, inputs))
+    out = linear_divergence_per_token(*inputs, teacher, rows=rows, **infinite)
+    assert all((x == 0).all() for x in torch.autograd.grad(out, inputs, torch.zeros(4)))
+
+
+def test_unchecked_ids_give_nan_in_their_row(kernels, monkeypatch):
+    """What a GPU does with `rows=`, where nothing is checked: NaN in the rows of wrong ids, and in no others."""
+    from scsdpo_kernels import ops
+
+    monkeypatch.setattr(ops, "kept_rows", lambda weight, target, rows, *_, **__: (rows, True))
+    hidden, weight, teacher, _ = problem((5,), D, V)
+    rows, logp = torch.arange(5), torch.full((5, 3), -2.0)
+    ids = torch.tensor([[1, 2, 3], [-5, -7, -100], [-2, 3, 4], [3, 3, 4], [3, 4, V]])
+    inputs = leaves(hidden, weight)
+    result = linear_divergence(*inputs, support_ids=ids, support_logp=logp, rows=rows)
+    assert result.divergence.isnan().tolist() == [False, True, True, True, True]
+    (grad,) = torch.autograd.grad(result.loss, inputs[:1])
+    assert grad[0].isfinite().all() and grad[1:].isnan().all()
+    targets = torch.tensor([4, -100, V, 3, -100])
+    token_weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0])
+    inputs = leaves(hidden, weight)
+    result = linear_divergence(*inputs, teacher, beta=1.0, sampled_token=True, target_ids=targets, rows=rows,
+                               token_weight=token_weight)  # fmt: skip
+    assert result.student_logp.isnan().tolist() == [False, True, True, False, True]
+    (grad,) = torch.autograd.grad(result.loss, inputs[:1])
+    assert grad.isnan().any(1).tolist() == [False, False, True, False, False]
+
+
+def test_entry_clip_where_the_teacher_is_sure(kernels):
+    """Nearly all of q is clipped: 1 - Q is summed, not subtracted, in value and gradient."""
+    hidden, weight, teacher, _ = problem((6,), D, V, 0.5)
+    for margin in (4.0, 8.0, 14.0):
+        bias = torch.zeros(V)
+        bias[5] = margin + 7
+        inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
+        got = linear_divergence(*inputs, teacher, beta=0.0, entry_clip=0.05, teacher_bias=bias)
+        z_t = logits(teacher.double(), weight.double(), bias=bias.double())
+        expected = clipped(logits(*exact), z_t, 0.05)
+        assert z_t.softmax(-1)[:, 5].min() > 0.5
+        assert relative_error(got.divergence, expected) < 3e-6
+        for x, y in zip(torch.autograd.grad(got.loss, inputs), torch.autograd.grad(expected.sum(), exact), strict=True):
+            assert relative_error(x, y) < 1e-5
+
+
+def test_compiled_with_other_numbers():
+    hidden, weight, teacher, _ = problem((4,), D, V)
+    lora = torch.randn(2, D), torch.randn(V, 2)
+
+    def step(hidden, cap, scale, clip):
+        return linear_divergence(hidden, weight, teacher, student_softcap=cap, student_logit_scale=scale, beta=0.0,
+                                 entry_clip=clip, student_lora=(*lora, scale)).loss  # fmt: skip
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for numbers in ((30.0, 1.0, 0.1), (20.0, 0.5, 0.2), (5.0, 0.25, 0.3)):
+        assert torch.equal(compiled(hidden, *numbers), step(hidden, *numbers))

@@ -142,7 +142,9 @@ def test_no_tensor_of_rows_by_vocabulary(monkeypatch, dtype):
 PEAK = """
 import sys, torch
 from scsdpo_kernels import linear_divergence, native
-rows, dtype = int(sys.argv[1]), getattr(torch, sys.argv[2])
+rows, dtype, what = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
+bias = torch.zeros(151936, requires_grad=True)
+options = {"plain": {}, "top_k": {"top_k": 100}, "bias": {"student_bias": bias}}[what]
 def read(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
 hidden = torch.randn(rows, 64).to(dtype).requires_grad_()
@@ -152,7 +154,7 @@ linear_divergence(hidden[:2], weight[:50], teacher[:2]).loss.backward()
 hidden.grad = weight.grad = None
 open("/proc/self/clear_refs", "w").write("5")
 before = read("VmRSS")
-linear_divergence(hidden, weight, teacher).loss.backward()
+linear_divergence(hidden, weight, teacher, **options).loss.backward()
 print(read("VmHWM") - before - (hidden.grad.nbytes + weight.grad.nbytes) / 2**20)
 """
 
@@ -162,8 +164,19 @@ print(read("VmHWM") - before - (hidden.grad.nbytes + weight.grad.nbytes) / 2**20
 def test_peak_memory_does_not_grow_with_rows(dtype):
     """MiB over inputs and gradients, each in a fresh process; the logits of 1024 rows alone would be 1187 a side."""
     peaks = [
-        float(subprocess.check_output([sys.executable, "-c", PEAK, str(rows), dtype], text=True))
+        float(subprocess.check_output([sys.executable, "-c", PEAK, str(rows), dtype, "plain"], text=True))
         for rows in (768, 1536)
     ]
     assert max(peaks) < 600, peaks
     assert abs(peaks[1] - peaks[0]) < 60, peaks
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of /proc/self/status")
+@pytest.mark.parametrize("what", ["top_k", "bias"])
+def test_objectives_and_heads_copy_no_chunk(what):
+    """A bf16 gradient lies over fp32 logits: a copy of it in fp32 would be 213 MiB more."""
+    peaks = [
+        float(subprocess.check_output([sys.executable, "-c", PEAK, "768", "bfloat16", which], text=True))
+        for which in ("plain", what)
+    ]
+    assert peaks[1] < peaks[0] + 100, peaks

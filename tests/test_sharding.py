@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import time
 import traceback
 import uuid
@@ -16,14 +17,18 @@ from torch import nn
 
 pytest.importorskip("transformers", reason="transformers: pip install '.[demo]'")
 
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from scsdpo.head import distill, hidden_states, patch_lm_head, teacher_arguments
+from scsdpo.head import base_model, distill, hidden_states, inside_forward, patch_lm_head, teacher_arguments
+from scsdpo_kernels import linear_divergence, question_weights
 
-WORLD, ROLLOUTS, TOKENS, VOCABULARY, BETA = 2, 6, 5, 101, 0.3  # an odd vocabulary: shards of 51 and 50 rows
-TOLERANCE = 2e-6  # absolute; the largest gradients are between 0.1 and a few
+WORLD, ROLLOUTS, TOKENS, BETA = 2, 6, 5, 0.3
+VOCABULARY = 101  # odd: shards of 51 and 50 rows
+SCALE = 20  # of the loss, for gradients between 0.1 and 1
+TOLERANCE = 2e-6  # absolute
+ENDS = ("model.embed_tokens.weight", "lm_head.weight")  # the last and the first to get a gradient
 SECONDS = 60  # after which a rank that has not answered waits for the other
 
 
@@ -36,53 +41,53 @@ def tiny(seed: int, *, tied: bool = False, bias: bool = False, width: int = 32) 
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).train()
     if bias:
-        model.lm_head.bias = nn.Parameter(torch.randn(VOCABULARY))
+        model.lm_head.bias = nn.Parameter(0.3 * torch.randn(VOCABULARY))
     return model
 
 
-# Layouts: each wraps a model and returns what the trainer then calls.
+# Layouts: each wraps a model and returns what the trainer then calls. options: of fully_shard.
 
 
 def ddp(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
 
-def _layers(model: nn.Module) -> None:
+def _layers(model: nn.Module, **options) -> None:
     for layer in model.model.layers:
-        fully_shard(layer)
+        fully_shard(layer, **options)
 
 
 def _is_tied(model: nn.Module) -> bool:
     return model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def root(model: nn.Module) -> nn.Module:
+def root(model: nn.Module, **options) -> nn.Module:
     """The head in the root unit, which stays gathered from its first forward to its backward."""
-    _layers(model)
-    return fully_shard(model)
+    _layers(model, **options)
+    return fully_shard(model, **options)
 
 
-def norm_and_head(model: nn.Module) -> nn.Module:
-    """One unit of the last norm and the head, as accelerate 1.15 and prime-rl shard; tied, the embeddings belong to it."""
-    _layers(model)
+def norm_and_head(model: nn.Module, **options) -> nn.Module:
+    """One unit of the last norm and the head, as accelerate 1.15 and prime-rl shard; tied, the embeddings are in it."""
+    _layers(model, **options)
     tail = [model.model.norm, model.lm_head]
     if _is_tied(model):
         tail.insert(1, model.model.embed_tokens)
     else:
-        fully_shard(model.model.embed_tokens)
-    fully_shard(tail, reshard_after_forward=False)
-    return fully_shard(model)
+        fully_shard(model.model.embed_tokens, **options)
+    fully_shard(tail, reshard_after_forward=False, **options)
+    return fully_shard(model, **options)
 
 
-def own_unit(model: nn.Module) -> nn.Module:
-    """The head its own unit, as verl shards; tied, together with the embeddings. Gathered for the head's forward only."""
-    _layers(model)
+def own_unit(model: nn.Module, **options) -> nn.Module:
+    """The head its own unit, as verl shards, gathered for its forward only; tied, the embeddings are in it."""
+    _layers(model, **options)
     if _is_tied(model):
-        fully_shard([model.model.embed_tokens, model.lm_head])
+        fully_shard([model.model.embed_tokens, model.lm_head], **options)
     else:
-        fully_shard(model.model.embed_tokens)
-        fully_shard(model.lm_head)
-    return fully_shard(model)
+        fully_shard(model.model.embed_tokens, **options)
+        fully_shard(model.lm_head, **options)
+    return fully_shard(model, **options)
 
 
 LAYOUTS = {"ddp": ddp, "root": root, "norm and head": norm_and_head, "own unit": own_unit}
@@ -145,11 +150,11 @@ def doubled(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Modul
 # One rank of two.
 
 
-def local_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, torch.Tensor], count) -> torch.Tensor:
-    """This rank's share of the token mean, times the number of ranks, over which DDP and FSDP2 average."""
+def local_loss(student, teacher, batch: dict[str, torch.Tensor], count: torch.Tensor, distil) -> torch.Tensor:
+    """This rank's share of the token mean, times the number of ranks, over which DDP, FSDP2 and ZeRO average."""
     with torch.no_grad():
         hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])[:, -TOKENS - 1 : -1]
-    result = distill(
+    result = distil(
         student,
         batch["student_ids"],
         batch["student_mask"],
@@ -199,10 +204,13 @@ def sharded_step(
     micro_batches: int = 1,
     optimiser_steps: int = 1,
     weight: list[float] | None = None,
+    questions: tuple[list[float], list[int]] | None = None,
+    distil=distill,
 ) -> dict[str, object]:
-    """Loss and gradients of one step (the last of several) of both ways, and how far they are apart.
+    """The last step's loss and gradients: how far two ranks and one process are apart, and how large they are.
 
     live: the teacher is the student, on the teacher's prompts. Otherwise a frozen model of another width, sharded too.
+    questions: rewards and ids; the ranks weight by `question_weights(..., group=)`, one process as the paper says.
     """
     student = tiny(1, tied=tied, bias=bias)
     teacher = student if live else tiny(2, tied=tied, bias=bias, width=48).requires_grad_(False)
@@ -215,11 +223,16 @@ def sharded_step(
     teacher = wrapped if live else LAYOUTS["root" if layout == "ddp" else layout](teacher)
     if patch_after:
         patch_lm_head(wrapped)
+    assert live == (not teacher_arguments(teacher, wrapped))  # nothing is gathered for a head that both share
 
     batch = whole_batch()
     if weight is not None:
         batch["weight"] = torch.tensor(weight)
     own = rows_of(batch, own_rows())
+    if questions is not None:
+        batch["weight"] = weights_of_questions(*questions)
+        rewards, ids = (torch.tensor(x)[own_rows()] for x in questions)
+        own["weight"] = question_weights(rewards, ids, group=dist.group.WORLD)
     count = total(own["mask"].sum())
     optimisers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (wrapped, oracle)]
     for step in range(optimiser_steps):
@@ -228,32 +241,50 @@ def sharded_step(
                 optimiser.step()
                 optimiser.zero_grad()
         loss = expected_loss(oracle, oracle_teacher, batch)
-        loss.backward()
+        (SCALE * loss).backward()
         ours = torch.zeros(())
         for number in range(micro_batches):
-            last = number == micro_batches - 1
-            if layout == "ddp":
-                wrapped.require_backward_grad_sync = last
-            else:
-                wrapped.set_requires_gradient_sync(last)
-            part = local_loss(wrapped, teacher, rows_of(own, slice(number, None, micro_batches)), count)
-            part.backward()
+            synchronise_gradients(wrapped, number == micro_batches - 1)
+            part = local_loss(wrapped, teacher, rows_of(own, slice(number, None, micro_batches)), count, distil)
+            (SCALE * part).backward()
             ours += part.detach()
+    return compared(ours, gradients(wrapped), loss, oracle)
+
+
+def weights_of_questions(rewards: list[float], ids: list[int]) -> torch.Tensor:
+    """(p (1 - p))^(1/2) over its mean over the questions where it is not 0."""
+    raw = {}
+    for question in set(ids):
+        own = [reward for reward, number in zip(rewards, ids, strict=True) if number == question]
+        rate = sum(own) / len(own)
+        raw[question] = math.sqrt(rate * (1 - rate))
+    positive = [value for value in raw.values() if value > 0]
+    return torch.tensor([raw[question] / (sum(positive) / len(positive)) for question in ids])
+
+
+def synchronise_gradients(model: nn.Module, on: bool) -> None:
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(on)
+    else:
+        model.require_backward_grad_sync = on
+
+
+def compared(ours: torch.Tensor, found: dict[str, torch.Tensor | None], loss: torch.Tensor, oracle: nn.Module) -> dict:
     expected = {name: parameter.grad for name, parameter in oracle.named_parameters()}
     return {
         "loss": abs(total(ours).item() / WORLD - loss.item()),
-        "gradients": errors(gradients(wrapped), expected),
+        "gradients": errors(found, expected),
         "sizes": {name: value.abs().max().item() for name, value in expected.items()},
     }
 
 
 def agrees(results: list[dict]) -> None:
-    """On both ranks, the loss and the gradient of every parameter; and those of the head and below are not small."""
+    """On both ranks the loss and the gradient of every parameter are one process's, and are not small."""
     for result in results:
         assert result["loss"] < TOLERANCE
-        assert max(result["gradients"].values()) < TOLERANCE, result["gradients"]
-        assert result["sizes"]["model.embed_tokens.weight"] > 0.05
-        assert result["sizes"].get("lm_head.weight", 1) > 0.05
+        name, error = max(result["gradients"].items(), key=lambda pair: pair[1])
+        assert error < TOLERANCE, name
+        assert all(size > 0.1 for name, size in result["sizes"].items() if name in ENDS), result["sizes"]
 
 
 # Two processes that stay, since starting takes longer than a step.
@@ -321,6 +352,15 @@ def ranks(tmp_path_factory):
     ranks.stop()
 
 
+@pytest.fixture(scope="module")
+def ranks_with_deepspeed(tmp_path_factory):
+    """Processes of its own: importing DeepSpeed changes torch."""
+    pytest.importorskip("deepspeed", reason="deepspeed: pip install deepspeed")
+    ranks = Ranks(tmp_path_factory.mktemp("rendezvous"))
+    yield ranks
+    ranks.stop()
+
+
 # The head runs inside its own forward.
 
 
@@ -328,5 +368,218 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_every_parameter(ranks, layout, tied, live):
-    """Loss and gradients are one process's; the two ranks' token counts differ."""
+    """Two ranks, whose token counts differ, get one process's loss and gradients."""
     agrees(ranks(sharded_step, layout=layout, tied=tied, live=live))
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live teacher", "frozen teacher"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_without_weighted_rows_joins(ranks, layout, live):
+    """Its backward reaches every parameter: the other rank waits for none, and the mean has its zeros."""
+    agrees(ranks(sharded_step, layout=layout, live=live, weight=[1.5, 0.5, 2.0, 0.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_weighted_rows_at_all(ranks, layout):
+    """Every parameter has a gradient, and it is exactly 0."""
+    for result in ranks(sharded_step, layout=layout, weight=[0.0] * ROLLOUTS):
+        assert {*result["gradients"].values()} == {0.0} == {*result["sizes"].values()}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_second_optimiser_step(ranks, layout, tied):
+    """Nothing is kept from the step before: the live teacher has the weights that the first step left."""
+    agrees(ranks(sharded_step, layout=layout, tied=tied, optimiser_steps=2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_micro_batches(ranks, layout):
+    """Gradients that are reduced with the last of three backward passes only."""
+    agrees(ranks(sharded_step, layout=layout, micro_batches=3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_patched_after_wrapping(ranks, layout):
+    agrees(ranks(sharded_step, layout=layout, patch_after=True))
+
+
+@pytest.mark.parametrize("layout", ["ddp", "own unit"])
+def test_gradient_checkpointing(ranks, layout):
+    """Layers run again in backward; the head does not."""
+    agrees(ranks(sharded_step, layout=layout, checkpointing=True))
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live teacher", "frozen teacher"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bias(ranks, layout, live):
+    """A bias of the head is gathered and reduced with its weight; a sharded teacher's is gathered."""
+    agrees(ranks(sharded_step, layout=layout, bias=True, live=live))
+
+
+def test_questions_that_straddle_the_ranks(ranks):
+    """Pass rates are over both ranks' rollouts: on rank 0 alone, question 0 would have been solved always."""
+    questions = [1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [0, 1, 1, 1, 1, 0]
+    agrees(ranks(sharded_step, layout="own unit", questions=questions))
+
+
+def by_scsdpo_loss(model, input_ids, attention_mask, tokens, *, token_weight, **distill_args):
+    """As `distill`, with each row's weight split into its rollout's and a mask."""
+    mask = (token_weight != 0).float()
+    weight = token_weight.amax(dim=1)
+    given = {"question_weight": weight, "mask": mask, "denominator": 1.0, **distill_args}
+    return distill(model, input_ids, attention_mask, tokens, **given)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scsdpo_loss_in_the_head(ranks, layout):
+    """With `mask` among its arguments the head computes scsdpo_loss."""
+    agrees(ranks(sharded_step, layout=layout, distil=by_scsdpo_loss))
+
+
+def gathered_teacher(layout: str, after_forward: bool) -> tuple[bool, bool, bool]:
+    teacher = tiny(2, bias=True, width=48).requires_grad_(False)
+    weight, bias = teacher.lm_head.weight.detach().clone(), teacher.lm_head.bias.detach().clone()
+    teacher, batch = LAYOUTS[layout](teacher), whole_batch()
+    if after_forward:
+        with torch.no_grad():
+            hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])
+    found = teacher_arguments(teacher)
+    return list(found), torch.equal(found["teacher_weight"], weight), torch.equal(found["teacher_bias"], bias)
+
+
+@pytest.mark.parametrize("after_forward", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("layout", FSDP2)
+def test_teacher_arguments_are_in_full(ranks, layout, after_forward):
+    """Before the teacher's forward, when everything is sharded, and after it, when some units are still gathered."""
+    for names, weight, bias in ranks(gathered_teacher, layout=layout, after_forward=after_forward):
+        assert set(names) == {"teacher_weight", "teacher_bias"} and weight and bias
+
+
+def in_bfloat16(layout: str, live: bool) -> tuple[float, float]:
+    """How far the importance ratio is from 1 on policy, and the loss from the sum that its fields make."""
+    options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    student = tiny(1)
+    patch_lm_head(student)
+    student = LAYOUTS[layout](student, **options)
+    teacher = student if live else LAYOUTS[layout](tiny(2, width=48).requires_grad_(False), **options)
+    batch = rows_of(whole_batch(), own_rows())
+    weight = batch["weight"][:, None] * batch["mask"] / 3
+    given = teacher_arguments(teacher, student)
+    with torch.no_grad():
+        hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])[:, -TOKENS - 1 : -1]
+    inputs = student, batch["student_ids"], batch["student_mask"], TOKENS
+    given |= {"target_ids": batch["student_ids"][:, -TOKENS:], "teacher_hidden": hidden, "token_weight": weight}
+    with torch.no_grad():
+        old = distill(*inputs, **given).student_logp
+    result = distill(*inputs, **given, old_logp=old)
+    result.loss.backward()
+    ratio = (result.importance_ratio - 1)[weight > 0].abs().max()
+    total = (weight * result.importance_ratio * result.divergence).sum()
+    return ratio.item(), (result.loss / total - 1).abs().item()
+
+
+@pytest.mark.parametrize(("layout", "live"), [(layout, live) for layout in FSDP2 for live in (True, False)])
+def test_mixed_precision(ranks, layout, live):
+    """Parameters in bfloat16, weights and log-probabilities of the tokens as they were given."""
+    for ratio, loss in ranks(in_bfloat16, layout=layout, live=live):
+        assert ratio < 1e-5 and loss < 1e-5
+
+
+def plain_forward(layout: str) -> float:
+    model, batch = tiny(1), rows_of(whole_batch(), own_rows())
+    given = {"input_ids": batch["student_ids"], "attention_mask": batch["student_mask"]}
+    expected = model(**given).logits
+    patch_lm_head(model)
+    return (LAYOUTS[layout](model)(**given).logits - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plain_forward_is_untouched(ranks, layout):
+    """The patched head of a sharded model gives logits where it is not asked to distil."""
+    assert max(ranks(plain_forward, layout=layout)) < 1e-5
+
+
+# COUNTEREXAMPLES: what this file would notice if the head's weight were read outside of the head's forward.
+
+
+def with_the_shard(model, input_ids, attention_mask, tokens, **distill_args):
+    """The weight as the module has it, after the wrapper's forward."""
+    hidden = hidden_states(model, input_ids, attention_mask)[:, -tokens - 1 : -1]
+    return linear_divergence(hidden, base_model(model).lm_head.weight, **distill_args)
+
+
+def with_the_gathered_weight(model, input_ids, attention_mask, tokens, **distill_args):
+    """The weight gathered by hand, inside the root's forward but not the head's."""
+
+    def student(inner: nn.Module):
+        hidden = inner.model(input_ids, attention_mask, use_cache=False).last_hidden_state
+        return linear_divergence(hidden[:, -tokens - 1 : -1], inner.lm_head.weight.full_tensor(), **distill_args)
+
+    return inside_forward(model, student)
+
+
+def test_counterexample_weight_of_the_module(ranks):
+    """Not what scsdpo.head does: the shard is refused."""
+    with pytest.raises(RuntimeError, match="DTensor"):
+        ranks(sharded_step, layout="own unit", distil=with_the_shard)
+
+
+def test_counterexample_weight_gathered_by_hand(ranks):
+    """Not what scsdpo.head does: the loss is right, and the head's gradient is one rank's own, not the ranks' mean."""
+    results = ranks(sharded_step, layout="own unit", distil=with_the_gathered_weight)
+    with pytest.raises(AssertionError, match=r"lm_head\.weight"):
+        agrees(results)
+    for result in results:
+        wrong = result["gradients"].pop("lm_head.weight")
+        assert wrong > 0.1 and result["loss"] < TOLERANCE and max(result["gradients"].values()) < TOLERANCE
+
+
+# DeepSpeed, where it is installed.
+
+
+def zero3(model: nn.Module, *, trained: bool) -> nn.Module:
+    """A ZeRO-3 engine that partitions every parameter, also those that are so small that it would keep them whole."""
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": ROLLOUTS // WORLD,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_model_persistence_threshold": 0,
+        },
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.0) if trained else None
+    return deepspeed.initialize(model=model, config=config, optimizer=optimiser, dist_init_required=False)[0]
+
+
+def zero3_step(*, tied: bool, live: bool) -> dict[str, object]:
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(dist.get_rank()), LOCAL_WORLD_SIZE=str(WORLD))
+    from deepspeed.utils import safe_get_full_grad
+
+    student = tiny(1, tied=tied)
+    teacher = student if live else tiny(2, tied=tied, width=48).requires_grad_(False)
+    oracle, oracle_teacher = doubled(student, teacher)
+    patch_lm_head(student)
+    engine = zero3(student, trained=True)
+    teacher = engine if live else zero3(teacher, trained=False)
+    assert base_model(engine).lm_head.weight.numel() == 0  # partitioned
+
+    batch = whole_batch()
+    own = rows_of(batch, own_rows())
+    loss = expected_loss(oracle, oracle_teacher, batch)
+    (SCALE * loss).backward()
+    ours = local_loss(engine, teacher, own, total(own["mask"].sum()), distill)
+    engine.backward(SCALE * ours)
+    found = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
+    return compared(ours, found, loss, oracle)
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live teacher", "frozen teacher"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_deepspeed_zero3(ranks_with_deepspeed, tied, live):
+    """As FSDP2, with partitioned parameters that DeepSpeed gathers around each module's forward."""
+    agrees(ranks_with_deepspeed(zero3_step, tied=tied, live=live))

@@ -1,6 +1,7 @@
 """scsdpo.head on Hugging Face models: every part of a head, refusals, and the recipe for transformers.Trainer."""
 
 import ast
+import copy
 import re
 from pathlib import Path
 
@@ -119,6 +120,20 @@ def test_generation_and_logits_are_untouched():
     patch_lm_head(model)
     after = model(ids, attention_mask=attention).logits, model.generate(ids, max_new_tokens=5, do_sample=False)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_copy_of_a_patched_model_has_its_own_head():
+    model = build("qwen3")
+    patch_lm_head(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+    ids, attention = batch()
+    logits, twice = (x(ids, attention_mask=attention).logits for x in (model, other))
+    torch.testing.assert_close(twice, 2 * logits)
+    result = distill(other, ids, attention, 5, teacher_hidden=hidden_states(other, ids, attention)[:, -6:-1])
+    result.loss.backward()
+    assert other.lm_head.weight.grad is not None and model.lm_head.weight.grad is None
 
 
 def test_a_failed_step_leaves_the_model_as_it_was():

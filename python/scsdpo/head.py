@@ -42,19 +42,36 @@ def patch_lm_head(model: nn.Module) -> nn.Module:
     base = base_model(model)
     head = base.get_output_embeddings()
     _refuse(model, base, head)
-    if "forward" in vars(head) and hasattr(vars(head)["forward"], "scsdpo_original"):
-        return head
-    original = head.forward
-
-    def forward(hidden: Tensor, *args: Any, distill_args: dict[str, Any] | None = None, **kwargs: Any):
-        if distill_args is None:
-            return original(hidden, *args, **kwargs)
-        loss = scsdpo_loss if "mask" in distill_args else linear_divergence
-        return loss(hidden, linear_weight(head), **student_arguments(base), **distill_args)
-
-    forward.scsdpo_original = original
-    head.forward = forward
+    if not isinstance(vars(head).get("forward"), _HeadForward):
+        head.forward = _HeadForward(base, head)
     return head
+
+
+class _HeadForward:
+    """A patched head's forward; an object, not a closure, so that a copy of the model has its own head's."""
+
+    def __init__(self, base: nn.Module, head: nn.Module):
+        self.base, self.head, self.original = base, head, head.forward
+
+    def __call__(self, hidden: Tensor, *args: Any, distill_args: "dict | _Opaque | None" = None, **kwargs: Any):
+        if distill_args is None:
+            return self.original(hidden, *args, **kwargs)
+        given = dict(distill_args.content if isinstance(distill_args, _Opaque) else distill_args)
+        weight, teacher = linear_weight(self.head), given.get("teacher_hidden")
+        if teacher is not None and given.get("teacher_weight") is None:  # mixed precision: what this head computes in
+            given["teacher_hidden"] = teacher.to(weight.dtype)
+        for name in ("teacher_weight", "teacher_bias"):
+            if given.get(name) is not None:  # gathered in the precision of the optimiser
+                given[name] = given[name].to(teacher.dtype)
+        loss = scsdpo_loss if "mask" in given else linear_divergence
+        return loss(hidden, weight, **student_arguments(self.base), **given)
+
+
+class _Opaque:
+    """Arguments that a wrapper does not look into: FSDP2 would round every float among them to its param_dtype."""
+
+    def __init__(self, content: dict[str, Any]):
+        self.content = content
 
 
 def unpatch_lm_head(model: nn.Module) -> None:
@@ -80,7 +97,7 @@ def distill(
     def student(inner: nn.Module) -> LinearDivergence:
         hidden = _run_backbone(inner, input_ids, attention_mask, backbone)
         head = base_model(inner).get_output_embeddings()
-        return head(hidden[:, -tokens - 1 : -1], distill_args=distill_args)
+        return head(hidden[:, -tokens - 1 : -1], distill_args=_Opaque(distill_args))
 
     return inside_forward(model, student)
 
@@ -92,7 +109,11 @@ def hidden_states(
     *,
     backbone: dict[str, Any] | None = None,
 ) -> Tensor:  # (B, L, D)
-    """What a model hands to its head. Call it under torch.no_grad() for a teacher."""
+    """What a model hands to its head. Call it under torch.no_grad() for a teacher.
+
+    Accelerate puts autocast around the forward that this replaces: under mixed_precision, call this and `distill`
+    inside accelerator.autocast().
+    """
     return inside_forward(model, lambda inner: _run_backbone(inner, input_ids, attention_mask, backbone))
 
 
@@ -110,6 +131,9 @@ def teacher_arguments(teacher: nn.Module, student: nn.Module | None = None) -> d
     given |= {name.replace("student_", "teacher_", 1): value for name, value in student_arguments(base).items()}
     if given.get("teacher_bias") is not None:
         given["teacher_bias"] = _in_full(given["teacher_bias"])
+    if given.get("teacher_lora") is not None:
+        a, b, lora_scale = given["teacher_lora"]
+        given["teacher_lora"] = _in_full(a), _in_full(b), lora_scale
     return given
 
 
