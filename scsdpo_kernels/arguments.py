@@ -60,13 +60,28 @@ class Numbers(NamedTuple):
 
 
 def student_head(tensors: Tensors, numbers: Numbers) -> Head:
-    return Head(*tensors[1:5], *numbers[7:10])
+    return Head(
+        weight=tensors.student_weight,
+        bias=tensors.student_bias,
+        lora_a=tensors.student_lora_a,
+        lora_b=tensors.student_lora_b,
+        lora_scale=numbers.student_lora_scale,
+        logit_scale=numbers.student_logit_scale,
+        softcap=numbers.student_softcap,
+    )
 
 
 def teacher_head(tensors: Tensors, numbers: Numbers) -> Head:
     """The teacher's head; its weight is the student's own tensor where they share it."""
-    weight = tensors.student_weight if tensors.teacher_weight is None else tensors.teacher_weight
-    return Head(weight, *tensors[7:10], *numbers[10:13])
+    return Head(
+        weight=tensors.student_weight if tensors.teacher_weight is None else tensors.teacher_weight,
+        bias=tensors.teacher_bias,
+        lora_a=tensors.teacher_lora_a,
+        lora_b=tensors.teacher_lora_b,
+        lora_scale=numbers.teacher_lora_scale,
+        logit_scale=numbers.teacher_logit_scale,
+        softcap=numbers.teacher_softcap,
+    )
 
 
 def features(tensors: Tensors, numbers: Numbers) -> tuple[str, ...]:

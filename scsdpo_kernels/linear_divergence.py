@@ -242,7 +242,8 @@ def _prepared(tensors: Tensors) -> Tensors:
     student = tensors[:DIFFERENTIABLE]
     hidden, weight = _autocast(*student[:2])
     others = Tensors(*student, *(x if x is None else x.detach() for x in tensors[DIFFERENTIABLE:]))
-    teacher, teacher_weight = (x if x is None else _autocast(x)[0] for x in others[5:7])
+    given = others.teacher_hidden, others.teacher_weight
+    teacher, teacher_weight = (x if x is None else _autocast(x)[0] for x in given)
     given = others._replace(
         student_hidden=hidden,
         student_weight=weight,
