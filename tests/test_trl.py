@@ -309,6 +309,10 @@ def main(name, folder):
                      gradient_accumulation_steps=1)  # fmt: skip
     if os.environ["RANK"] == "0":
         print("LOG", json.dumps(lines), flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # past the destructors of libraries whose threads may still run
 
 
 if __name__ == "__main__":
