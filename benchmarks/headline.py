@@ -234,9 +234,21 @@ BEGIN, END = "<!-- benchmarks/headline.py --readme -->\n", "<!-- end -->"
 
 def with_tables(readme: str) -> str:
     """README text with the tables of all result files between its two marks."""
-    before, rest = readme.split(BEGIN)
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("headline-*.json"))]
-    return before + BEGIN + "\n\n".join(map(table, results)) + "\n" + END + rest.split(END, 1)[1]
+    return tables_of("headline", table, BEGIN, readme)
+
+
+def tables_of(name: str, table: Callable, begin: str, readme: str) -> str:
+    """README text with the tables of all result files of a benchmark between `begin` and the END after it."""
+    before, rest = readme.split(begin)
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
+    return before + begin + "\n\n".join(map(table, results)) + "\n" + END + rest.split(END, 1)[1]
+
+
+def write(name: str, result: dict, folder: Path) -> None:
+    """A benchmark's result file of this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = "-".join(result["machine"]["cpu"].lower().split()) + f"-{os.cpu_count()}-cores"
+    (folder / f"{name}-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -261,9 +273,7 @@ def main() -> None:
             "repeats": arguments.repeats,
             "dtypes": {dtype: measure(dtype, arguments) for dtype in arguments.dtypes},
         }
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        slug = "-".join(result["machine"]["cpu"].lower().split()) + f"-{os.cpu_count()}-cores"
-        (arguments.output / f"headline-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+        write("headline", result, arguments.output)
         return print(table(result))
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))

@@ -11,25 +11,23 @@ Writes FOLDER/objectives-<machine>.json and prints its table; `--readme` puts th
 """
 
 import argparse
-import json
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from headline import RESULTS, ROOT, SUBSAMPLE, machine, problem, seconds
+from headline import RESULTS, ROOT, SUBSAMPLE, machine, problem, seconds, tables_of, write
 from torch import Tensor
 
 from scsdpo_kernels import linear_divergence
-from scsdpo_kernels.arguments import Numbers
-from scsdpo_kernels.chunked import _row_values
+from scsdpo_kernels.arguments import student_head
+from scsdpo_kernels.chunked import _finish, _row_values
 from scsdpo_kernels.kernels import kernels_of
 from scsdpo_kernels.linear_divergence import _arguments
 from scsdpo_kernels.rows import Rows
 
-BEGIN, END = "<!-- benchmarks/objectives.py --readme -->\n", "<!-- end -->"
+BEGIN = "<!-- benchmarks/objectives.py --readme -->\n"
 
 
 def cases(hidden: Tensor, weight: Tensor) -> dict[str, dict]:
@@ -111,7 +109,7 @@ def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> Callable:
     kernels = kernels_of(student.device)
 
     def run() -> None:
-        _finish(student, numbers, tensors.student_bias, kernels)
+        _finish(hidden, student_head(tensors, numbers), student, kernels)
         _row_values(student, None if teacher_hidden is None else teacher, of_rows, numbers, kernels, False, student)
 
     def timed() -> float:
@@ -120,12 +118,6 @@ def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> Callable:
         return seconds(run)
 
     return timed
-
-
-def _finish(logits: Tensor, numbers: Numbers, bias: Tensor | None, kernels) -> None:
-    if bias is not None or numbers.student_softcap or numbers.student_logit_scale != 1:
-        bias = None if bias is None else bias.detach()
-        kernels.head_logits(logits, bias, scale=numbers.student_logit_scale, softcap=numbers.student_softcap)
 
 
 def error(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> float:
@@ -199,9 +191,7 @@ def table(result: dict) -> str:
 
 def with_tables(readme: str) -> str:
     """README text with the tables of all result files between its two marks."""
-    before, rest = readme.split(BEGIN)
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("objectives-*.json"))]
-    return before + BEGIN + "\n\n".join(map(table, results)) + "\n" + END + rest.split(END, 1)[1]
+    return tables_of("objectives", table, BEGIN, readme)
 
 
 def main() -> None:
@@ -227,9 +217,7 @@ def main() -> None:
             "peer": peer,
             "objectives": measure(arguments),
         }
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        slug = "-".join(result["machine"]["cpu"].lower().split()) + f"-{os.cpu_count()}-cores"
-        (arguments.output / f"objectives-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+        write("objectives", result, arguments.output)
         return print(table(result))
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text()))

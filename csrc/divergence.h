@@ -46,7 +46,7 @@ namespace {
 
 enum class Objective { kForward, kReverse, kJensenShannon, kClippedForward };
 
-// Whether the gradient needs a mean over the row that the first sums do not have.
+// How many sums of the entries there are (add_terms), and whether the gradient needs one of them.
 template <Objective objective>
 constexpr int kTermCount = objective == Objective::kClippedForward ? 4 : 2;
 template <Objective objective>

@@ -1,5 +1,4 @@
 // One row of what logits.h declares, on one instruction set: compiled once for each, as row_divergence_simd.cpp.
-#include <algorithm>
 
 #include "logits.h"
 #include "simd.h"
@@ -35,7 +34,7 @@ void tail_row(const TailGradient& task, int64_t r) {
   const float inverse_temperature = 1.0f / task.temperature, base = task.base[r], factor = task.factor[r];
   const float inverse_softcap = task.softcap == 0.0f ? 0.0f : 1.0f / task.softcap;
   if (factor == 0.0f) {  // whatever the row holds
-    std::fill(out, out + task.vocabulary, Gradient{});
+    memset(out, 0, task.vocabulary * sizeof *out);
     return;
   }
   walk(task.vocabulary, [&](int64_t v, int count) __attribute__((always_inline)) {

@@ -148,7 +148,7 @@ void one_row(const RowDivergence& task, const Mixture& mix, const Memory& memory
   Gradient* wanted = scale == 0.0f ? nullptr : gradient;
   task.divergence[r] = static_cast<float>(divergence<objective>(memory, mix, row, scale, wanted));
   if (gradient && !wanted) {  // whatever the row holds: 0 may not meet an infinity
-    std::fill(gradient, gradient + task.vocabulary, Gradient{});
+    memset(gradient, 0, task.vocabulary * sizeof *gradient);
     return;
   }
   if constexpr (kLateMean<objective>) {

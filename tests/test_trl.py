@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from test_package import LargestTensor
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 pytest.importorskip("trl", reason="trl: pip install '.[trl]'")
@@ -218,17 +217,6 @@ def test_evaluation_and_generation_are_untouched(folder):
 
     train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", prepare=check, max_steps=1, eval_strategy="no",
           per_device_eval_batch_size=4)  # fmt: skip
-
-
-class LargestTensor(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "distillation_is_clip": 2.0},
