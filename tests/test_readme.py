@@ -31,7 +31,7 @@ def test_public_names_are_in_the_table():
 
 def test_snippets_are_python():
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippets) == 7
+    assert len(snippets) == 9
     for snippet in snippets:
         ast.parse(snippet)
 

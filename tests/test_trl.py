@@ -192,6 +192,33 @@ def test_metrics(folder):
     assert {line["scsdpo/pass_rate"] for line in lines} <= {i / 8 for i in range(9)}
 
 
+def test_rollouts_of_weight_0_are_not_run(folder):
+    """Neither by the student nor by the teacher, but for one where a micro-batch has nothing else."""
+    run = []
+
+    def watch(trainer):
+        for model in (trainer.model, trainer.teacher_model):
+            model.model.register_forward_pre_hook(
+                lambda _, args, kwargs: run.append(len(kwargs["input_ids"])), with_kwargs=True
+            )
+        loss = trainer.compute_loss
+
+        def compute_loss(model, inputs, *arguments, **options):
+            run.clear()
+            result = loss(model, inputs, *arguments, **options)
+            mask = inputs["completion_mask"].any(1) & (inputs["self_distillation_mask"] != 0)
+            kept = int(((inputs["question_weight"] != 0) & mask).sum())
+            assert run == [max(kept, 1)] * 2
+            seen.append(kept)
+            return result
+
+        trainer.compute_loss = compute_loss
+
+    seen: list[int] = []
+    train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", prepare=watch, per_device_train_batch_size=8)
+    assert min(seen) < 8 and max(seen) > 1
+
+
 def test_flat_groups_have_a_loss_of_0_and_no_gradient(folder):
     lines, model = train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", success_reward_threshold=5.0)
     before = MODELS["qwen3"][1].from_pretrained(folder / "qwen3", dtype=torch.float32)

@@ -82,12 +82,12 @@ def unpatch_lm_head(model: nn.Module) -> None:
 def distill(
     model: nn.Module,  # wrapped or not
     input_ids: Tensor,  # (B, L)
-    attention_mask: Tensor,  # (B, L)
-    tokens: int,  # T: the last so many of L are the response
+    attention_mask: Tensor | None,  # (B, L); None: every token is one, or position_ids tell packed sequences apart
+    tokens: int | Tensor,  # T: the last so many of L are the response. Or (R,): positions, in B·L, that predict one
     *,
     backbone: dict[str, Any] | None = None,  # further arguments of the backbone, as position_ids
     **distill_args: Any,
-) -> LinearDivergence:  # (B, T) fields
+) -> LinearDivergence:  # (B, T) fields, or (R,)
     """Runs the student and, as its head's forward, `linear_divergence`, all inside the wrapper's forward.
 
     distill_args are keyword arguments of `linear_divergence`, as teacher_hidden (B, T, D_t), token_weight (B, T), or,
@@ -96,8 +96,8 @@ def distill(
 
     def student(inner: nn.Module) -> LinearDivergence:
         hidden = _run_backbone(inner, input_ids, attention_mask, backbone)
-        head = base_model(inner).get_output_embeddings()
-        return head(hidden[:, -tokens - 1 : -1], distill_args=_Opaque(distill_args))
+        hidden = hidden[:, -tokens - 1 : -1] if isinstance(tokens, int) else hidden.flatten(0, 1)[tokens]
+        return base_model(inner).get_output_embeddings()(hidden, distill_args=_Opaque(distill_args))
 
     return inside_forward(model, student)
 
@@ -105,7 +105,7 @@ def distill(
 def hidden_states(
     model: nn.Module,  # wrapped or not
     input_ids: Tensor,  # (B, L)
-    attention_mask: Tensor,  # (B, L)
+    attention_mask: Tensor | None,  # (B, L)
     *,
     backbone: dict[str, Any] | None = None,
 ) -> Tensor:  # (B, L, D)

@@ -70,6 +70,8 @@ class SCSDPOTrainer(SDPOTrainer):
 
     config_cls = SCSDPOConfig
     _tag_names = ["trl", "sdpo", "sc-sdpo"]  # noqa: RUF012
+    _PER_ROLLOUT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "teacher_input_ids",
+                    "teacher_attention_mask", "question_weight", "old_per_token_logps")  # fmt: skip
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -130,8 +132,13 @@ class SCSDPOTrainer(SDPOTrainer):
         mask = inputs["completion_mask"]
         if (distilled := inputs.get("self_distillation_mask")) is not None:
             mask = mask * distilled.unsqueeze(1)
-        tokens = mask.shape[1]
+        rollouts, tokens = mask.shape
         accumulation = self.current_gradient_accumulation_steps if self.model.training else 1.0
+        # Rollouts of weight 0 are not run. Every process runs one, or the others' collectives wait.
+        run = (inputs["question_weight"] != 0) & mask.any(1)
+        run[0] |= ~run.any()
+        inputs = {name: inputs[name][run] for name in self._PER_ROLLOUT if inputs.get(name) is not None}
+        mask = mask[run]
         with self.accelerator.autocast():
             with torch.no_grad(), self._get_teacher_context_for_self_distillation():
                 teacher = hidden_states(
@@ -146,13 +153,13 @@ class SCSDPOTrainer(SDPOTrainer):
                 mask=mask,
                 question_weight=inputs["question_weight"],
                 reduction="sequence-mean",
-                denominator=float(len(mask) * accumulation),
+                denominator=float(rollouts * accumulation),
                 target_ids=inputs["completion_ids"],
                 temperature=self.temperature,
                 **self._objective(inputs.get("old_per_token_logps")),
                 **self._teacher_arguments(),
             )
-        self._log_distillation(result, mask * (inputs["question_weight"] != 0).unsqueeze(1))
+        self._log_distillation(result, mask * (inputs["question_weight"] != 0).unsqueeze(1), rollouts * tokens)
         return result.loss
 
     def _objective(self, old_logp: Tensor | None) -> dict[str, Any]:
@@ -173,11 +180,11 @@ class SCSDPOTrainer(SDPOTrainer):
             self._teacher_head = (self.state.global_step, teacher_arguments(self.teacher_model, self.model))
         return self._teacher_head[1]
 
-    def _log_distillation(self, result: LinearDivergence, kept: Tensor) -> None:
-        """Means over the tokens that were computed, of all processes."""
+    def _log_distillation(self, result: LinearDivergence, kept: Tensor, rows: int) -> None:
+        """Means over the tokens that were computed, of all processes; kept: which they are, of so many rows."""
         mode = "train" if self.model.training else "eval"
         ratio = 1.0 if result.importance_ratio is None else result.importance_ratio
-        own = [kept.sum(), kept.new_tensor(kept.numel())]
+        own = [kept.sum(), kept.new_tensor(rows)]
         fields = (ratio * result.divergence, result.divergence, result.student_entropy, result.teacher_entropy)
         own += [(x * kept).sum() for x in fields]
         sums = self.accelerator.gather(torch.stack([x.float() for x in own]).unsqueeze(0))
