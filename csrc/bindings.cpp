@@ -64,7 +64,14 @@ PYBIND11_MODULE(_C, m) {
       .value("avx512", InstructionSet::kAVX512);
   m.def("best_instruction_set", &best_instruction_set);
 
+  py::enum_<Stage>(m, "Stage")
+      .value("whole", Stage::kWhole)
+      .value("statistics", Stage::kStatistics)
+      .value("terms", Stage::kTerms)
+      .value("gradient", Stage::kGradient);
+  m.attr("most_terms") = kMostTerms;
   Fields<RowDivergence>(m, "RowDivergence")
+      .field("stage", &RowDivergence::stage)
       .field("rows", &RowDivergence::rows)
       .field("vocabulary", &RowDivergence::vocabulary)
       .field("logits_dtype", &RowDivergence::logits_dtype)
@@ -83,6 +90,10 @@ PYBIND11_MODULE(_C, m) {
       .field("student_softcap", &RowDivergence::student_softcap)
       .field("student_lse", &RowDivergence::student_lse)
       .field("teacher_lse", &RowDivergence::teacher_lse)
+      .field("student_max", &RowDivergence::student_max)
+      .field("centre", &RowDivergence::centre)
+      .field("log_ratio", &RowDivergence::log_ratio)
+      .field("terms", &RowDivergence::terms)
       .field("divergence", &RowDivergence::divergence)
       .field("student_entropy", &RowDivergence::student_entropy)
       .field("teacher_entropy", &RowDivergence::teacher_entropy)

@@ -397,6 +397,24 @@ SCSDPO_INLINE Entropies conclude(const Sums<Real>& sums, const Mixture& mix, Row
           static_cast<float>(log_teacher - sums.teacher_moment / sums.teacher * row.inverse_temperature)};
 }
 
+// The row of which some entries are known, from its statistics (Stage of row_divergence.h); no mean score yet.
+template <Objective objective>
+SCSDPO_INLINE Row row_of_statistics(double student_lse, double teacher_lse, float centre, float log_ratio,
+                                    float temperature, const Mixture& mix) {
+  Row row{};
+  row.inverse_temperature = 1.0f / temperature;
+  double inverse = row.inverse_temperature;
+  row.max_student = static_cast<float>(std::isfinite(student_lse) ? student_lse / inverse : 0.0);
+  row.max_teacher = static_cast<float>(std::isfinite(teacher_lse) ? teacher_lse / inverse : 0.0);
+  row.inverse_student = static_cast<float>(std::exp(row.max_student * inverse - student_lse));
+  row.inverse_teacher = static_cast<float>(std::exp(row.max_teacher * inverse - teacher_lse));
+  row.centre = centre;
+  row.log_ratio = log_ratio;
+  row.reference = entry<objective>(1.0f, exponential(-log_ratio), -log_ratio, mix).score;
+  if (!std::isfinite(row.reference) || objective == Objective::kClippedForward) row.reference = 0.0f;
+  return row;
+}
+
 // By how much more likely the student finds a token than the policy that sampled it, bounded (SDPO, arXiv 2601.20802).
 SCSDPO_INLINE float importance_ratio(float logp, float old_logp, float clip) {
   float log_ratio = logp - old_logp;

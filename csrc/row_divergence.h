@@ -17,9 +17,24 @@ namespace scsdpo {
 //     importance_ratio[r] = min(e^clamp(student_logp[r] - old_logp[r], -20, 20), importance_clip); 1 without old_logp
 //     gradient[r, v] = weight[r] * importance_ratio[r] * d divergence[r] / d student[r, v] * slope of the softcap
 //     student_lse[r], teacher_lse[r] = log sum_v e^(student[r, v] / temperature), and alike
+//     teacher_lse[r] - student_lse[r] = centre[r] / temperature + log_ratio[r], the latter with all its digits
 //
 // What is 0 or null is not there.
+//
+// A row may be spread over several calls, each with some of its entries (a vocabulary that is sharded over processes):
+// kStatistics of each part, which the caller puts together; kTerms of each part with the row's statistics, which the
+// caller adds up; kGradient of each part with the row's statistics and terms.
+enum class Stage : int32_t {
+  kWhole,       // the row is here: all that is described above
+  kStatistics,  // writes the log-sum-exps, the entropies, and, where given, student_max, centre and log_ratio
+  kTerms,       // reads the log-sum-exps, centre and log_ratio; writes terms
+  kGradient,    // reads these and terms; writes divergence and, where given, gradient
+};
+
+constexpr int kMostTerms = 4;
+
 struct RowDivergence {
+  Stage stage;
   int64_t rows;
   int64_t vocabulary;
 
@@ -43,8 +58,12 @@ struct RowDivergence {
 
   double* student_lse;  // [rows]. Differences of the two keep their digits as teacher -> student
   double* teacher_lse;
+  float* student_max;  // the largest logit
+  float* centre;       // teacher's minus student's logit there, or another constant
+  float* log_ratio;    // of the normalisers, counted from centre
+  double* terms;       // [kMostTerms, rows] sums over the entries: add_terms of divergence.h
 
-  float* divergence;  // [rows], as the four below. Null: neither it nor a gradient is computed
+  float* divergence;  // [rows], as the four below
   float* student_entropy;
   float* teacher_entropy;
   float* student_logp;  // written iff target is given

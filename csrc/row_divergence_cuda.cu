@@ -894,7 +894,7 @@ const char* cuda_error() {
 RowGeometry row_divergence_cuda(const RowDivergence& rows, int device, uintptr_t stream, CudaSchedule schedule) {
   int64_t bytes = rows.logits_dtype == DType::kFloat32 ? 4 : 2;
   int64_t gradient_bytes = rows.gradient_dtype == DType::kFloat32 ? 4 : 2;
-  if (rows.logits_dtype == DType::kFloat64 || rows.student_lse)
+  if (rows.logits_dtype == DType::kFloat64 || rows.stage != Stage::kWhole)
     throw std::invalid_argument("row_divergence: on a GPU neither float64 logits nor log-sum-exps");
   Task task{rows, mixture(rows.beta), 0, false, false, rows.student_softcap ? 1.0f / rows.student_softcap : 0.0f};
   task.mix.entry_clip = rows.entry_clip;

@@ -9,6 +9,8 @@
 //     gradient     weight * p (score - mean score), over the student's row if the caller wants that; at beta 0 and 1,
 //                  where the mean score is there already, together with the divergence
 //
+// A part of a row (Stage) takes the passes that its stage needs.
+//
 // divergence.h has the formulas. Elements and short sums are fp32, sums of blocks and everything that exists once a row
 // is float64.
 #include <algorithm>
@@ -98,39 +100,55 @@ SCSDPO_INLINE Floats capped(Floats gradient, Floats z, const Row& row) {
   return row.inverse_softcap == 0.0f ? gradient : gradient * softcap_slope(z, row.inverse_softcap);
 }
 
-// The divergence, and in `row` what a gradient still needs; the other gradients are written on the way, if `gradient`
-// is given.
+// The terms of the divergence; the gradients that need none of them are written on the way, if `gradient` is given.
 template <Objective objective, class Memory, class Gradient>
-double divergence(const Memory& memory, const Mixture& mix, Row& row, float scale, Gradient* gradient) {
-  double total[kTermCount<objective>] = {};
-  Floats terms[kTermCount<objective>] = {};
+void terms(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient,
+           double (&total)[kTermCount<objective>]) {
+  Floats partial[kTermCount<objective>] = {};
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
         auto at = probabilities(logits, row);
         auto of = entry<objective>(at.p, at.q, at.d, mix);
-        add_terms<objective>(terms, at, of, row, mix);
+        add_terms<objective>(partial, at, of, row, mix);
         if (!kLateMean<objective> && gradient)
           store(gradient + v, capped(slope<objective>(at, of.score, row) * scale, logits.s, row), count);
       },
       [&]() __attribute__((always_inline)) {
-        for (int i = 0; i < kTermCount<objective>; ++i) total[i] += sum(terms[i]), terms[i] = Floats{};
+        for (int i = 0; i < kTermCount<objective>; ++i) total[i] += sum(partial[i]), partial[i] = Floats{};
       });
-  return finish<objective>(total, row);
 }
 
 template <Objective objective, class Memory, class Gradient>
-void one_row(const RowDivergence& task, const Mixture& mix, const Memory& memory, int64_t r) {
+void write_gradient(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient) {
+  memory.walk(
+      [&](int64_t v, int count) __attribute__((always_inline)) {
+        auto logits = memory.at(v, count);
+        auto at = probabilities(logits, row);
+        Floats score = entry<objective>(at.p, at.q, at.d, mix).score;
+        store(gradient + v, capped(slope<objective>(at, score, row) * scale, logits.s, row), count);
+      },
+      [] {});
+}
+
+template <Objective objective, class Memory, class Gradient>
+void whole_row(const RowDivergence& task, const Mixture& mix, const Memory& memory, int64_t r) {
   Row row = maxima(memory, task.temperature);
   row.inverse_softcap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
   const Sums<double> all = sums<objective>(memory, row);
   Entropies entropy = conclude<objective>(all, mix, row);
   task.student_entropy[r] = entropy.student;
   task.teacher_entropy[r] = entropy.teacher;
-  if (task.student_lse) {
+  if (task.stage == Stage::kStatistics) {
     LogSumExp lse = log_sum_exp(all, row);
     task.student_lse[r] = lse.student;
     task.teacher_lse[r] = lse.teacher;
+    if (task.centre) {
+      task.student_max[r] = row.max_student;
+      task.centre[r] = row.centre;
+      task.log_ratio[r] = row.log_ratio;
+    }
+    return;
   }
   auto gradient = static_cast<Gradient*>(task.gradient);
   if (gradient) gradient += r * task.gradient_stride;
@@ -144,24 +162,47 @@ void one_row(const RowDivergence& task, const Mixture& mix, const Memory& memory
     task.importance_ratio[r] = importance_ratio(task.student_logp[r], task.old_logp[r], task.importance_clip);
     scale *= task.importance_ratio[r];
   }
-  if (!task.divergence) return;
   Gradient* wanted = scale == 0.0f ? nullptr : gradient;
-  task.divergence[r] = static_cast<float>(divergence<objective>(memory, mix, row, scale, wanted));
-  if (gradient && !wanted) {  // whatever the row holds: 0 may not meet an infinity
+  double total[kTermCount<objective>] = {};
+  terms<objective>(memory, mix, row, scale, wanted, total);
+  task.divergence[r] = static_cast<float>(finish<objective>(total, row));
+  if (gradient && !wanted)  // whatever the row holds: 0 may not meet an infinity
     memset(gradient, 0, task.vocabulary * sizeof *gradient);
+  else if (kLateMean<objective> && gradient)
+    write_gradient<objective>(memory, mix, row, scale, gradient);
+}
+
+// Some entries of a row whose statistics are known.
+template <Objective objective, class Memory, class Gradient>
+void part_of_row(const RowDivergence& task, const Mixture& mix, const Memory& memory, int64_t r) {
+  Row row = row_of_statistics<objective>(task.student_lse[r], task.teacher_lse[r], task.centre[r], task.log_ratio[r],
+                                         task.temperature, mix);
+  row.inverse_softcap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
+  double total[kTermCount<objective>] = {};
+  if (task.stage == Stage::kTerms) {
+    terms<objective, Memory, Gradient>(memory, mix, row, 0.0f, nullptr, total);
+    for (int i = 0; i < kTermCount<objective>; ++i) task.terms[i * task.rows + r] = total[i];
     return;
   }
-  if constexpr (kLateMean<objective>) {
-    if (!gradient) return;
-    memory.walk(
-        [&](int64_t v, int count) __attribute__((always_inline)) {
-          auto logits = memory.at(v, count);
-          auto at = probabilities(logits, row);
-          Floats score = entry<objective>(at.p, at.q, at.d, mix).score;
-          store(gradient + v, capped(slope<objective>(at, score, row) * scale, logits.s, row), count);
-        },
-        [] {});
-  }
+  for (int i = 0; i < kTermCount<objective>; ++i) total[i] = task.terms[i * task.rows + r];
+  double divergence = finish<objective>(total, row);
+  task.divergence[r] = static_cast<float>(divergence);
+  if (objective == Objective::kReverse)  // its scores' mean is the divergence itself
+    row.mean_score = bounded_mean(static_cast<float>(divergence - row.reference));
+  if (!task.gradient) return;
+  auto gradient = static_cast<Gradient*>(task.gradient) + r * task.gradient_stride;
+  float scale = slope_scale<objective>(task.weight[r], mix, row);
+  if (scale == 0.0f)
+    memset(gradient, 0, task.vocabulary * sizeof *gradient);
+  else
+    write_gradient<objective>(memory, mix, row, scale, gradient);
+}
+
+template <Objective objective, class Memory, class Gradient>
+void one_row(const RowDivergence& task, const Mixture& mix, const Memory& memory, int64_t r) {
+  const bool is_part = task.stage == Stage::kTerms || task.stage == Stage::kGradient;
+  auto row = is_part ? part_of_row<objective, Memory, Gradient> : whole_row<objective, Memory, Gradient>;
+  row(task, mix, memory, r);
 }
 
 template <class Logit, bool difference, class Gradient>

@@ -10,6 +10,7 @@ except ImportError as error:
 
 from .linear_divergence import LinearDivergence, linear_divergence, linear_divergence_per_token
 from .scsdpo_loss import scsdpo_loss
+from .shards import VocabShard
 from .trust_region import TrustRegionTeacher
 from .weights import question_weights
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LinearDivergence",
     "TrustRegionTeacher",
+    "VocabShard",
     "linear_divergence",
     "linear_divergence_per_token",
     "question_weights",

@@ -57,6 +57,12 @@ class Numbers(NamedTuple):
     teacher_lora_scale: float
     teacher_logit_scale: float
     teacher_softcap: float  # 0: none
+    # Of a vocabulary that is spread over processes (shards.py): this process's part of it, and who has the others.
+    shard_group: str  # "": the whole vocabulary is here
+    shard_start: int  # of the heads' first row in the vocabulary
+    shard_longest: int  # the most entries that any process has
+    shard_vocabulary: int  # all entries
+    sequence_parallel: bool  # what is per row is this process's rows
 
 
 def student_head(tensors: Tensors, numbers: Numbers) -> Head:
@@ -91,6 +97,7 @@ def features(tensors: Tensors, numbers: Numbers) -> tuple[str, ...]:
         "support_ids": tensors.support_ids is not None,
         "sampled_token": numbers.sampled_token,
         "entry_clip": numbers.entry_clip,
+        "shard": numbers.shard_group,
     }
     for side, head in (("student", student_head), ("teacher", teacher_head)):
         head = head(tensors, numbers)

@@ -19,6 +19,7 @@ from . import native
 from .arguments import Head, Numbers
 from .kernels import Kernels, kernels_of
 from .rows import Rows
+from .shards import Shard, divergence_on_part
 from .support import divergence_on_support
 
 # Both logit buffers together. A chunk never has fewer rows than MIN_ROWS, below which the products lose their speed;
@@ -40,6 +41,7 @@ def divergence_rows(
     rows: Rows,
     numbers: Numbers,
     *,
+    shard: Shard,  # the part of the vocabulary that these heads have
     teacher_is_difference: bool,  # which of shared fp32 heads are projected so
     score_dtype: torch.dtype,  # of G
     grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
@@ -48,7 +50,7 @@ def divergence_rows(
     """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
     vocabulary, device = student_head.weight.shape[0], student.device
     kernels = kernels_of(device)
-    chunks = list(_chunks(len(rows.weight), vocabulary, device))
+    chunks = list(_chunks(len(rows.weight), shard.longest, device))  # the same on every process
     scalars = torch.empty(rows.scalars, len(rows.weight), dtype=torch.float32, device=device)
     sums = _head_sums(student_head, grad_head, len(chunks))
     want_gradient = grad_hidden is not None or any(grad_head)
@@ -57,7 +59,7 @@ def divergence_rows(
     stacked = stacked and teacher.dtype == student.dtype
 
     longest = chunks[0].stop if chunks else 0
-    stride = -(-vocabulary // ALIGNMENT) * ALIGNMENT
+    stride = max(1, -(-vocabulary // ALIGNMENT)) * ALIGNMENT
     buffers = _empty(sides * longest, stride, dtype=torch.float32, device=device)[:, :vocabulary]
     for chunk in chunks:
         of_chunk = rows.chunk(chunk)
@@ -82,7 +84,7 @@ def divergence_rows(
         logit_gradient = _over(student_logits, score_dtype) if want_gradient else None
         of_chunk = of_chunk._replace(weight=of_chunk.weight * student_head.logit_scale)
         values = _row_values(
-            student_logits, teacher_logits, of_chunk, numbers, kernels, teacher_is_difference, logit_gradient
+            student_logits, teacher_logits, of_chunk, numbers, kernels, shard, teacher_is_difference, logit_gradient
         )
         scalars[:, chunk] = torch.stack(values[: len(scalars)])
         if want_gradient:
@@ -93,12 +95,15 @@ def divergence_rows(
     return scalars, [x if x is None else x.result() for x in sums]
 
 
-def _row_values(student, teacher, rows: Rows, numbers: Numbers, kernels: Kernels, teacher_is_difference, gradient):
-    """Row scalars of a chunk of logits, over the whole vocabulary or on a support."""
+def _row_values(
+    student, teacher, rows: Rows, numbers: Numbers, kernels: Kernels, shard: Shard, teacher_is_difference, gradient
+):
+    """Row scalars of a chunk of logits, over the whole vocabulary, of which a part may be here, or on a support."""
+    several = {"teacher_is_difference": teacher_is_difference, "gradient": gradient}
     if numbers.top_k or numbers.sampled_token or rows.support_ids is not None:
-        return divergence_on_support(
-            student, teacher, rows, numbers, kernels, teacher_is_difference=teacher_is_difference, gradient=gradient
-        )
+        return divergence_on_support(student, teacher, rows, numbers, kernels, shard, **several)
+    if shard.group is not None:
+        return divergence_on_part(student, teacher, rows, numbers, kernels, shard, **several)
     return kernels.row_divergence(
         student,
         teacher,
@@ -172,13 +177,15 @@ def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
 def _slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The head in fp32: itself, or slab by slab a copy."""
     size = weight.shape[0] if weight.dtype == torch.float32 else SLAB_ROWS
-    for start in range(0, weight.shape[0], size):
+    for start in range(0, weight.shape[0], max(1, size)):
         slab = slice(start, start + size)
         yield slab, weight[slab].float()
 
 
 def _project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     """logits = hidden weightᵀ with fp32 sums, never rounded to the inputs' dtype."""
+    if len(weight) == 0:  # a process without a part of the vocabulary
+        return
     if hidden.dtype == weight.dtype and hidden.device.type != "cpu":
         product = torch.mm if hidden.dtype == torch.float32 else _mm_fp32
         product(hidden, weight.t(), out=logits)
@@ -249,7 +256,7 @@ class _HeadGradient:
             _addmm_fp32(self.sum, logit_gradient.t(), hidden, beta=beta, out=self.sum)
             return
         size = self.sum.shape[0] if same else SLAB_ROWS  # what is added in another dtype exists a slab at a time
-        for start in range(0, self.sum.shape[0], size):
+        for start in range(0, self.sum.shape[0], max(1, size)):
             slab = slice(start, start + size)
             if same:
                 self.sum[slab].addmm_(logit_gradient[:, slab].t(), hidden, beta=beta)

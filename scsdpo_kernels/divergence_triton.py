@@ -257,6 +257,13 @@ def _log_one_plus(x):
 
 
 @triton.jit
+def bounded_mean(mean):
+    """An infinite mean (the teacher forbids what the student allows) is taken as the largest finite one: the forbidden
+    entries' gradient is then +inf, never inf - inf."""
+    return tl.where(mean > _LARGEST, _LARGEST, mean)
+
+
+@triton.jit
 def concluded(max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature,
               objective: tl.constexpr):  # fmt: skip
     """(R,) of a whole row: KL (0 for Jensen-Shannon), both entropies, log z_s, log z_t, and its `Row`:
@@ -290,9 +297,7 @@ def concluded(max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inve
     if objective == REVERSE:
         offset = tl.zeros_like(z)
         mean = -linear / z
-        # An infinite mean (the teacher forbids what the student allows) is taken as the largest finite one: the
-        # forbidden entries' gradient is then +inf, never inf - inf.
-        mean = tl.where(mean > _LARGEST, _LARGEST, mean)
+        mean = bounded_mean(mean)
         mean = tl.where(divergence == divergence, mean, divergence)
     else:
         offset = tl.where(divergence == divergence, offset, divergence)
@@ -402,6 +407,14 @@ def clipped_gradient(p, q, d, scale, mean, mostly_clipped, entry_clip):
     few = tl.where(clipped, p, -_excess(p, q, d)) - share
     most = tl.where(clipped, share, share - q)
     return tl.where(mostly_clipped[:, None], most, few) * scale[:, None]
+
+
+@triton.jit
+def kullback_leibler(p, q, d, objective: tl.constexpr):
+    """(R,) sums over (R, B) entries of a KL divergence, each with its linear part: q φ(-d), or p φ(d)."""
+    if objective == FORWARD:
+        return tl.sum(_above_linear(q, p, -d), 1)
+    return tl.sum(_above_linear(p, q, d), 1)
 
 
 @triton.jit

@@ -19,6 +19,8 @@ class Kernels(NamedTuple):
     row_divergence: Callable
     short_row_divergence: Callable  # the same for rows of a few entries, in float64 too
     row_statistics: Callable
+    row_terms: Callable
+    row_gradient: Callable
     head_logits: Callable
     tail_gradient: Callable
 
@@ -33,6 +35,8 @@ def kernels_of(device: torch.device, name: str | None = None) -> Kernels:
             native.row_divergence,
             native.row_divergence,
             native.row_statistics,
+            native.row_terms,
+            native.row_gradient,
             native.head_logits,
             native.tail_gradient,
         )
@@ -52,6 +56,8 @@ def triton_kernels() -> Kernels:
         row_divergence_triton.row_divergence,
         row_divergence_triton.row_divergence,
         row_divergence_triton.row_statistics,
+        row_divergence_triton.row_terms,
+        row_divergence_triton.row_gradient,
         logits_triton.head_logits,
         logits_triton.tail_gradient,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .arguments import DIFFERENTIABLE, Numbers, Tensors
+from .shards import WHOLE, VocabShard, agreed, local_parts
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -63,6 +64,7 @@ def linear_divergence(
     teacher_lora: tuple[Tensor, Tensor, float] | None = None,  # A (r, D_t), B (V, r), scale
     schedule: str = "auto",
     rows: Tensor | None = None,  # (R,) int64 flat indices of the rows to compute; None: those of weight other than 0
+    shard: VocabShard | None = None,  # None: the heads have the whole vocabulary, or are DTensors
 ) -> LinearDivergence:
     """Weighted divergence of student and teacher over the whole vocabulary; the logits never exist in full.
 
@@ -106,6 +108,11 @@ def linear_divergence(
             waits for the device once, to learn how many rows there are and to check values; with `rows` it never
             does. What would have raised then gives NaN: an incomplete list NaN in the loss and all gradients, a
             target outside the vocabulary NaN in its log-probabilities, a support with wrong ids NaN in its row.
+        shard: the vocabulary is spread over a process group, as in Megatron's tensor parallelism. `student_weight`,
+            `teacher_weight`, biases and LoRA's B are this process's part; ids are the whole vocabulary's. Every
+            process calls this with the same rows (or, with `shard.sequence_parallel`, each with its own) and gets the
+            same results and the whole gradient of its hidden states and of its part of the head. `student_weight` as a
+            DTensor that is sharded on dim 0 of a one-dimensional mesh means the same. Collective.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or two do not fit together; the message names them, what was
@@ -118,7 +125,7 @@ def linear_divergence(
         entry_clip=entry_clip, student_bias=student_bias, teacher_bias=teacher_bias, student_softcap=student_softcap,
         teacher_softcap=teacher_softcap, student_logit_scale=student_logit_scale,
         teacher_logit_scale=teacher_logit_scale, student_lora=student_lora, teacher_lora=teacher_lora,
-        schedule=schedule, rows=rows,
+        schedule=schedule, rows=rows, shard=shard,
     )  # fmt: skip
     loss, *fields = ops.schedule(schedule, tensors, numbers)(tensors, numbers)
     has_target, has_teacher = target_ids is not None, support_ids is None
@@ -160,13 +167,30 @@ def linear_divergence_per_token(
 
 
 def _arguments(
+    student_hidden, student_weight, teacher_hidden, teacher_weight, *, shard=None, **options
+) -> tuple[Tensors, Numbers]:
+    """The arguments of a schedule, checked; of a vocabulary that is spread over processes, this one's part."""
+    given = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        **options,
+    }
+    given, shard = local_parts(given, shard)
+    if shard is None or not shard.check or torch.compiler.is_compiling():
+        return _checked(**given, shard=shard)
+    return agreed(shard, lambda: _checked(**given, shard=shard), given["schedule"])
+
+
+def _checked(
     student_hidden, student_weight, teacher_hidden, teacher_weight, *, token_weight=None, beta=0.5, temperature=1.0,
     target_ids=None, old_logp=None, importance_clip=None, top_k=None, tail=None, support_ids=None, support_logp=None,
     sampled_token=False, entry_clip=None, student_bias=None, teacher_bias=None, student_softcap=None,
     teacher_softcap=None, student_logit_scale=None, teacher_logit_scale=None, student_lora=None, teacher_lora=None,
-    schedule="auto", rows=None,
+    schedule="auto", rows=None, shard=None,
 ) -> tuple[Tensors, Numbers]:  # fmt: skip
-    """The arguments of a schedule, checked: alone, then with each other, then against the hidden states."""
+    """Alone, then with each other, then against the hidden states."""
     student_a, student_b, student_lora_scale = _lora("student_lora", student_lora)
     teacher_a, teacher_b, teacher_lora_scale = _lora("teacher_lora", teacher_lora)
     tensors = Tensors(
@@ -207,7 +231,7 @@ def _arguments(
     leading = student_hidden.shape[:-1]
     if token_weight is None:
         tensors = tensors._replace(token_weight=torch.ones(leading, device=student_hidden.device))
-    _check_tensors(tensors, (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES)
+    _check_tensors(tensors, (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES, shard)
 
     if teacher_weight is None:  # the student's whole head
         teacher_softcap = student_softcap if teacher_softcap is None else teacher_softcap
@@ -233,6 +257,7 @@ def _arguments(
         teacher_lora_scale=float(teacher_lora_scale),
         teacher_logit_scale=1.0 if teacher_logit_scale is None else float(teacher_logit_scale),
         teacher_softcap=_softcap(teacher_softcap),
+        **(WHOLE if shard is None else shard.numbers),
     )
     return _prepared(tensors), numbers
 
@@ -289,12 +314,12 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
 
 
-def _check_tensors(tensors: Tensors, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_tensors(tensors: Tensors, dtypes: tuple[torch.dtype, ...], shard: VocabShard | None) -> None:
     hidden, leading = tensors.student_hidden, tensors.student_hidden.shape[:-1]
     vocabulary = tensors.student_weight.shape[0]
     for side in ("student", "teacher"):
         if tensors.teacher_hidden is not None or side == "student":
-            _check_head(tensors, side, dtypes)
+            _check_head(tensors, side, dtypes, shard)
     expected = {
         "token_weight": leading,
         "target_ids": leading,
@@ -330,7 +355,7 @@ def _check_tensors(tensors: Tensors, dtypes: tuple[torch.dtype, ...]) -> None:
         )
 
 
-def _check_head(tensors: Tensors, side: str, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_head(tensors: Tensors, side: str, dtypes: tuple[torch.dtype, ...], shard: VocabShard | None) -> None:
     hidden, weight, lora_a, lora_b = (getattr(tensors, f"{side}_{x}") for x in ("hidden", "weight", "lora_a", "lora_b"))
     leading, student_weight = tensors.student_hidden.shape[:-1], tensors.student_weight
     if hidden.dtype not in dtypes:
@@ -348,7 +373,12 @@ def _check_head(tensors: Tensors, side: str, dtypes: tuple[torch.dtype, ...]) ->
             f"{f' and V = {student_weight.shape[0]} of student_weight' if side == 'teacher' else ''}, "
             f"got {tuple(head.shape)}"
         )
-    if head.shape[0] == 0:
+    if shard is not None and head.shape[0] != shard.stop - shard.start:
+        raise ValueError(
+            f"{name}: expected the {shard.stop - shard.start} rows of {shard.start} to {shard.stop}, or more that are "
+            f"padding, got shape {tuple(head.shape)}"
+        )
+    if head.shape[0] == 0 and shard is None:
         raise ValueError(f"{name}: expected a vocabulary of at least one entry, got shape {tuple(head.shape)}")
     if head.dtype not in dtypes or (head.dtype != hidden.dtype and not _in_autocast(hidden.device.type)):
         raise TypeError(f"{name}: expected {side}_hidden's dtype {hidden.dtype}, got {head.dtype}")

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .rows import RowStatistics
+
 try:
     from . import _C
 except ImportError as error:  # a source tree that was never built, or a build for another Python
@@ -73,29 +75,101 @@ def row_statistics(
     temperature: float,
     teacher_is_difference: bool,
     instruction_set: str | None = None,  # None: the widest
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(C,) log-sum-exps of student and teacher in float64, and their entropies in fp32, of logits / temperature.
-
-    The difference of the two log-sum-exps keeps its digits as teacher -> student. Where nothing counts it is -inf.
-    """
-    rows, vocabulary = student.shape
+) -> RowStatistics:
+    """Statistics of rows, or of the part of each that is here. Where nothing counts the log-sum-exp is -inf."""
+    rows = student.shape[0]
     lse = torch.empty(2, rows, dtype=torch.float64).unbind()
-    entropy = torch.empty(2, rows, dtype=torch.float32).unbind()
+    others = torch.empty(5, rows, dtype=torch.float32).unbind()
+    result = RowStatistics(*lse, *others)
     task = _C.RowDivergence(
-        rows=rows,
-        vocabulary=vocabulary,
-        logits_dtype=_DTYPES[student.dtype],
-        **_matrix(student=student),
-        **_matrix(teacher=teacher),
-        teacher_is_difference=teacher_is_difference,
-        temperature=temperature,
-        student_lse=lse[0].data_ptr(),
-        teacher_lse=lse[1].data_ptr(),
-        student_entropy=entropy[0].data_ptr(),
-        teacher_entropy=entropy[1].data_ptr(),
+        stage=_C.Stage.statistics,
+        **_logits(student, teacher, teacher_is_difference, temperature),
+        **{name: tensor.data_ptr() for name, tensor in result._asdict().items()},
     )
     _on_processor(_C.row_divergence_cpu, task, student.device, instruction_set)
-    return *lse, *entropy
+    return result
+
+
+def row_terms(
+    student: Tensor,  # (C, V) fp32 logits of some entries of each row
+    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
+    statistics: RowStatistics,  # of the whole rows
+    *,
+    beta: float,
+    temperature: float,
+    teacher_is_difference: bool,
+    entry_clip: float = 0.0,  # 0: none
+    instruction_set: str | None = None,  # None: the widest
+) -> Tensor:
+    """(4, C) float64, what these entries add to the sums that a row's divergence is made of."""
+    terms = torch.zeros(_C.most_terms, student.shape[0], dtype=torch.float64)
+    task = _C.RowDivergence(
+        stage=_C.Stage.terms,
+        **_logits(student, teacher, teacher_is_difference, temperature),
+        **_known(statistics),
+        beta=beta,
+        entry_clip=entry_clip,
+        terms=terms.data_ptr(),
+    )
+    _on_processor(_C.row_divergence_cpu, task, student.device, instruction_set)
+    return terms
+
+
+def row_gradient(
+    student: Tensor,  # (C, V) fp32 logits of some entries of each row
+    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
+    statistics: RowStatistics,  # of the whole rows
+    terms: Tensor,  # (4, C) float64, of the whole rows
+    weight: Tensor,  # (C,) fp32
+    *,
+    beta: float,
+    temperature: float,
+    teacher_is_difference: bool,
+    entry_clip: float = 0.0,  # 0: none
+    student_softcap: float = 0.0,  # 0: none
+    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
+    instruction_set: str | None = None,  # None: the widest
+) -> Tensor:
+    """(C,) fp32, the divergence of the whole rows, and these entries' weighted gradient into `gradient`."""
+    assert weight.dtype == torch.float32 and weight.is_contiguous()
+    assert terms.dtype == torch.float64 and terms.is_contiguous() and terms.shape == (_C.most_terms, len(weight))
+    divergence = torch.empty(student.shape[0], dtype=torch.float32)
+    task = _C.RowDivergence(
+        stage=_C.Stage.gradient,
+        **_logits(student, teacher, teacher_is_difference, temperature),
+        **_known(statistics),
+        beta=beta,
+        entry_clip=entry_clip,
+        student_softcap=student_softcap,
+        terms=terms.data_ptr(),
+        weight=weight.data_ptr(),
+        divergence=divergence.data_ptr(),
+        **({} if gradient is None else {**_matrix(gradient=gradient), "gradient_dtype": _DTYPES[gradient.dtype]}),
+    )
+    _on_processor(_C.row_divergence_cpu, task, student.device, instruction_set)
+    return divergence
+
+
+def _logits(student: Tensor, teacher: Tensor, teacher_is_difference: bool, temperature: float) -> dict:
+    assert student.shape == teacher.shape and student.dtype == teacher.dtype == torch.float32
+    assert student.stride(1) == teacher.stride(1) == 1
+    return {
+        "rows": student.shape[0],
+        "vocabulary": student.shape[1],
+        "logits_dtype": _DTYPES[student.dtype],
+        **_matrix(student=student),
+        **_matrix(teacher=teacher),
+        "teacher_is_difference": teacher_is_difference,
+        "temperature": temperature,
+    }
+
+
+def _known(statistics: RowStatistics) -> dict:
+    names = ("student_lse", "teacher_lse", "centre", "log_ratio")
+    for name in names:
+        tensor = getattr(statistics, name)
+        assert tensor.is_contiguous() and tensor.dtype == (torch.float64 if "lse" in name else torch.float32), name
+    return {name: getattr(statistics, name).data_ptr() for name in names}
 
 
 def head_logits(

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from .arguments import DIFFERENTIABLE, Numbers, Tensors, features, student_head, teacher_head
 from .rows import Rows, as_matrix, complete, kept_rows, valid_support
+from .shards import Shard
 
 FIELDS = 6  # of LinearDivergence beside the loss
 
 
 def _schema(*types: type) -> str:
     """The fields of named tuples as torch.library declares arguments."""
-    names = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool"}
+    names = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", int: "int", bool: "bool", str: "str"}
     return ", ".join(f"{names[kind]} {name}" for of in types for name, kind in of.__annotations__.items())
 
 
@@ -45,6 +46,7 @@ def _operator(*arguments):
 
     student, teacher = student_head(tensors, numbers), teacher_head(tensors, numbers)
     hidden, token_weight, rows = tensors.student_hidden, tensors.token_weight, tensors.rows
+    shard = Shard(numbers, student.weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False), _current(hidden.device):
         if _same_storage(student.weight, teacher.weight):
             teacher = teacher._replace(weight=student.weight)
@@ -60,7 +62,7 @@ def _operator(*arguments):
             tensors.target_ids,
             rows,
             tensors.support_ids,
-            vocabulary=student.weight.shape[0],
+            vocabulary=shard.vocabulary,
             # an infinite entry, which forbids a token, would meet a difference of 0: 0 · inf is no logit
             summed_head=student.weight.sum() if may_subtract and not silent else None,
         )
@@ -83,29 +85,42 @@ def _operator(*arguments):
             weight,
             target,
             old,
-            *_support(tensors, kept, student.weight.shape[0]),
+            *_support(tensors, kept, shard.vocabulary),
             rows is None and len(kept) == token_weight.numel(),
         )
+        counts = None
+        if numbers.sequence_parallel:
+            states, teacher_states, of_rows, counts = _everyones(states, teacher_states, of_rows, shard)
         grads = [
             None if tensor is None or not want else _gradient_dtype(tensor)
             for tensor, want in zip(tensors, wanted, strict=False)
         ]
         grad_hidden = None if grads[0] is None else torch.zeros(hidden.shape, dtype=grads[0], device=hidden.device)
+        to_hidden, of_hidden = None if grad_hidden is None else grad_hidden.view(-1, states.shape[1]), of_rows
+        if shard.group is not None and to_hidden is not None:  # of the computed rows, in fp32: what crosses
+            to_hidden = torch.zeros(len(of_rows.weight), states.shape[1], device=hidden.device)
+            of_hidden = of_rows._replace(kept=torch.arange(len(to_hidden), device=hidden.device))
         scalars, grad_head = divergence_rows(
             states,
             student,
             teacher_states,
             teacher,
-            of_rows,
+            of_hidden,
             numbers,
+            shard=shard,
             teacher_is_difference=may_subtract and head_is_finite,
             score_dtype=torch.bfloat16 if student.weight.dtype == torch.bfloat16 else torch.float32,
-            grad_hidden=None if grad_hidden is None else grad_hidden.view(-1, states.shape[1]),
+            grad_hidden=to_hidden,
             grad_head=tuple(grads[1:]),
         )
+        if shard.group is not None:
+            _across(shard, counts, to_hidden, grad_hidden, kept, grad_head)
 
+        weight, old = of_rows.weight, of_rows.old_logp
         factor = weight.double() if old is None else weight.double() * scalars[5].double()
         loss = torch.where(weight == 0, 0.0, factor * scalars[0].double()).sum().float()
+        if counts is not None:
+            scalars = scalars.split(counts, dim=1)[shard.rank]
         if silent and len(kept) == 0:  # nothing above has become NaN
             for result in (loss, grad_hidden, *grad_head):
                 _ = result is None or result.masked_fill_(~right, torch.nan)
@@ -114,6 +129,26 @@ def _operator(*arguments):
         fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
         fields += [_empty(hidden) for _ in range(FIELDS - len(fields))]
         return loss, *fields, *(_empty(hidden) if x is None else x for x in (grad_hidden, *grad_head))
+
+
+def _everyones(states: Tensor, teacher_states: Tensor | None, rows: Rows, shard: Shard) -> tuple:
+    """Hidden states and rows of all processes, where each has its own; and how many rows each has."""
+    own = states[rows.student], None if teacher_states is None else teacher_states[rows.teacher]
+    carried = rows.weight, rows.target, rows.old_logp, rows.support_ids, rows.support_logp
+    (states, teacher_states, *carried), counts = shard.gather_rows((*own, *carried))
+    index = torch.arange(len(states), device=states.device)
+    rows = Rows(index, index, None if teacher_states is None else index, *carried, True)
+    return states, teacher_states, rows, counts
+
+
+def _across(shard: Shard, counts, partial: Tensor | None, grad_hidden: Tensor | None, kept: Tensor, grad_head) -> None:
+    """The gradients that every process has a part of: of hidden states and of LoRA's A."""
+    if partial is not None:
+        whole = shard.add_up(partial) if counts is None else shard.scatter_rows(partial, counts)
+        grad_hidden.view(-1, partial.shape[1])[kept] = whole.to(grad_hidden.dtype)
+    if grad_head[2] is not None:
+        summed = shard.add_up(grad_head[2].float())
+        grad_head[2] = summed.to(grad_head[2].dtype)
 
 
 def _named(arguments: tuple) -> tuple:
@@ -313,6 +348,7 @@ SCHEDULES = {
 }
 # What a schedule has, where that is not everything.
 TILED = ()
+REFERENCE_LACKS = ("shard",)
 
 
 def schedule(name: str, tensors: Tensors, numbers: Numbers) -> Callable:
@@ -322,7 +358,11 @@ def schedule(name: str, tensors: Tensors, numbers: Numbers) -> Callable:
     reason = why_not(name, tensors.student_hidden.device)
     if reason:
         raise ValueError(f"schedule={name!r}: {reason}")
-    lacking = [x for x in features(tensors, numbers) if name == "tiled" and x not in TILED]
+    lacking = [
+        x
+        for x in features(tensors, numbers)
+        if (name == "tiled" and x not in TILED) or (name == "reference" and x in REFERENCE_LACKS)
+    ]
     if lacking:
         raise ValueError(f"schedule={name!r}: it does not have {', '.join(lacking)}; schedule='chunked' does")
     return SCHEDULES[name]

@@ -7,7 +7,8 @@
 
 18 bytes of a pair of logits at beta 0 and 1, 26 between, with a bf16 gradient. Jensen-Shannon's two more reads cannot
 go: its terms need both normalisers, its gradient needs the mean score, and a row of both sides fits no multiprocessor.
-Programs share nothing: no atomics, the same bits from run to run.
+Programs share nothing: no atomics, the same bits from run to run. A row whose entries are spread over processes takes
+the same walks in three launches, with what the processes tell each other in between (shards.py).
 """
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 from .divergence_triton import (
     CLIPPED,
     JENSEN_SHANNON,
+    REVERSE,
+    bounded_mean,
     clipped_gradient,
     clipped_terms,
     concluded,
@@ -25,6 +28,7 @@ from .divergence_triton import (
     gradient,
     gradient_scale,
     importance_ratio,
+    kullback_leibler,
     merged,
     moments,
     objective,
@@ -33,6 +37,7 @@ from .divergence_triton import (
     top_score,
     value,
 )
+from .rows import RowStatistics
 
 # Entries of a row at a time, warps, and, in the passes that only read, stages of the loads' pipeline. 16 entries a
 # thread; three programs of 33 KiB fit a multiprocessor's registers. Without a cap on these, ptxas spills to fit four.
@@ -87,7 +92,7 @@ def _row_moments(student, teacher, vocabulary, inverse_temperature, objective: t
 
 @triton.jit
 def row_statistics_kernel(
-    student, teacher, lse, entropy, student_stride, teacher_stride, rows, vocabulary, inverse_temperature,
+    student, teacher, lse, others, student_stride, teacher_stride, rows, vocabulary, inverse_temperature,
     difference: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -107,8 +112,107 @@ def row_statistics_kernel(
     one = tl.arange(0, 1)
     tl.store(lse + row + one, lse_s)
     tl.store(lse + rows + row + one, tl.where(tl.abs(offset) < float("inf"), lse_s + apart, own_t))
-    tl.store(entropy + row + one, entropy_s)
-    tl.store(entropy + rows + row + one, entropy_t)
+    tl.store(others + row + one, max_s)
+    tl.store(others + rows + row + one, centre)
+    tl.store(others + 2 * rows + row + one, offset)
+    tl.store(others + 3 * rows + row + one, entropy_s)
+    tl.store(others + 4 * rows + row + one, entropy_t)
+
+
+@triton.jit
+def _known(student_lse, teacher_lse, centre, log_ratio, row, inverse_temperature, share_s, share_t,
+           objective: tl.constexpr):  # fmt: skip
+    """(1,) of a row whose statistics are known: base_s, base_t, centre, offset, scale_s, scale_t, reference."""
+    one = row + tl.arange(0, 1)
+    lse_s, lse_t = tl.load(student_lse + one), tl.load(teacher_lse + one)
+    base_s = tl.where(tl.abs(lse_s) < float("inf"), lse_s / inverse_temperature, 0.0).to(tl.float32)
+    base_t = tl.where(tl.abs(lse_t) < float("inf"), lse_t / inverse_temperature, 0.0).to(tl.float32)
+    scale_s = tl.exp((base_s.to(tl.float64) * inverse_temperature - lse_s).to(tl.float32))
+    scale_t = tl.exp((base_t.to(tl.float64) * inverse_temperature - lse_t).to(tl.float32))
+    centre, offset = tl.load(centre + one), tl.load(log_ratio + one)
+    reference = top_score(centre, centre, offset, share_s, share_t, inverse_temperature, objective)
+    return base_s, base_t, centre, offset, scale_s, scale_t, reference
+
+
+@triton.jit
+def row_terms_kernel(
+    student, teacher, student_lse, teacher_lse, centre, log_ratio, terms,
+    student_stride, teacher_stride, rows, vocabulary, inverse_temperature, share_s, share_t, entry_clip,
+    objective: tl.constexpr, difference: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    base_s, base_t, centre, offset, scale_s, scale_t, reference = _known(
+        student_lse, teacher_lse, centre, log_ratio, row, inverse_temperature, share_s, share_t, objective
+    )
+    divergence, mean = tl.zeros_like(centre), tl.zeros_like(centre)
+    unclipped, plain = tl.zeros_like(centre), tl.zeros_like(centre)
+    for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
+        s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
+        p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
+        if objective == JENSEN_SHANNON:
+            of_student, of_teacher, score = divergence_terms(p, q, d, reference, share_s, share_t)
+            divergence += share_s * of_student + share_t * of_teacher
+            mean += score
+        elif objective == CLIPPED:
+            value_sum, clipped_sum, unclipped_sum, plain_sum = clipped_terms(p, q, d, entry_clip)
+            divergence += value_sum
+            mean += clipped_sum
+            unclipped += unclipped_sum
+            plain += plain_sum
+        else:
+            divergence += kullback_leibler(p, q, d, objective)
+    one = row + tl.arange(0, 1)
+    tl.store(terms + one, divergence.to(tl.float64))
+    tl.store(terms + rows + one, mean.to(tl.float64))
+    tl.store(terms + 2 * rows + one, unclipped.to(tl.float64))
+    tl.store(terms + 3 * rows + one, plain.to(tl.float64))
+
+
+@triton.jit
+def row_gradient_kernel(
+    student, teacher, student_lse, teacher_lse, centre, log_ratio, terms, weight, divergence_out, gradient_out,
+    student_stride, teacher_stride, gradient_stride, rows, vocabulary,
+    inverse_temperature, share_s, share_t, entry_clip, inverse_softcap,
+    objective: tl.constexpr, difference: tl.constexpr, has_gradient: tl.constexpr, has_softcap: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    base_s, base_t, centre, offset, scale_s, scale_t, reference = _known(
+        student_lse, teacher_lse, centre, log_ratio, row, inverse_temperature, share_s, share_t, objective
+    )
+    one = row + tl.arange(0, 1)
+    divergence, mean = tl.load(terms + one), tl.load(terms + rows + one)
+    mostly_clipped = mean > 0.5
+    if objective == CLIPPED:
+        divergence = tl.where(mostly_clipped, tl.load(terms + 3 * rows + one), divergence)
+        mean = tl.where(mostly_clipped, tl.load(terms + 2 * rows + one), mean)
+    else:
+        divergence = tl.where(divergence < 0, 0.0, divergence)
+    if objective == REVERSE:  # its scores' mean is the divergence itself
+        mean = divergence - reference
+    mean = tl.where(divergence == divergence, mean, divergence).to(tl.float32)  # a NaN row is NaN throughout
+    mean = bounded_mean(mean)
+    tl.store(divergence_out + one, divergence.to(tl.float32))
+
+    if has_gradient:
+        gradient_out += row * gradient_stride
+        scale = gradient_scale(tl.load(weight + one), share_s, inverse_temperature, objective)
+        for start in range(0, vocabulary, BLOCK):
+            s, t, d, columns, inside = _entries(student, teacher, start, vocabulary, difference, BLOCK)
+            tl.debug_barrier()  # a bf16 block is written over logits that another warp reads in this round
+            p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
+            if objective == CLIPPED:
+                g = clipped_gradient(p, q, d, scale, mean, mostly_clipped, entry_clip)
+            else:
+                g = gradient(p, q, d, scale, reference, mean, share_s, share_t, objective)
+            if has_softcap:
+                g *= softcap_slope(s, inverse_softcap)
+            g = tl.where(scale[:, None] == 0, 0.0, g)  # whatever the row holds
+            tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -247,13 +351,64 @@ def row_statistics(
     *,
     temperature: float,
     teacher_is_difference: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(C,) log-sum-exps of student and teacher in float64, and their entropies in fp32: as native.row_statistics."""
+) -> RowStatistics:
+    """As native.row_statistics."""
     rows, vocabulary = student.shape
     lse = torch.empty(2, rows, dtype=torch.float64, device=student.device)
-    entropy = torch.empty(2, rows, dtype=torch.float32, device=student.device)
+    others = torch.empty(5, rows, dtype=torch.float32, device=student.device)
     row_statistics_kernel[(rows,)](
-        student, teacher, lse, entropy, student.stride(0), teacher.stride(0), rows, vocabulary, 1.0 / temperature,
+        student, teacher, lse, others, student.stride(0), teacher.stride(0), rows, vocabulary, 1.0 / temperature,
         difference=teacher_is_difference, BLOCK=BLOCK, **options(student.device.type),
     )  # fmt: skip
-    return *lse.unbind(), *entropy.unbind()
+    return RowStatistics(*lse.unbind(), *others.unbind())
+
+
+def row_terms(
+    student: Tensor,  # (C, V) fp32 logits of some entries of each row
+    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
+    statistics: RowStatistics,  # of the whole rows
+    *,
+    beta: float,
+    temperature: float,
+    teacher_is_difference: bool,
+    entry_clip: float = 0.0,  # 0: none
+) -> Tensor:  # (4, C) float64
+    """As native.row_terms."""
+    rows, vocabulary = student.shape
+    terms = torch.empty(4, rows, dtype=torch.float64, device=student.device)
+    row_terms_kernel[(rows,)](
+        student, teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre, statistics.log_ratio,
+        terms, student.stride(0), teacher.stride(0), rows, vocabulary, 1.0 / temperature, 1.0 - beta, beta, entry_clip,
+        objective=objective(beta, entry_clip), difference=teacher_is_difference, BLOCK=BLOCK,
+        **options(student.device.type),
+    )  # fmt: skip
+    return terms
+
+
+def row_gradient(
+    student: Tensor,  # (C, V) fp32 logits of some entries of each row
+    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
+    statistics: RowStatistics,  # of the whole rows
+    terms: Tensor,  # (4, C) float64, of the whole rows
+    weight: Tensor,  # (C,) fp32
+    *,
+    beta: float,
+    temperature: float,
+    teacher_is_difference: bool,
+    entry_clip: float = 0.0,  # 0: none
+    student_softcap: float = 0.0,  # 0: none
+    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
+) -> Tensor:  # (C,) fp32
+    """As native.row_gradient."""
+    rows, vocabulary = student.shape
+    divergence = torch.empty(rows, dtype=torch.float32, device=student.device)
+    row_gradient_kernel[(rows,)](
+        student, teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre, statistics.log_ratio,
+        terms, weight, divergence, gradient,
+        student.stride(0), teacher.stride(0), 0 if gradient is None else gradient.stride(0), rows, vocabulary,
+        1.0 / temperature, 1.0 - beta, beta, entry_clip, 1.0 / student_softcap if student_softcap else 0.0,
+        objective=objective(beta, entry_clip), difference=teacher_is_difference, has_gradient=gradient is not None,
+        has_softcap=bool(student_softcap), BLOCK=BLOCK,
+        **options(student.device.type),
+    )  # fmt: skip
+    return divergence

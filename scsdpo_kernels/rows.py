@@ -1,4 +1,4 @@
-"""Which rows are computed: those of weight other than 0, or the caller's own list."""
+"""Which rows are computed, those of weight other than 0 or the caller's own list, and what is known of each."""
 
 from typing import NamedTuple
 
@@ -26,6 +26,21 @@ class Rows(NamedTuple):
 
     def chunk(self, which: slice) -> "Rows":
         return Rows(*(x[which] if isinstance(x, Tensor) else x for x in self))
+
+
+class RowStatistics(NamedTuple):
+    """What is known of each row, (C,), of logits / temperature: enough to know every entry's probabilities.
+
+    teacher_lse - student_lse = centre / temperature + log_ratio, the latter with all its digits as teacher -> student.
+    """
+
+    student_lse: Tensor  # float64
+    teacher_lse: Tensor  # float64
+    student_max: Tensor  # fp32, as the others: the largest logit
+    centre: Tensor  # teacher's minus student's logit there
+    log_ratio: Tensor
+    student_entropy: Tensor  # nats
+    teacher_entropy: Tensor
 
 
 def as_matrix(

@@ -23,6 +23,7 @@ from torch import Tensor
 from .arguments import Numbers
 from .kernels import Kernels
 from .rows import Rows
+from .shards import Shard, importance_ratio, target_logits
 
 LEAST_LOG_TAIL = math.log(-math.expm1(-1e-7))
 
@@ -33,44 +34,40 @@ def divergence_on_support(
     rows: Rows,  # of the chunk; their weights are the gradient's
     numbers: Numbers,
     kernels: Kernels,
+    shard: Shard,  # the part of the vocabulary that the logits are of
     *,
     teacher_is_difference: bool,
     gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over student. None: values only
 ) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target, 6 with old_logp, as the row kernels'
     """Row scalars on a support and the dense weighted gradient. What the teacher has not said of itself is 0."""
     temperature = numbers.temperature
-    ids, exists = _support(student, rows, numbers)
-    own, other = _taken(student, ids, exists), None
-    target = _at_target(student, rows)
+    targets = target_logits(student, teacher, rows, shard, teacher_is_difference)
+    target, other_target = (None, None) if targets is None else (targets[0], targets[-1])
+    ids, exists, own, other = _support(student, teacher, teacher_is_difference, rows, numbers, shard)
+    columns, here = shard.local(ids, exists)
+    _mask(student, columns, here, -torch.inf)
     if teacher is not None:
-        other, other_target = _taken(teacher, ids, exists), _at_target(teacher, rows)
-        if teacher_is_difference:
-            other, other_target = own + other, None if target is None else target + other_target
-    _mask(student, ids, exists, -torch.inf)
-    if teacher is not None:
-        _mask(teacher, ids, exists, 0.0 if teacher_is_difference else -torch.inf)
-    tail, tail_t, entropy, entropy_t = kernels.row_statistics(
-        student,
-        student if teacher is None else teacher,
-        temperature=temperature,
-        teacher_is_difference=teacher_is_difference,
+        _mask(teacher, columns, here, 0.0 if teacher_is_difference else -torch.inf)
+    of_tail = shard.statistics(
+        kernels, student, student if teacher is None else teacher, temperature, teacher_is_difference
     )
 
+    tail, tail_t = of_tail.student_lse, of_tail.teacher_lse
     log_p, log_tail, lse = _normalised(own / temperature, tail)
-    fields = [_entropy(log_p, log_tail, entropy)]
+    fields = [_entropy(log_p, log_tail, of_tail.student_entropy)]
     if teacher is None:
         log_q = torch.where(exists, rows.support_logp.double(), -torch.inf)
         log_tail_t = torch.log(-torch.expm1(log_q.logsumexp(-1, keepdim=True).clamp(max=-1e-7)))
         fields.append(torch.zeros_like(fields[0]))
     else:
         log_q, log_tail_t, lse_t = _normalised(other / temperature, tail_t)
-        fields.append(_entropy(log_q, log_tail_t, entropy_t))
+        fields.append(_entropy(log_q, log_tail_t, of_tail.teacher_entropy))
     if target is not None:
         logp = target / temperature - lse
         fields += [logp, torch.zeros_like(logp) if teacher is None else other_target / temperature - lse_t]
     weight = rows.weight
     if rows.old_logp is not None:
-        fields.append((logp - rows.old_logp).clamp(-20, 20).exp().clamp(max=numbers.importance_clip))
+        fields.append(importance_ratio(logp, rows.old_logp, numbers.importance_clip))
         weight = (weight * fields[-1]).float()
 
     # g: of the logits in A, and of the tail's log-sum-exp
@@ -94,48 +91,61 @@ def divergence_on_support(
         kernels.tail_gradient(student, base, factor.float(), gradient, temperature=temperature, softcap=softcap)
         if softcap:
             g = g * (1 - (own / softcap) ** 2).clamp(min=0)
-        _put(gradient, ids, exists, g / temperature)
+        _put(gradient, columns, here, g / temperature)
     return tuple(x.float() for x in (divergence, *fields))
 
 
-def _support(student: Tensor, rows: Rows, numbers: Numbers) -> tuple[Tensor, Tensor]:  # (C, K) int64, (C, K) bool
-    """Ids, and which of the slots exist. A slot that does not repeats the row's first one that does, or 0."""
-    if numbers.sampled_token:
-        ids = rows.target.clamp(0, student.shape[1] - 1)[:, None]
-    elif rows.support_ids is None:
-        ids = student.topk(min(numbers.top_k, student.shape[1]), sorted=False).indices.sort().values  # one order
+def _support(
+    student: Tensor, teacher: Tensor | None, difference: bool, rows: Rows, numbers: Numbers, shard: Shard
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # (C, K) int64, bool, float64, float64
+    """Ids, which of the slots exist, and both sides' logits at them; of a slot that does not exist -inf."""
+    sides = (student,) if teacher is None else (student, teacher)
+    if numbers.top_k:
+        ids, logits = _likeliest(sides, numbers.top_k, shard)
+        exists = torch.ones_like(ids, dtype=torch.bool)
     else:
-        exists = rows.support_ids >= 0
-        first = rows.support_ids.gather(1, exists.int().argmax(1, keepdim=True)).clamp(min=0)
-        return torch.where(exists, rows.support_ids, first), exists
-    return ids, torch.ones_like(ids, dtype=torch.bool)
+        ids = rows.target[:, None] if rows.support_ids is None else rows.support_ids
+        exists = torch.ones_like(ids, dtype=torch.bool) if rows.support_ids is None else ids >= 0
+        logits = shard.values(sides, ids, exists)
+    own, other = logits[0], None if teacher is None else logits[1]
+    if difference:
+        other = own + other
+    own, other = (None if x is None else torch.where(exists, x, -torch.inf) for x in (own, other))
+    return ids, exists, own, other
 
 
-def _taken(logits: Tensor, ids: Tensor, exists: Tensor) -> Tensor:  # (C, K) float64
-    return torch.where(exists, logits.gather(1, ids).double(), -torch.inf)
+def _likeliest(sides: tuple[Tensor, ...], top_k: int, shard: Shard) -> tuple[Tensor, Tensor]:
+    """(C, K) ids of the student's likeliest entries, ascending, and (sides, C, K) logits: of all parts' candidates."""
+    most = min(top_k, shard.longest)
+    values, columns = sides[0].topk(min(most, shard.size), sorted=False)
+    candidates = torch.full((1 + len(sides), len(values), most), -torch.inf, dtype=torch.float64, device=values.device)
+    candidates[0] = -1  # a slot that a part has nothing for
+    found = torch.stack([(columns + shard.start).double(), *(x.gather(1, columns).double() for x in sides)])
+    candidates[:, :, : columns.shape[1]] = found
+    candidates = shard.gather(candidates).movedim(0, 2).flatten(2)  # (1 + sides, C, parts · most)
+    ids, student = candidates[0], candidates[1]
+    order = torch.where(ids < 0, -torch.inf, student.clamp(min=torch.finfo(torch.float64).min))
+    best = order.topk(min(top_k, shard.vocabulary), sorted=False).indices
+    best = best.gather(1, ids.gather(1, best).argsort(1))  # one order, whichever the part
+    return ids.gather(1, best).long(), candidates[1:].gather(2, best.expand(len(sides), -1, -1))
 
 
 def _mask(logits: Tensor, ids: Tensor, exists: Tensor, value: float) -> None:
     """Slots that do not exist repeat another, or where there is none leave entry 0 as it is."""
+    if logits.shape[1] == 0:
+        return
     some = exists.any(1, keepdim=True)
     logits.scatter_(1, ids, torch.where(some, value, logits.gather(1, ids)))
 
 
 def _put(gradient: Tensor, ids: Tensor, exists: Tensor, g: Tensor) -> None:
+    if gradient.shape[1] == 0:
+        return
     some = exists.any(1, keepdim=True)
     first = g.gather(1, exists.int().argmax(1, keepdim=True))
     g = torch.where(exists, g, first).to(gradient.dtype)
     rows = torch.arange(len(ids), device=ids.device)[:, None]
     gradient[rows, ids] = torch.where(some, g, gradient.gather(1, ids))  # scatter_ would copy all of a bf16 chunk
-
-
-def _at_target(logits: Tensor, rows: Rows) -> Tensor | None:  # (C,) float64
-    """NaN for an id that is not in the vocabulary."""
-    if rows.target is None:
-        return None
-    inside = (rows.target >= 0) & (rows.target < logits.shape[1])
-    z = logits.gather(1, torch.where(inside, rows.target, 0)[:, None]).squeeze(1)
-    return torch.where(inside, z.double(), torch.nan)
 
 
 def _normalised(z: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:

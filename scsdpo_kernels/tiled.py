@@ -35,6 +35,7 @@ from .divergence_triton import (
     value,
 )
 from .rows import Rows
+from .shards import Shard
 
 # Bytes of G, the slab of weighted scores.
 SLAB_BYTES = 16 * 2**20
@@ -559,12 +560,14 @@ def divergence_rows(
     rows: Rows,
     numbers: Numbers,
     *,
+    shard: Shard,  # the whole vocabulary: this schedule has no other
     teacher_is_difference: bool,  # which of shared fp32 heads are projected so
     score_dtype: torch.dtype,  # of G
     grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
     grad_head: tuple[torch.dtype | None, ...],  # of the head's weight, bias, A and B. None: not wanted
 ) -> tuple[Tensor, list[Tensor | None]]:  # (rows.scalars, K) fp32; gradients of weight, bias, A, B
     """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
+    assert shard.group is None
     shared = teacher_head.weight is student_head.weight
     student_weight = _unit_stride(student_head.weight)
     teacher_weight = student_weight if shared else _unit_stride(teacher_head.weight)

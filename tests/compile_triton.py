@@ -45,7 +45,7 @@ INTEGERS = [
     "rows",
 ]
 FP32 = ["target_logits", "old_logp", "scratch", "partial", "scalars", "row", "weight", "weights", "entropy", "logits",
-        "bias", "base", "factor"]  # fmt: skip
+        "bias", "base", "factor", "others", "centre", "log_ratio", "divergence_out"]  # fmt: skip
 OPERANDS = ["student", "teacher", "student_head", "teacher_head", "head", "slab"]
 
 
@@ -74,6 +74,17 @@ def kernels(target):
         constants = {"difference": difference, "BLOCK": row_divergence_triton.BLOCK}
         elements = {"student": "fp32", "teacher": "fp32", "lse": "fp64"}
         yield row_divergence_triton.row_statistics_kernel, elements, constants, options
+    known = {"student": "fp32", "teacher": "fp32", "student_lse": "fp64", "teacher_lse": "fp64", "terms": "fp64"}
+    for objective, difference in itertools.product((0, 1, 2, 3), (False, True)):
+        constants = {"objective": objective, "difference": difference, "BLOCK": row_divergence_triton.BLOCK}
+        yield row_divergence_triton.row_terms_kernel, known, constants, options
+        for gradient, softcap in (("bf16", False), ("fp32", False), ("bf16", True)):
+            yield (
+                row_divergence_triton.row_gradient_kernel,
+                {**known, "gradient_out": gradient},
+                {**constants, "has_gradient": True, "has_softcap": softcap},
+                options,
+            )
     for softcap in (False, True):
         constants = {"has_bias": True, "has_softcap": softcap, "BLOCK": logits_triton.BLOCK}
         yield logits_triton.head_logits_kernel, {}, constants, {"num_warps": logits_triton.WARPS}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 
-from scsdpo_kernels import logits_triton, native, row_divergence_triton
+from scsdpo_kernels import logits_triton, native, row_divergence_triton, shards
 
 BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
 VOCABULARIES = (1, 2, 7, 16, 17, 1021, 4999)
@@ -545,14 +545,17 @@ def test_statistics(kernel, difference):
         teacher = student + (teacher - student)
         given = (teacher.double() - student).float() if difference else teacher
         exact_teacher = student.double() + given.double() if difference else teacher.double()
-        student_lse, teacher_lse, *entropies = statistics(
+        student_lse, teacher_lse, largest, centre, log_ratio, *entropies = statistics(
             kernel, student, given, temperature=0.7, teacher_is_difference=difference
         )
+        assert torch.equal(largest, student.amax(-1))
         assert student_lse.dtype == teacher_lse.dtype == torch.float64
         exact = [(x.double() / 0.7).logsumexp(-1) for x in (student, exact_teacher)]
         torch.testing.assert_close(student_lse, exact[0], rtol=1e-6, atol=1e-6)
         apart = exact[1] - exact[0]
         assert (teacher_lse - student_lse - apart).abs().max() <= 1e-5 * apart.abs().max() + 1e-6 * distance
+        counted = apart - centre.double() / 0.7
+        assert (log_ratio - counted).abs().max() <= 1e-5 * counted.abs().max() + 1e-6 * distance
         for entropy, x in zip(entropies, (student, exact_teacher), strict=True):
             log = (x.double() / 0.7).log_softmax(-1)
             torch.testing.assert_close(entropy.double(), -(log.exp() * log).sum(-1), rtol=1e-5, atol=2e-6)
@@ -567,6 +570,86 @@ def test_statistics(kernel, difference):
     torch.testing.assert_close(student_lse, student.double().logsumexp(-1), rtol=0, atol=2e-6, equal_nan=True)
     rest = [0, 1, 2, 4]
     torch.testing.assert_close(teacher_lse[rest], teacher.double().logsumexp(-1)[rest], rtol=0, atol=2e-6)
+
+
+def in_parts(kernel, student, teacher, cuts, *, temperature=1.0, difference=False, softcap=0.0, weight=None, **options):
+    """What processes with a part of the vocabulary each make of it: divergence, entropies and gradient."""
+    device = device_of(kernel)
+    weight = (torch.ones(len(student)) if weight is None else weight).to(device)
+    module = row_divergence_triton if kernel == "triton" else native
+    chosen = {} if kernel == "triton" else {"instruction_set": kernel}
+    chosen |= {"temperature": temperature, "teacher_is_difference": difference}
+    parts = [
+        [x[:, a:b].contiguous().to(device) for x in (student, teacher)]
+        for a, b in itertools.pairwise((0, *cuts, student.shape[1]))
+    ]
+    own = [module.row_statistics(*part, **chosen) for part in parts]
+    known = shards._put_together(torch.stack([torch.stack([x.double() for x in of]) for of in own]), temperature)
+    terms = sum(module.row_terms(*part, known, **chosen, **options) for part in parts)
+    gradient = []
+    for part in parts:
+        out = torch.empty_like(part[0])
+        divergence = module.row_gradient(
+            *part, known, terms, weight, **chosen, **options, student_softcap=softcap, gradient=out
+        )
+        gradient.append(out.cpu())
+    scalars = (divergence, known.student_entropy, known.teacher_entropy)
+    return native.RowDivergence(*(x.cpu() for x in scalars), None, None), torch.cat(gradient, dim=1)
+
+
+@pytest.mark.parametrize("kernel", [*INSTRUCTION_SETS, "triton"])
+@pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_rows_in_parts(kernel, beta, difference):
+    """As precise as whole rows, from random to nearly equal and peaked ones."""
+    for scale, distance in itertools.product((0.5, 6.0), (1.0, 1e-3, 1e-5)):
+        student, teacher = logits(601, scale, distance)
+        if scale > 1:
+            student[:2, 450] = teacher[:2, 450] = 40.0  # nearly all of the mass in one part
+        given = teacher
+        if difference:
+            given = (teacher.double() - student).float()
+            teacher = student.double() + given.double()
+        scalars, gradient = in_parts(
+            kernel, student, given, (16, 400, 401), beta=beta, temperature=0.7, difference=difference
+        )
+        floor = 1e-10 if difference else 1e-7 * distance + 1e-10
+        expected = oracle.rows(student, teacher, beta, 0.7)
+        assert_rows(scalars, gradient, expected, floor=floor, gradient_floor=floor)
+
+
+@pytest.mark.parametrize("kernel", [*INSTRUCTION_SETS, "triton"])
+def test_clipped_rows_in_parts(kernel):
+    student, teacher = logits(601, 2.0, 1.0)
+    teacher[0, 5] = 12.0  # mostly clipped
+    weight = torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5])
+    scalars, gradient = in_parts(kernel, student, teacher, (300,), beta=0.0, entry_clip=0.01, weight=weight)
+    expected = oracle.rows(student, teacher, 0.0, entry_clip=0.01)
+    np.testing.assert_allclose(scalars.divergence.numpy(), expected.divergence.astype(float), rtol=1e-5, atol=1e-7)
+    exact = expected.gradient.astype(float) * weight[:, None].numpy()
+    np.testing.assert_allclose(gradient.numpy(), exact, rtol=1e-4, atol=1e-7)
+    assert (gradient[2] == 0).all()
+
+
+@pytest.mark.parametrize("kernel", [*INSTRUCTION_SETS, "triton"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_forbidden_tokens_in_parts(kernel, beta):
+    """-inf columns, whole parts of them, on either side; a NaN row is NaN in every part."""
+    student, teacher = logits(64, 1.0, 0.5)
+    student[0, :20] = teacher[0, :20] = -torch.inf
+    student[1, 40:] = teacher[1, 40:] = -torch.inf
+    if beta < 1:
+        teacher[2, :20] = -torch.inf  # what the student allows
+    if beta > 0:
+        student[3, 40:] = -torch.inf
+    student[4, 50] = torch.nan
+    scalars, gradient = in_parts(kernel, student, teacher, (20, 40), beta=beta)
+    assert scalars.divergence[4].isnan() and gradient[4].isnan().all()
+    finite = [row for row in range(4)]
+    expected = oracle.rows(student[finite], teacher[finite], beta)
+    np.testing.assert_allclose(scalars.divergence[finite].numpy(), expected.divergence.astype(float), rtol=2e-5)
+    exact = np.nan_to_num(expected.gradient.astype(float))
+    np.testing.assert_allclose(gradient[finite].numpy(), exact, rtol=2e-4, atol=2e-7)
 
 
 @pytest.mark.parametrize("kernel", [*INSTRUCTION_SETS, "triton"])
