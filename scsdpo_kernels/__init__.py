@@ -9,7 +9,7 @@ except ImportError as error:
     ) from error
 
 from .linear_divergence import LinearDivergence, linear_divergence, linear_divergence_per_token
-from .scsdpo_loss import scsdpo_loss
+from .scsdpo_loss import scsdpo_loss, step_denominator
 from .shards import VocabShard
 from .trust_region import TrustRegionTeacher
 from .weights import question_weights
@@ -23,4 +23,5 @@ __all__ = [
     "linear_divergence_per_token",
     "question_weights",
     "scsdpo_loss",
+    "step_denominator",
 ]

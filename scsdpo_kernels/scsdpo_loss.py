@@ -8,6 +8,7 @@ Tokens of questions with weight 0 count in the denominator and cost nothing else
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .linear_divergence import LinearDivergence, check_types, linear_divergence
@@ -30,7 +31,7 @@ def scsdpo_loss(
     denominator: float | Tensor | None = None,  # above 0; a tensor has one element
     exponent: float = 0.5,
     success_threshold: float | None = None,
-    group: "torch.distributed.ProcessGroup | None" = None,
+    group: "dist.ProcessGroup | None" = None,
     token_weight: Tensor | None = None,  # (B, T) a further factor, as of an importance ratio; None: ones
     **divergence_options,
 ) -> LinearDivergence:
@@ -46,7 +47,7 @@ def scsdpo_loss(
             each rollout's tokens, then over all B rollouts. "sum": Σ w̄ m D. `token_weight` multiplies D in each of
             them and is in no denominator.
         denominator: tokens (or rollouts, for "sequence-mean") of the whole optimiser step, where this call is one
-            micro-batch or rank of it. None: this call's.
+            micro-batch or rank of it: `step_denominator`. None: this call's.
         divergence_options: every further keyword argument of `linear_divergence`.
 
     Returns:
@@ -80,6 +81,45 @@ def scsdpo_loss(
     return linear_divergence(
         student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight=weight, **divergence_options
     )
+
+
+def step_denominator(
+    mask: Tensor,  # (B, T) of all micro-batches of this process's step
+    question_weight: Tensor | None = None,  # (B,) of them; needed for "weighted-token-mean"
+    *,
+    reduction: str = "token-mean",
+    group: "dist.ProcessGroup | None" = None,
+) -> Tensor:  # () fp32, above 0
+    """`scsdpo_loss`'s denominator of a whole optimiser step, over micro-batches and processes: call it once a step.
+
+    Then Σ over micro-batches and processes of scsdpo_loss(..., denominator=it).loss is the loss of the whole batch,
+    however that is split. Gradients that are averaged over processes, as DDP and FSDP do, want the loss times their
+    number.
+
+    Args:
+        reduction: as of `scsdpo_loss`: Σ m, Σ w̄ m or B. "sum" has no denominator.
+        group: process group over whose ranks the batch is spread. Collective: one number a rank. None: this process.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what was expected and what came.
+    """
+    if reduction not in REDUCTIONS or reduction == "sum":
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS[:-1])}, got {reduction!r}")
+    if mask.dim() != 2:
+        raise ValueError(f"mask: expected shape (B, T), got {tuple(mask.shape)}")
+    if reduction == "sequence-mean":
+        total = torch.tensor(float(len(mask)), dtype=torch.float64, device=mask.device)
+    else:
+        total = mask.detach().double()
+        if reduction == "weighted-token-mean":
+            if question_weight is None or question_weight.shape != mask.shape[:1]:
+                got = None if question_weight is None else tuple(question_weight.shape)
+                raise ValueError(f"question_weight: expected shape ({len(mask)},) with this reduction, got {got}")
+            total = total * question_weight.detach().double().unsqueeze(1)
+        total = total.sum()
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return torch.where(total == 0, 1.0, total).float()
 
 
 def _denominator(reduction: str, mask: Tensor, weight: Tensor, given: float | Tensor | None) -> float | Tensor:

@@ -14,6 +14,7 @@ from the same numbers in the same order, so all have the same bits.
 
 import dataclasses
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -178,7 +179,7 @@ def _described(tensors: Tensors, numbers: Numbers, schedule: str) -> dict[str, A
         needs = tensor.requires_grad and name in ("student_hidden", "student_lora_a")  # what crosses afterwards
         described[name] = (shape, str(tensor.dtype), needs)
     if not own_rows:
-        described["token_weight's rows"] = hash(bytes((tensors.token_weight != 0).flatten().cpu().tolist()))
+        described["token_weight's rows"] = zlib.crc32(bytes((tensors.token_weight != 0).flatten().tolist()))
     return described
 
 
@@ -224,13 +225,13 @@ class Shard:
         first = columns.gather(1, here.int().argmax(1, keepdim=True)).clamp(0, max(0, self.size - 1))
         return torch.where(here, columns, first), here
 
-    def values(self, logits: tuple[Tensor, ...], ids: Tensor, exists: Tensor) -> Tensor:
-        """(len(logits), C, K) float64: the logits of both sides at ids, wherever they are; 0 where they are nowhere."""
+    def values(self, sides: tuple[Tensor, ...], ids: Tensor, exists: Tensor, difference: bool) -> Tensor:
+        """(sides, C, K) float64: the logits of both sides at ids, wherever they are; 0 where they are nowhere."""
         columns, here = self.local(ids, exists)
         if self.size:
-            own = torch.stack([x.gather(1, columns).double() for x in logits])
+            own = logits_at(sides, columns, difference)
         else:
-            own = torch.zeros(len(logits), *ids.shape, dtype=torch.float64, device=ids.device)
+            own = torch.zeros(len(sides), *ids.shape, dtype=torch.float64, device=ids.device)
         return self.gather(torch.where(here, own, 0.0)).sum(0)
 
     def statistics(self, kernels, student: Tensor, teacher: Tensor, temperature: float, difference: bool):
@@ -314,15 +315,21 @@ def divergence_on_part(
     return tuple(x.float() for x in (divergence, *fields))
 
 
+def logits_at(sides: tuple[Tensor, ...], columns: Tensor, difference: bool) -> Tensor:
+    """(sides, C, K) float64 of student and, if it is there, teacher, which may be given as teacher - student."""
+    values = torch.stack([x.gather(1, columns).double() for x in sides])
+    if difference:
+        values[1] += values[0]
+    return values
+
+
 def target_logits(student: Tensor, teacher: Tensor | None, rows: Rows, shard: Shard, difference: bool):
     """(sides, C) float64 at the targets, None without; NaN for an id that is not in the vocabulary."""
     if rows.target is None:
         return None
     ids = rows.target.unsqueeze(1)
     sides = (student,) if teacher is None else (student, teacher)
-    values = shard.values(sides, ids, torch.ones_like(ids, dtype=torch.bool)).squeeze(2)
-    if difference:
-        values[1] += values[0]
+    values = shard.values(sides, ids, torch.ones_like(ids, dtype=torch.bool), difference).squeeze(2)
     inside = (rows.target >= 0) & (rows.target < shard.vocabulary)
     return torch.where(inside, values, torch.nan)
 

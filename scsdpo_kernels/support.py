@@ -23,7 +23,7 @@ from torch import Tensor
 from .arguments import Numbers
 from .kernels import Kernels
 from .rows import Rows
-from .shards import Shard, importance_ratio, target_logits
+from .shards import Shard, importance_ratio, logits_at, target_logits
 
 LEAST_LOG_TAIL = math.log(-math.expm1(-1e-7))
 
@@ -101,26 +101,24 @@ def _support(
     """Ids, which of the slots exist, and both sides' logits at them; of a slot that does not exist -inf."""
     sides = (student,) if teacher is None else (student, teacher)
     if numbers.top_k:
-        ids, logits = _likeliest(sides, numbers.top_k, shard)
+        ids, logits = _likeliest(sides, numbers.top_k, shard, difference)
         exists = torch.ones_like(ids, dtype=torch.bool)
     else:
         ids = rows.target[:, None] if rows.support_ids is None else rows.support_ids
         exists = torch.ones_like(ids, dtype=torch.bool) if rows.support_ids is None else ids >= 0
-        logits = shard.values(sides, ids, exists)
+        logits = shard.values(sides, ids, exists, difference)
     own, other = logits[0], None if teacher is None else logits[1]
-    if difference:
-        other = own + other
     own, other = (None if x is None else torch.where(exists, x, -torch.inf) for x in (own, other))
     return ids, exists, own, other
 
 
-def _likeliest(sides: tuple[Tensor, ...], top_k: int, shard: Shard) -> tuple[Tensor, Tensor]:
+def _likeliest(sides: tuple[Tensor, ...], top_k: int, shard: Shard, difference: bool) -> tuple[Tensor, Tensor]:
     """(C, K) ids of the student's likeliest entries, ascending, and (sides, C, K) logits: of all parts' candidates."""
     most = min(top_k, shard.longest)
     values, columns = sides[0].topk(min(most, shard.size), sorted=False)
     candidates = torch.full((1 + len(sides), len(values), most), -torch.inf, dtype=torch.float64, device=values.device)
     candidates[0] = -1  # a slot that a part has nothing for
-    found = torch.stack([(columns + shard.start).double(), *(x.gather(1, columns).double() for x in sides)])
+    found = torch.cat([(columns + shard.start).double().unsqueeze(0), logits_at(sides, columns, difference)])
     candidates[:, :, : columns.shape[1]] = found
     candidates = shard.gather(candidates).movedim(0, 2).flatten(2)  # (1 + sides, C, parts · most)
     ids, student = candidates[0], candidates[1]
