@@ -1,8 +1,8 @@
 """A vocabulary that is spread over processes: each has its rows of the heads, and of every row the logits of these.
 
 What is known of a row is put together from its parts. With Z_r, Y_r the normalisers of student and teacher in part r,
-c_r the constant that its log-ratio is counted from, and c the one of the part with the student's largest logit (of those
-that have something of both sides):
+c_r the constant that its log-ratio is counted from, and c that of the part with the student's largest logit (of the
+parts that have something of both sides):
 
     lse = log Σ_r e^lse_r      P_r = e^(lse_r - lse)      H = Σ_r P_r (H_r - log P_r)
     log(Y/Z) - c/τ = log(1 + Σ_r P_r (e^(log(Y_r/Z_r) - c/τ) - 1))
@@ -214,9 +214,10 @@ class Shard:
         """(processes, ...) of everyone's (...)."""
         if self.group is None:
             return own.unsqueeze(0)
-        every = own.new_empty(dist.get_world_size(self.group) * own.shape[0], *own.shape[1:])
-        dist.all_gather_into_tensor(every, own.contiguous(), group=self.group)
-        return every.view(-1, *own.shape)
+        every = own.new_empty(dist.get_world_size(self.group), *own.shape)
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # PyTorch 2.13 has renamed it
+        gather(every.flatten(0, 1), own.contiguous(), group=self.group)
+        return every
 
     def local(self, ids: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
         """Of (C, K) ids in the vocabulary: columns of this part, and which are. Others repeat the first one that is."""

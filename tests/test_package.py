@@ -25,9 +25,10 @@ LAYERS = [
     {"ops"},
     {"chunked", "tiled", "reference"},
     {"support"},
+    {"shards"},
     {"kernels"},
-    {"native", "row_divergence_triton", "logits_triton", "question_weights_triton", "rows"},
-    {"divergence_triton", "arguments"},
+    {"native", "row_divergence_triton", "logits_triton", "question_weights_triton"},
+    {"divergence_triton", "arguments", "rows"},
     {"_C"},
 ]
 
@@ -82,7 +83,7 @@ def test_public_signatures():
         "student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "token_weight", "beta", "temperature",
         "target_ids", "old_logp", "importance_clip", "top_k", "tail", "support_ids", "support_logp", "sampled_token",
         "entry_clip", "student_bias", "teacher_bias", "student_softcap", "teacher_softcap", "student_logit_scale",
-        "teacher_logit_scale", "student_lora", "teacher_lora", "schedule", "rows",
+        "teacher_logit_scale", "student_lora", "teacher_lora", "schedule", "rows", "shard",
     ]  # fmt: skip
     weights = list(inspect.signature(scsdpo_kernels.question_weights).parameters)
     assert weights == ["rewards", "question_ids", "exponent", "success_threshold", "group"]
@@ -107,7 +108,7 @@ def test_public_signatures():
     }
     assert defaults == {"beta": 0.5, "temperature": 1.0, "schedule": "auto", "reduction": "token-mean", "exponent": 0.5,
                         "sampled_token": False}  # fmt: skip
-    shared = inspect.signature(scsdpo_kernels.linear_divergence.__globals__["_arguments"]).parameters
+    shared = inspect.signature(scsdpo_kernels.linear_divergence.__globals__["_checked"]).parameters
     for name, parameter in inspect.signature(scsdpo_kernels.linear_divergence).parameters.items():
         assert name in list(linear[:4]) or shared[name].default == parameter.default, name
     for name in scsdpo_kernels.__all__:

@@ -645,7 +645,7 @@ def test_forbidden_tokens_in_parts(kernel, beta):
     student[4, 50] = torch.nan
     scalars, gradient = in_parts(kernel, student, teacher, (20, 40), beta=beta)
     assert scalars.divergence[4].isnan() and gradient[4].isnan().all()
-    finite = [row for row in range(4)]
+    finite = list(range(4))
     expected = oracle.rows(student[finite], teacher[finite], beta)
     np.testing.assert_allclose(scalars.divergence[finite].numpy(), expected.divergence.astype(float), rtol=2e-5)
     exact = np.nan_to_num(expected.gradient.astype(float))

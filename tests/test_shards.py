@@ -291,7 +291,6 @@ def dtensors(process):
 def sequence_parallel(process):
     """Each process has its own rows, as many as it has; the last has none."""
     given = problem()
-    expected, exact = run({name: x.to(process.device) for name, x in given.items() if name in (*OWN_HEAD, *TARGETS)})
     ends = [ROWS * r // max(1, process.world - 1) for r in range(process.world)] + [ROWS]
     own = slice(ends[process.rank], ends[process.rank + 1])
     for options in ({}, {"top_k": 4}):
@@ -418,8 +417,9 @@ def splits_of_a_batch(process):
             total = step_denominator(mask[own], weight, reduction=reduction, group=dist.group.WORLD)
             leaf = head.clone().requires_grad_()
             for part in own.split(micro) if len(own) else (own,):
-                loss = scsdpo_loss(hidden[part], leaf, teacher[part], question_weight=weight[torch.searchsorted(own, part)],
-                                   mask=mask[part], reduction=reduction, denominator=total).loss  # fmt: skip
+                given = {"question_weight": weight[torch.searchsorted(own, part)], "mask": mask[part]}
+                given |= {"reduction": reduction, "denominator": total}
+                loss = scsdpo_loss(hidden[part], leaf, teacher[part], **given).loss
                 loss.backward()
             dist.all_reduce(leaf.grad)
             torch.testing.assert_close(leaf.grad, whole, rtol=1e-4, atol=1e-6 * whole.abs().max().item())
