@@ -244,11 +244,13 @@ def tables_of(name: str, table: Callable, begin: str, readme: str) -> str:
     return before + begin + "\n\n".join(map(table, results)) + "\n" + END + rest.split(END, 1)[1]
 
 
-def write(name: str, result: dict, folder: Path) -> None:
+def write(name: str, result: dict, folder: Path) -> Path:
     """A benchmark's result file of this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     slug = "-".join(result["machine"]["cpu"].lower().split()) + f"-{os.cpu_count()}-cores"
-    (folder / f"{name}-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+    path = folder / f"{name}-{slug}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def main() -> None:

@@ -1,0 +1,91 @@
+"""Hidden states, heads and teachers to measure on.
+
+`reasoning` has output distributions like those that are reported of Qwen3-8B on reasoning rollouts: over half of the
+tokens have an entropy below 0.01 nats, 20 % one above 0.67. A token's own logit stands m above the log-sum-exp of all
+others, m normal, with the mean and the deviation that make it so: with p = 1 / (1 + e^m) the mass of the others and H
+their entropy, a token's entropy is h(p) + p H, h being that of a coin. `captured` are the hidden states of a model that
+was trained here, by the demo: its rollouts, and itself with a solution in the prompt.
+"""
+
+import argparse
+import math
+import random
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+LOW, HIGH = (0.50, 0.01), (0.80, 0.67)  # a share of the tokens has at most that entropy, nats
+DEVIATION = 2.0  # of the logits of tokens that mean nothing
+
+
+def reasoning(
+    rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32, *, distance: float = 0.1, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student's hidden states (N, D), head (V, D) and teacher's hidden states (N, D), which share the head.
+
+    distance: deviation of the teacher's logits from the student's, of every token.
+
+    Raises:
+        ValueError: too few dimensions for a distribution like that.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, width, generator=generator)
+    weight = torch.randn(vocabulary, width, generator=generator) * (DEVIATION * width**-0.5)
+    own = torch.randint(vocabulary, (rows,), generator=generator)
+    margin = _margins(rows, vocabulary, generator)
+    stretch = torch.zeros(rows)
+    towards = weight[own]
+    for _ in range(20):  # of the others' log-sum-exp, which moves a little with the own logit's stretch
+        state = hidden + stretch[:, None] * towards
+        variance = state.square().sum(1) * DEVIATION**2 / width
+        wanted = margin + math.log(vocabulary) + variance / 2
+        stretch = stretch + (wanted - (state * towards).sum(1)) / towards.square().sum(1)
+    if not (wanted - (state * towards).sum(1)).abs().max() < 0.1:
+        raise ValueError(f"width: expected more than {width}, in which tokens' own logits and all others' are one")
+    hidden = hidden + stretch[:, None] * towards
+    teacher = hidden + distance / DEVIATION * torch.randn(rows, width, generator=generator)
+    return hidden.to(dtype), weight.to(dtype), teacher.to(dtype)
+
+
+def _margins(rows: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+    others = math.log(vocabulary) - DEVIATION**2 / 2  # their entropy
+    low, high = (_margin(entropy, others) for _, entropy in (LOW, HIGH))
+    normal = NormalDist()
+    deviation = (low - high) / (normal.inv_cdf(HIGH[0]) - normal.inv_cdf(LOW[0]))
+    mean = low + deviation * normal.inv_cdf(LOW[0])
+    return mean + deviation * torch.randn(rows, generator=generator)
+
+
+def _margin(entropy: float, others: float) -> float:
+    """m of a token with this entropy, by bisection."""
+    low, high = -20.0, 40.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        p = 1 / (1 + math.exp(middle))
+        coin = -p * math.log(p) - (1 - p) * math.log1p(-p)
+        low, high = (middle, high) if coin + p * others > entropy else (low, middle)
+    return low
+
+
+def captured(rows: int, *, warmup_steps: int = 300, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Student's hidden states (N, 64), head (151936, 64), teacher's hidden states, and weights (N,) of the demo."""
+    from scsdpo import demo
+
+    arguments = argparse.Namespace(warmup_steps=warmup_steps, lr=2e-4, seed=seed, questions=10)
+    model = demo.warm_up(arguments, frozenset())
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    parts: list[list[Tensor]] = []
+    while sum(len(part[0]) for part in parts) < rows:
+        batch = demo.sample_batch(model, demo.draw_questions(arguments.questions, rng), rng, generator)
+        student, head, teacher, _ = demo.loss_operands(model, model, batch)
+        mask = batch.outcome["mask"].bool()
+        parts.append([student.detach()[mask], teacher.detach()[mask], demo.token_weights(batch.outcome)[mask]])
+    student, teacher, weight = (torch.cat(x)[:rows] for x in zip(*parts, strict=True))
+    return student, head.detach(), teacher, weight
+
+
+def entropies(hidden: Tensor, weight: Tensor) -> Tensor:
+    """(N,) nats."""
+    log_p = (hidden.double() @ weight.double().T).log_softmax(-1)
+    return torch.special.entr(log_p.exp()).sum(-1)
