@@ -177,10 +177,16 @@ def _arguments(
         "teacher_weight": teacher_weight,
         **options,
     }
-    given, shard = local_parts(given, shard)
     if shard is None or not shard.check or torch.compiler.is_compiling():
-        return _checked(**given, shard=shard)
-    return agreed(shard, lambda: _checked(**given, shard=shard), given["schedule"])
+        return _own_part(given, shard)
+    return agreed(shard, lambda: _own_part(given, shard), options["schedule"])
+
+
+def _own_part(given: dict, shard: VocabShard | None) -> tuple[Tensors, Numbers]:
+    given, shard = local_parts(given, shard)
+    if shard is not None and shard.sequence_parallel and given.get("rows") is not None:
+        raise ValueError("rows: expected None with sequence_parallel, in which processes tell each other their number")
+    return _checked(**given, shard=shard)
 
 
 def _checked(

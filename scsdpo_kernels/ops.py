@@ -290,9 +290,13 @@ def _backward_per_token(ctx, upstream: Tensor):
     tensors = Tensors(*ctx.saved_tensors)
     wanted = list(ctx.needs_input_grad[:DIFFERENTIABLE])
     finite = upstream.isfinite()
+    all_finite = finite.all()
+    if ctx.options[Numbers._fields.index("sequence_parallel")]:
+        shard = Shard(Numbers(*ctx.options[: len(Numbers._fields)]), tensors.student_weight.shape[0])
+        all_finite = shard.gather(all_finite.long().unsqueeze(0)).bool().all()
     weight = torch.where(finite, upstream, 0.0) * tensors.token_weight
     outputs = _operator(*tensors._replace(token_weight=weight), *ctx.options, wanted)
-    poison = torch.where(finite.all(), 1.0, torch.nan)  # of an overflown loss scale: gradients are not finite either
+    poison = torch.where(all_finite, 1.0, torch.nan)  # of an overflown loss scale: gradients are not finite either
     given = [
         (gradient * poison).to(tensor.dtype) if needed else None
         for gradient, tensor, needed in zip(outputs[-DIFFERENTIABLE:], tensors, wanted, strict=False)

@@ -69,13 +69,17 @@ def scsdpo_loss(
             "exponent, success_threshold, group: expected none of them with question_weight, which is computed already"
         )
     _check(student_hidden, mask, question_weight, token_weight, reduction, denominator)
+    shard = divergence_options.get("shard")
+    over = shard.group if shard is not None and shard.sequence_parallel else None
+    if over is not None and reduction == "sequence-mean":
+        raise ValueError("reduction: expected no 'sequence-mean' with sequence_parallel, which may take rollouts apart")
 
     mask = mask.detach().float()
     weight = question_weight.detach().float().unsqueeze(-1) * mask
     if reduction == "sequence-mean":
         weight = weight / mask.sum(dim=-1, keepdim=True).clamp(min=1)
     if reduction != "sum":
-        weight = weight / _denominator(reduction, mask, weight, denominator)
+        weight = weight / _denominator(reduction, mask, weight, denominator, over)
     if token_weight is not None:
         weight = weight * token_weight.detach()
     return linear_divergence(
@@ -98,7 +102,8 @@ def step_denominator(
 
     Args:
         reduction: as of `scsdpo_loss`: Σ m, Σ w̄ m or B. "sum" has no denominator.
-        group: process group over whose ranks the batch is spread. Collective: one number a rank. None: this process.
+        group: process group over whose ranks the batch is spread: with `VocabShard.sequence_parallel` those of the
+            vocabulary too, whose rows are their own. Collective: one number a rank. None: this process.
 
     Raises:
         ValueError: an argument does not fit; the message names it, what was expected and what came.
@@ -122,13 +127,17 @@ def step_denominator(
     return torch.where(total == 0, 1.0, total).float()
 
 
-def _denominator(reduction: str, mask: Tensor, weight: Tensor, given: float | Tensor | None) -> float | Tensor:
-    """Never 0: a batch without tokens has a loss of 0, not NaN."""
+def _denominator(
+    reduction: str, mask: Tensor, weight: Tensor, given: float | Tensor | None, over: "dist.ProcessGroup | None"
+) -> float | Tensor:
+    """Of this call, and of all of `over`. Never 0: a batch without tokens has a loss of 0, not NaN."""
     if given is not None:
         return given if not isinstance(given, Tensor) else given.reshape(()).to(mask.device)
     if reduction == "sequence-mean":
         return max(1, len(mask))
     total = mask.sum() if reduction == "token-mean" else weight.sum()
+    if over is not None:
+        dist.all_reduce(total, group=over)
     return torch.where(total == 0, 1.0, total)
 
 

@@ -62,11 +62,15 @@ class VocabShard:
             every: list = [None] * dist.get_world_size(self.group)
             dist.all_gather_object(every, (self.start, self.stop), group=self.group)
             object.__setattr__(self, "bounds", tuple(every))
+        elif self.bounds[dist.get_rank(self.group)] != (self.start, self.stop):
+            raise ValueError(f"bounds: expected {(self.start, self.stop)} for this process, got {self.bounds}")
         end = 0
         for start, stop in sorted(self.bounds):
-            if start != stop and (start != end or stop < start):
+            if start == stop:
+                continue
+            if start != end or stop < start:
                 raise ValueError(f"shard: expected parts that cover a vocabulary without overlap, got {self.bounds}")
-            end = max(end, stop)
+            end = stop
         if end == 0:
             raise ValueError(f"shard: expected a vocabulary of at least one entry, got parts {self.bounds}")
 
@@ -94,11 +98,15 @@ _ROWS_OF_HEADS = ("student_weight", "teacher_weight", "student_bias", "teacher_b
 def local_parts(given: dict[str, Any], shard: VocabShard | None) -> tuple[dict[str, Any], VocabShard | None]:
     """Arguments of linear_divergence with this process's part of each tensor, and which part that is.
 
+    Beside a DTensor, a plain tensor of the whole vocabulary is taken apart alike.
+
     Raises:
-        ValueError: a DTensor that is not sharded as `shard` says, or in a way that is not known.
+        ValueError: a DTensor that is not sharded as `shard` says, or in a way that is not known; without `shard`,
+            hidden states that are not the same on every process.
     """
     weight = given["student_weight"]
-    if _is_dtensor(weight):
+    apart = _is_dtensor(weight)
+    if apart:
         _expect_placement("student_weight", weight, 0)
         length, processes = weight.shape[0], weight.device_mesh.size()
         size = -(-length // processes)
@@ -106,6 +114,7 @@ def local_parts(given: dict[str, Any], shard: VocabShard | None) -> tuple[dict[s
         own = bounds[weight.device_mesh.get_local_rank()]
         if shard is None:
             shard = VocabShard(*own, group=weight.device_mesh.get_group(), bounds=bounds)
+            _expect_same_rows(given["student_hidden"], shard)
         elif (shard.start, shard.stop) != own:
             raise ValueError(
                 f"shard: expected entries {own[0]} to {own[1]} as student_weight, a DTensor, has them, got "
@@ -118,9 +127,18 @@ def local_parts(given: dict[str, Any], shard: VocabShard | None) -> tuple[dict[s
         if _is_dtensor(tensor):
             _expect_placement(name, tensor, 0 if rows else None)
             tensor = tensor.to_local()
-        if rows and isinstance(tensor, Tensor) and tensor.dim() and tensor.shape[0] > shard.stop - shard.start:
-            return tensor[: shard.stop - shard.start]  # without padding
-        return tensor
+        if not rows or not isinstance(tensor, Tensor) or tensor.dim() == 0:
+            return tensor
+        length, vocabulary, size = len(tensor), shard.numbers["shard_vocabulary"], shard.stop - shard.start
+        if apart and length == vocabulary:
+            return tensor[shard.start : shard.stop]
+        if length <= size:
+            return tensor
+        if apart or (length >= vocabulary and size < vocabulary):
+            raise ValueError(
+                f"{name}: expected this process's {size} of {vocabulary} rows, got shape {tuple(tensor.shape)}"
+            )
+        return tensor[:size]  # without padding
 
     parts = {}
     for name, value in given.items():
@@ -181,6 +199,24 @@ def _described(tensors: Tensors, numbers: Numbers, schedule: str) -> dict[str, A
     if not own_rows:
         described["token_weight's rows"] = zlib.crc32(bytes((tensors.token_weight != 0).flatten().tolist()))
     return described
+
+
+def _expect_same_rows(hidden: Tensor, shard: VocabShard) -> None:
+    """FSDP2's parameters are DTensors too, and sharded alike, over processes with rows of their own."""
+    if torch.compiler.is_compiling():
+        raise ValueError("shard: expected a VocabShard under torch.compile, where a DTensor head is not enough")
+    hidden = hidden.detach()
+    hidden = hidden.to_local() if _is_dtensor(hidden) else hidden
+    size = torch.tensor(hidden.numel(), dtype=torch.float64, device=hidden.device)
+    own = torch.stack([size, hidden.double().sum(), hidden.double().square().sum()]).unsqueeze(0)
+    every = torch.empty(len(shard.bounds), 3, dtype=torch.float64, device=hidden.device)
+    dist.all_gather(list(every.split(1)), own, group=shard.group)
+    if not torch.equal(every.nan_to_num(), own.nan_to_num().expand_as(every)):
+        raise ValueError(
+            "student_weight: a DTensor that is sharded on dim 0 is one part of a vocabulary for every process, whose "
+            "student_hidden have to be the same; they differ. A parameter of FSDP2 is whole only inside the forward of "
+            "its module: run linear_divergence there (scsdpo.head)"
+        )
 
 
 def _is_dtensor(tensor: Any) -> bool:

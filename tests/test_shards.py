@@ -283,6 +283,13 @@ def dtensors(process):
         torch.testing.assert_close(gradient, exact[name], rtol=1e-4, atol=1e-6)
     given["student_hidden"] = distribute_tensor(given["student_hidden"], mesh, [Replicate()])
     torch.testing.assert_close(linear_divergence(**given).loss, expected.loss, rtol=1e-5, atol=1e-6)
+    given["student_hidden"] = given["student_hidden"].to_local()
+    whole = {name: problem()[name].to(process.device) for name in ("teacher_weight", "student_bias")}
+    torch.testing.assert_close(linear_divergence(**{**given, **whole}).loss, expected.loss, rtol=1e-5, atol=1e-6)
+    if process.world > 1:  # as a parameter of FSDP2 outside of its forward, with rows of each process's own
+        other = {**given, "student_hidden": given["student_hidden"] + process.rank}
+        with pytest.raises(ValueError, match=r"they differ\. A parameter of FSDP2"):
+            linear_divergence(**other)
     given["student_weight"] = distribute_tensor(problem()["student_weight"].to(process.device), mesh, [Shard(1)])
     with pytest.raises(ValueError, match="student_weight: expected a DTensor with placements"):
         linear_divergence(**given)
@@ -371,6 +378,14 @@ def disagreement(process):
     raises(r"student_hidden: .*37.* on process 0, .*36", **short)
     with pytest.raises(ValueError, match="expected parts that cover a vocabulary"):
         VocabShard(process.start, process.stop + 1)
+    with pytest.raises(ValueError, match="expected parts that cover a vocabulary"):  # an empty part covers nothing
+        VocabShard(*((0, 30), (40, 40), (40, 67), (67, 67))[process.rank]) if process.world > 2 else VocabShard(0, 5)
+    with pytest.raises(ValueError, match="bounds: expected"):
+        VocabShard(process.start, process.stop, bounds=((0, 1), (1, 67), (67, 67), (67, 68))[: process.world])
+    raises("student_weight: expected this process's", student_weight=problem()["student_weight"].to(process.device))
+    with pytest.raises(ValueError, match="rows: expected None"):
+        rows = torch.arange(ROWS, device=process.device)
+        linear_divergence(**given, rows=rows, shard=process.shard(sequence_parallel=True))
     raises("schedule='reference': it does not have shard", schedule="reference")
     linear_divergence(**given, shard=shard)  # and goes on
 
@@ -383,6 +398,29 @@ def compiled(process):
     expected = linear_divergence(**given, shard=shard).loss
     loss = torch.compile(lambda **x: linear_divergence(**x, shard=shard).loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(loss(**given), expected, rtol=0, atol=0)
+
+
+def losses_over_own_rows(process):
+    """scsdpo_loss where each process has its own tokens: one denominator for all; and one overflow for all."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, teacher = (torch.randn(6, 4, WIDTH, generator=generator) for _ in "st")
+    head = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    mask = (torch.rand(6, 4, generator=generator) < 0.7).float()
+    weight = torch.tensor([0.5, 0, 1.5, 1, 0, 2])
+    hidden, teacher, head, mask, weight = (x.to(process.device) for x in (hidden, teacher, head, mask, weight))
+    own, shard = slice(process.rank, None, process.world), process.shard(sequence_parallel=True)
+    for reduction in ("token-mean", "weighted-token-mean", "sum"):
+        options = {"reduction": reduction}
+        whole = scsdpo_loss(hidden, head, teacher, mask=mask, question_weight=weight, **options).loss
+        parts = hidden[own], process.part(head), teacher[own]
+        got = scsdpo_loss(*parts, mask=mask[own], question_weight=weight[own], shard=shard, **options).loss
+        torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="sequence-mean"):
+        scsdpo_loss(*parts, mask=mask[own], question_weight=weight[own], shard=shard, reduction="sequence-mean")
+    leaf = process.part(head).requires_grad_()
+    divergence = linear_divergence_per_token(hidden[own], leaf, teacher[own], shard=shard)
+    divergence.backward(torch.full_like(divergence, torch.inf if process.rank == 0 else 1.0))
+    assert leaf.numel() == 0 or leaf.grad.isnan().all()
 
 
 # The global batch.
@@ -429,7 +467,8 @@ CASES = {
     function.__name__: function
     for function in (betas, targets, heads, supports, sampled_token, clipped_entries, near_equal, peaked,
                      forbidden_tokens, odd_weights, no_rows, chunks, bf16, per_token, frozen, padded_heads, dtensors,
-                     sequence_parallel, data_and_vocabulary, disagreement, compiled, splits_of_a_batch)
+                     sequence_parallel, losses_over_own_rows, data_and_vocabulary, disagreement, compiled,
+                     splits_of_a_batch)
 }  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from verl.trainer.distillation.losses import get_distillation_loss_fn
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.ray_trainer import compute_advantage
 from verl.utils import tensordict_utils
+from verl.utils.metric import Metric
 from verl.workers.config import (
     DistillationConfig,
     DistillationLossConfig,
@@ -380,6 +381,21 @@ def engine(folder, tmp_path, monkeypatch):
     dist.destroy_process_group()
 
 
+def test_metrics_are_of_all_response_tokens(engine):
+    """However many micro-batches have nothing to compute."""
+    batch = whole_batch()
+    batch["advantages"], _ = advantages_of(batch)
+    logged = []
+    for micro in (1, 16):
+        with engine.train_mode():
+            out = engine.infer_batch(part_of(batch, 0, 1, micro)[0], loss_function("scsdpo_jsd", "token-mean"))
+        logged.append({name: Metric.aggregate_dp([x]) for name, x in out["metrics"].items()})
+    kept = sum(int((a != 0).sum()) for i, a in enumerate(batch["advantages"]) if len(batch["teacher_prompts"][i]))
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+    assert logged[0]["scsdpo/rows_kept"] == pytest.approx(kept / sum(int(x.sum()) for x in batch["response_mask"]))
+    assert logged[0]["scsdpo/divergence"] > 1e-3
+
+
 def test_what_cannot_be_right_is_refused(engine):
     batch = whole_batch()
     batch["advantages"], _ = advantages_of(batch)
@@ -397,6 +413,12 @@ def test_what_cannot_be_right_is_refused(engine):
         object.__setattr__(setting, name, value)
         with pytest.raises(ValueError, match=f"distillation_loss.{name}: expected"):
             step(loss_fn)
+    loss_fn = loss_function("scsdpo_jsd", "token-mean", distillation=True)
+    given = loss_fn.keywords["distillation_config"].distillation_loss
+    object.__setattr__(given, "loss_mode", "forward_kl_topk")
+    object.__setattr__(loss_fn.keywords["config"].policy_loss, "loss_mode", "scsdpo_jsd")
+    with pytest.raises(ValueError, match=r"loss_mode: expected none of scsdpo\.verl"):
+        step(loss_fn)
     batch["advantages"], _ = advantages_of(batch, "grpo")
     with pytest.raises(ValueError, match=r"algorithm\.adv_estimator"):
         step(loss_function("scsdpo_jsd", "token-mean"))

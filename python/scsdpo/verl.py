@@ -176,13 +176,15 @@ class SCSDPOEngine(FSDPEngineWithLMHead):
                 **distill_args,
             )
 
+        # Shares and means of all response tokens of the mini-batch, in which those of weight 0 count as 0: verl adds up
+        # what micro-batches say, and takes the mean over processes.
         own = weight[rows] != 0
-        count = own.sum().clamp(min=1)
-        metrics = {"scsdpo/loss": Metric(AggregationType.SUM, result.loss)}
-        metrics["scsdpo/rows_kept"] = Metric(AggregationType.MEAN, own.sum() / max(1, len(weight)))
+        tokens = batch["batch_num_tokens"] / batch["dp_size"]
+        metrics = {"scsdpo/loss": result.loss, "scsdpo/rows_kept": own.sum() / tokens}
         for name in ("divergence", "student_entropy", "teacher_entropy"):
             if (value := getattr(result, name)) is not None:
-                metrics[f"scsdpo/{name}"] = Metric(AggregationType.MEAN, (value * own).sum() / count)
+                metrics[f"scsdpo/{name}"] = (value * own).sum() / tokens
+        metrics = Metric.from_dict(metrics, aggregation=AggregationType.SUM)
         return result.loss, {"model_output": {}, "loss": result.loss.detach().item(), "metrics": metrics}
 
     @torch.no_grad()
@@ -294,6 +296,11 @@ def _objective(loss_function: Callable | None) -> tuple[Any, float] | None:
         return None
     if mode not in BETA:
         return None
+    if distillation is not None and distillation.distillation_loss.loss_mode != mode:
+        raise ValueError(
+            f"actor.policy_loss.loss_mode: expected none of scsdpo.verl's beside distillation, got {mode}; set "
+            "distillation.distillation_loss.loss_mode"
+        )
     _expect("actor", config, {"entropy_coeff": 0, "use_kl_loss": False})
     return config, BETA[mode]
 
