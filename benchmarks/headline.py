@@ -23,8 +23,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import implementations
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from scsdpo_kernels import linear_divergence
@@ -50,40 +50,9 @@ def ours(hidden: Tensor, weight: Tensor, teacher: Tensor, token_weight: Tensor |
     return linear_divergence(hidden, weight, teacher, beta=BETA, token_weight=token_weight).loss
 
 
-def eager(hidden: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
-    """Full logits and their log-softmaxes, as trainers write it."""
-    log_p = F.log_softmax((hidden @ weight.T).float(), dim=-1)
-    with torch.no_grad():
-        log_q = F.log_softmax((teacher @ weight.T).float(), dim=-1)
-    log_m = torch.logsumexp(torch.stack([log_p, log_q]) + torch.tensor([1 - BETA, BETA]).log()[:, None, None], dim=0)
-    kl_p = F.kl_div(log_m, log_p, log_target=True, reduction="sum")
-    kl_q = F.kl_div(log_m, log_q, log_target=True, reduction="sum")
-    return (1 - BETA) * kl_p + BETA * kl_q
-
-
-@functools.cache
-def _liger_loss() -> Callable:
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA, compiled=True)
-
-
-def liger(hidden: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
-    labels = torch.zeros(len(hidden), dtype=torch.long)  # none of them is ignored; the hard loss has weight 0
-    return _liger_loss()(hidden, weight, teacher, weight.detach(), labels) * len(hidden)
-
-
-def trl(hidden: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, weight.detach(), None, BETA)[0].sum()
-
-
-IMPLEMENTATIONS = {
-    "scsdpo_kernels": (ours, None),
-    "eager PyTorch": (eager, None),
-    "chunked JSD, compiled": (liger, "liger-kernel"),
-    "chunked_divergence": (trl, "trl"),
+PEERS = {"eager PyTorch": None, "chunked JSD, compiled": "liger-kernel", "chunked_divergence": "trl"}
+IMPLEMENTATIONS = {"scsdpo_kernels": (ours, None)} | {
+    name: (implementations.IMPLEMENTATIONS[name].loss, package) for name, package in PEERS.items()
 }
 
 
@@ -132,14 +101,20 @@ def print_peak(arguments: argparse.Namespace) -> None:
     step(loss, problem(min(arguments.rows, 1024), arguments.width, arguments.vocabulary, dtype))  # imports, compilation
     tensors = problem(arguments.rows, arguments.width, arguments.vocabulary, dtype)
 
+    print(peak_over_gradients(lambda: step(loss, tensors), tensors[:2]))
+
+
+def peak_over_gradients(run: Callable, leaves: tuple[Tensor, ...]) -> float:
+    """MiB, of the process, over what it had before and the gradients that it leaves."""
+
     def status(field: str) -> float:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) / 1024
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = status("VmRSS")
-    step(loss, tensors)
-    print(status("VmHWM") - before - sum(x.grad.nbytes for x in tensors[:2]) / 2**20)
+    run()
+    return status("VmHWM") - before - sum(x.grad.nbytes for x in leaves) / 2**20
 
 
 def measure(dtype: str, arguments: argparse.Namespace) -> dict:

@@ -381,7 +381,7 @@ def disagreement(process):
     with pytest.raises(ValueError, match="expected parts that cover a vocabulary"):  # an empty part covers nothing
         VocabShard(*((0, 30), (40, 40), (40, 67), (67, 67))[process.rank]) if process.world > 2 else VocabShard(0, 5)
     with pytest.raises(ValueError, match="bounds: expected"):
-        VocabShard(process.start, process.stop, bounds=((0, 1), (1, 67), (67, 67), (67, 68))[: process.world])
+        VocabShard(process.start, process.stop, bounds=((0, 68),) * process.world)
     raises("student_weight: expected this process's", student_weight=problem()["student_weight"].to(process.device))
     with pytest.raises(ValueError, match="rows: expected None"):
         rows = torch.arange(ROWS, device=process.device)
