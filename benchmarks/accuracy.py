@@ -1,32 +1,32 @@
 """Errors of loss and gradients against float64 as the teacher comes near the student, for every implementation.
 
-    python benchmarks/accuracy.py [--rows 64] [--width 256] [--vocabulary 8192] [--output FOLDER]
+    python benchmarks/accuracy.py [--device cpu] [--rows 64] [--width 256] [--vocabulary 8192] [--output FOLDER]
 
 Near-equal distributions are self-distillation's normal state. All implementations have the same inputs (`reasoning` of
 inputs.py), rounded to a dtype before; float64 is the reference schedule's, which tests compare with formulas that share
 nothing with it, on these rounded inputs. The teacher's distance is swept from far to next to nothing; what is written
-beside each error is the mean KL(q‖p) that it makes.
+beside each error is the mean KL(q‖p) that it makes. The last inputs are `captured` in a model that was trained here.
 
-Writes FOLDER/accuracy-<machine>.json and accuracy-<machine>.png and prints the table; `--readme` puts the tables of all
-such files into README.md.
+Writes FOLDER/accuracy-<machine>.json after every kind of inputs and prints the table; `benchmarks/report.py` puts it
+into README.md and draws it.
 """
 
 import argparse
-import json
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from headline import RESULTS, ROOT, machine, tables_of, write
 from implementations import IMPLEMENTATIONS, label
-from inputs import reasoning
+from inputs import captured, reasoning
+from measuring import RESULTS, described, error, machine, write
 from torch import Tensor
 
 from scsdpo_kernels import linear_divergence
 
-BEGIN = "<!-- benchmarks/accuracy.py --readme -->\n"
 DISTANCES = (4.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 4e-4)
-SHOWN = (1.0, 0.1, 0.01, 1e-3)  # in the README
+CAPTURED = "the demo's model"
+SHOWN = ("distance 1.0", "distance 0.1", "distance 0.01", "distance 0.001", CAPTURED)  # in the README
 OBJECTIVES = {0.0: "forward KL", 0.5: "Jensen-Shannon", 1.0: "reverse KL"}
 
 
@@ -41,51 +41,56 @@ def exact(hidden: Tensor, weight: Tensor, teacher: Tensor, beta: float) -> Tenso
     return linear_divergence(hidden, weight, teacher, beta=beta, schedule="reference").loss
 
 
-def measure(arguments: argparse.Namespace, device: torch.device) -> list[dict]:
-    records = []
-    for dtype in ("float32", "bfloat16"):
-        for distance in DISTANCES:
-            tensors = reasoning(
-                arguments.rows, arguments.width, arguments.vocabulary, getattr(torch, dtype), distance=distance
-            )
-            tensors = tuple(x.to(device) for x in tensors)
+def inputs(arguments: argparse.Namespace) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """What they are; student's hidden states, head and teacher's, in fp32."""
+    for distance in DISTANCES:
+        shape = arguments.rows, arguments.width, arguments.vocabulary
+        yield f"distance {distance}", reasoning(*shape, distance=distance)
+    yield CAPTURED, captured(arguments.rows)[:3]
+
+
+def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
+    """The records of one kind of inputs after the other."""
+    for what, given in inputs(arguments):
+        records = []
+        for dtype in ("float32", "bfloat16"):
+            tensors = tuple(x.to(device, getattr(torch, dtype)) for x in given)
             doubles = tuple(x.double() for x in tensors)
-            kl = (exact(*doubles, 0.0) / arguments.rows).item()
+            kl = (exact(*doubles, 0.0) / len(tensors[0])).item()
             for beta in OBJECTIVES:
                 expected = gradients(exact, doubles, beta)
                 for name, implementation in IMPLEMENTATIONS.items():
-                    record = {"dtype": dtype, "distance": distance, "kl": kl, "beta": beta, "implementation": name}
+                    record = {"dtype": dtype, "inputs": what, "kl": kl, "beta": beta, "implementation": name}
                     why_not = implementation.why_not(device)
                     if why_not:
                         record["why_not"] = why_not
                     else:
                         got = gradients(implementation.loss, tensors, beta)
-                        record["errors"] = {
-                            what: ((got[what].double() - x).norm() / x.norm()).item() for what, x in expected.items()
-                        }
+                        record["errors"] = {of: error(got[of], x) for of, x in expected.items()}
                         record["label"] = label(name)
                     records.append(record)
-    return records
+        yield records
 
 
 def table(result: dict) -> str:
-    shape, host = result["shape"], result["machine"]
+    """One result file as Markdown."""
+    shape = result["shape"]
     lines = [
         f"Relative error of ∂h against float64, for forward KL / Jensen-Shannon / reverse KL, as the mean KL falls; "
-        f"N = {shape['rows']}, D = {shape['width']}, V = {shape['vocabulary']}, {host['cpu']}, torch {host['torch']}. "
-        f"In bold: over one per cent.",
+        f"N = {shape['rows']}, D = {shape['width']}, V = {shape['vocabulary']}, {described(result['machine'])}. "
+        f"In bold: over one per cent. Of {CAPTURED}: D = 64, V = 151936.",
     ]
     for dtype in ("float32", "bfloat16"):
-        own = [x for x in result["records"] if x["dtype"] == dtype and "errors" in x and x["distance"] in SHOWN]
-        distances = {x["distance"]: x["kl"] for x in own}
+        own = [x for x in result["records"] if x["dtype"] == dtype and "errors" in x and x["inputs"] in SHOWN]
+        columns = {x["inputs"]: f"{x['kl']:.0e}" + f", {CAPTURED}" * (x["inputs"] == CAPTURED) for x in own}
         lines += [
             "",
-            f"| {dtype}; mean KL: | " + " | ".join(f"{kl:.0e}" for kl in distances.values()) + " |",
-            "|---" * (1 + len(distances)) + "|",
+            f"| {dtype}; mean KL: | " + " | ".join(columns.values()) + " |",
+            "|---" * (1 + len(columns)) + "|",
         ]
         for name in dict.fromkeys(x["implementation"] for x in own):
             row = [x for x in own if x["implementation"] == name]
-            cells = (" / ".join(_cell(x["errors"]["hidden"]) for x in row if x["distance"] == d) for d in distances)
+            cells = (" / ".join(_cell(x["errors"]["hidden"]) for x in row if x["inputs"] == of) for of in columns)
             lines.append(f"| {row[0]['label']} | " + " | ".join(cells) + " |")
     absent = {x["implementation"]: x["why_not"] for x in result["records"] if "why_not" in x}
     lines += ["", "Not run: " + "; ".join(f"{name}: {why}" for name, why in absent.items()) + "."] if absent else []
@@ -99,38 +104,29 @@ def _cell(error: float) -> str:
 def plot(result: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3, sharex=True, sharey=True)
-    for row, dtype in enumerate(("float32", "bfloat16")):
-        for column, (beta, objective) in enumerate(OBJECTIVES.items()):
-            axis = axes[row, column]
+    quantities = {"loss": "loss", "hidden": "∂h", "weight": "∂W"}
+    figure = Figure(figsize=(13, 15), layout="constrained")
+    axes = figure.subplots(6, 3, sharex=True, sharey=True)
+    for row, (dtype, of) in enumerate(itertools.product(("float32", "bfloat16"), quantities)):
+        for axis, (beta, objective) in zip(axes[row], OBJECTIVES.items(), strict=True):
             own = [x for x in result["records"] if (x["dtype"], x["beta"]) == (dtype, beta) and "errors" in x]
+            own = [x for x in own if x["inputs"] != CAPTURED and x["implementation"] != "reference"]
             for name in dict.fromkeys(x["implementation"] for x in own):
-                if name == "reference":
-                    continue
                 line = [x for x in own if x["implementation"] == name]
-                ours = name in ("chunked", "tiled")
                 axis.loglog(
-                    [x["kl"] for x in line],
-                    [max(x["errors"]["hidden"], 1e-9) for x in line],
-                    marker="o", markersize=3, linewidth=2.5 if ours else 1, label=line[0]["label"],
+                    [x["kl"] for x in line], [max(x["errors"][of], 1e-9) for x in line], marker="o", markersize=3,
+                    linewidth=2.5 if name in ("chunked", "tiled") else 1, label=line[0]["label"],
                 )  # fmt: skip
-            axis.set_title(f"{objective}, {dtype}", fontsize=9)
+            axis.set_title(f"{objective}, {dtype}, {quantities[of]}", fontsize=9)
             axis.grid(alpha=0.3)
     axes[0, 0].invert_xaxis()
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("mean KL(teacher ‖ student), nats")
     for axis in axes[:, 0]:
-        axis.set_ylabel("relative error of ∂h")
+        axis.set_ylabel("relative error")
     axes[0, 0].legend(fontsize=7)
-    host = result["machine"]
-    figure.suptitle(f"Error against float64 as the teacher nears the student ({host['cpu']}, torch {host['torch']})")
-    figure.savefig(path, dpi=110)
-
-
-def with_tables(readme: str) -> str:
-    """README text with the tables of all result files between its two marks."""
-    return tables_of("accuracy", table, BEGIN, readme)
+    figure.suptitle(f"Error against float64 as the teacher nears the student ({described(result['machine'])})")
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
@@ -138,21 +134,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--readme", action="store_true", help="only write the tables of the result files into README.md"
-    )
     arguments = parser.parse_args()
-    if arguments.readme:
-        readme = ROOT / "README.md"
-        readme.write_text(with_tables(readme.read_text()))
-        return
+    device = torch.device(arguments.device)
     shape = {name: getattr(arguments, name) for name in ("rows", "width", "vocabulary")}
-    result = {"machine": machine(), "shape": shape, "records": measure(arguments, torch.device(arguments.device))}
+    result = {"machine": machine(device), "shape": shape, "records": []}
+    for records in measure(arguments, device):
+        result["records"] += records
+        write("accuracy", result, arguments.output)
     print(table(result))
-    path = write("accuracy", result, arguments.output)
-    plot(json.loads(path.read_text()), path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

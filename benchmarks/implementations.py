@@ -1,7 +1,7 @@
-"""The fused loss and its peers, as one kind of function: (hidden, weight, teacher's hidden, beta) -> Σ_n D(p_n, q_n).
+"""The fused loss and its peers, as one function of hidden states, head and options: Σ_n w_n D(p_n, q_n).
 
 Student and teacher share the head. Each peer gets its documented best settings; one that is not installed, or cannot
-run on a device, says why.
+run on a device or a case, says why.
 """
 
 import functools
@@ -20,17 +20,24 @@ from scsdpo_kernels.ops import why_not
 
 @dataclass(frozen=True)
 class Implementation:
+    """`loss`(hidden, weight, teacher, beta, token_weight, top_k): (N, D), (V, D), (N, D), β, (N,) | None, K | None."""
+
     loss: Callable[..., Tensor]
     package: str | None = None  # the distribution that it is of, where that is not this one
-    betas: tuple[float, ...] = (0.0, 0.5, 1.0)
     schedule: str | None = None
+    token_weights: bool = True  # False: all rows have weight 1, whatever they should have
+    top_k: bool = False  # SDPO's top-K with a bucket for the rest
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    sheets: int = 0  # of (N, V) fp32 that it holds at once: what runs out of memory first
 
-    def why_not(self, device: torch.device) -> str | None:
-        """Why it does not run on a device; None: it does."""
+    def why_not(self, device: torch.device, top_k: int | None = None) -> str | None:
+        """Why it does not run on a device, or a case; None: it does."""
         if self.package is not None and not _is_installed(self.package):
             return f"{self.package} is not installed"
-        if self.loss is liger_fused and device.type == "cpu":
+        if device.type not in self.devices:
             return "its kernel is Triton only"
+        if top_k is not None and not self.top_k:
+            return "it has no top-K objective"
         return why_not(self.schedule, device) if self.schedule else None
 
     @property
@@ -43,26 +50,29 @@ def _is_installed(package: str) -> bool:
 
 
 def scsdpo(schedule: str) -> Callable[..., Tensor]:
-    def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
-        return linear_divergence(hidden, weight, teacher, beta=beta, schedule=schedule).loss
+    def loss(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
+        options = {"beta": beta, "token_weight": token_weight, "top_k": top_k, "schedule": schedule}
+        return linear_divergence(hidden, weight, teacher, **options).loss
 
     return loss
 
 
-def eager(hidden: Tensor, weight: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
-    """Full logits and their log-softmaxes, as trainers write it."""
+def eager(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
+    """Full logits and their log-softmaxes, with as few of them as PyTorch's own functions allow."""
     log_p = F.log_softmax((hidden @ weight.T).float(), dim=-1)
     with torch.no_grad():
         log_q = F.log_softmax((teacher @ weight.T).float(), dim=-1)
     if beta == 0:
-        return F.kl_div(log_p, log_q, log_target=True, reduction="sum")
-    if beta == 1:
-        return F.kl_div(log_q, log_p, log_target=True, reduction="sum")
-    shares = torch.tensor([1 - beta, beta], device=hidden.device).log()
-    log_m = torch.logsumexp(torch.stack([log_p, log_q]) + shares[:, None, None], dim=0)
-    kl_p = F.kl_div(log_m, log_p, log_target=True, reduction="sum")
-    kl_q = F.kl_div(log_m, log_q, log_target=True, reduction="sum")
-    return (1 - beta) * kl_p + beta * kl_q
+        divergence = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    elif beta == 1:
+        divergence = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    else:
+        shares = torch.tensor([1 - beta, beta], device=hidden.device).log()
+        log_m = torch.logsumexp(torch.stack([log_p, log_q]) + shares[:, None, None], dim=0)
+        kl_p = F.kl_div(log_m, log_p, log_target=True, reduction="none").sum(-1)
+        kl_q = F.kl_div(log_m, log_q, log_target=True, reduction="none").sum(-1)
+        divergence = (1 - beta) * kl_p + beta * kl_q
+    return divergence.sum() if token_weight is None else (divergence * token_weight).sum()
 
 
 @functools.cache
@@ -70,8 +80,25 @@ def _compiled_eager() -> Callable[..., Tensor]:
     return torch.compile(eager)
 
 
-def compiled_eager(hidden: Tensor, weight: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
-    return _compiled_eager()(hidden, weight, teacher, beta)
+def compiled_eager(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
+    return _compiled_eager()(hidden, weight, teacher, beta, token_weight)
+
+
+def sdpo_of_trl(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
+    """TRL's SDPOTrainer: its loss functions on full logits."""
+    from trl.experimental.sdpo import loss_utils
+
+    logits = hidden @ weight.T
+    with torch.no_grad():
+        teacher_logits = teacher @ weight.T
+    if top_k:
+        options = {"distillation_topk": top_k, "distillation_alpha": beta, "distillation_add_tail": True}
+        divergence = loss_utils.compute_topk_self_distillation_loss(logits, teacher_logits, **options)
+    else:
+        divergence = loss_utils.compute_full_logit_self_distillation_loss(
+            logits, teacher_logits, distillation_alpha=beta
+        )
+    return divergence.sum() if token_weight is None else (divergence * token_weight).sum()
 
 
 @functools.cache
@@ -81,32 +108,34 @@ def _liger_chunked(beta: float) -> Callable[..., Tensor]:
     return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=True)
 
 
-def liger_chunked(hidden: Tensor, weight: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+def liger_chunked(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
     labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)  # all count; the hard loss has weight 0
     return _liger_chunked(beta)(hidden, weight, teacher, weight.detach(), labels) * len(hidden)
 
 
-def liger_fused(hidden: Tensor, weight: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+def liger_fused(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
     from liger_kernel.transformers import LigerFusedLinearJSD
 
     return LigerFusedLinearJSD(jsd_beta=beta)(hidden, weight, teacher, weight.detach()) * len(hidden)
 
 
-def trl(hidden: Tensor, weight: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
+def trl_chunked(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, weight.detach(), None, beta)[0].sum()
+    divergence = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, weight.detach(), None, beta)[0]
+    return divergence.sum() if token_weight is None else (divergence * token_weight).sum()
 
 
 IMPLEMENTATIONS = {
-    "chunked": Implementation(scsdpo("chunked"), schedule="chunked"),
+    "chunked": Implementation(scsdpo("chunked"), schedule="chunked", top_k=True),
     "tiled": Implementation(scsdpo("tiled"), schedule="tiled"),
-    "reference": Implementation(scsdpo("reference"), schedule="reference"),
-    "eager PyTorch": Implementation(eager, "torch"),
-    "torch.compile'd eager": Implementation(compiled_eager, "torch"),
-    "fused_linear_jsd": Implementation(liger_fused, "liger-kernel"),
-    "chunked JSD, compiled": Implementation(liger_chunked, "liger-kernel"),
-    "chunked_divergence": Implementation(trl, "trl"),
+    "reference": Implementation(scsdpo("reference"), schedule="reference", top_k=True, sheets=16),
+    "eager PyTorch": Implementation(eager, "torch", sheets=9),
+    "torch.compile'd eager": Implementation(compiled_eager, "torch", sheets=5),
+    "SDPO, eager": Implementation(sdpo_of_trl, "trl", top_k=True, sheets=9),
+    "fused_linear_jsd": Implementation(liger_fused, "liger-kernel", token_weights=False, devices=("cuda",)),
+    "chunked JSD, compiled": Implementation(liger_chunked, "liger-kernel", token_weights=False),
+    "chunked_divergence": Implementation(trl_chunked, "trl"),
 }
 
 

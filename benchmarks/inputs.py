@@ -4,7 +4,8 @@
 tokens have an entropy below 0.01 nats, 20 % one above 0.67. A token's own logit stands m above the log-sum-exp of all
 others, m normal, with the mean and the deviation that make it so: with p = 1 / (1 + e^m) the mass of the others and H
 their entropy, a token's entropy is h(p) + p H, h being that of a coin. `captured` are the hidden states of a model that
-was trained here, by the demo: its rollouts, and itself with a solution in the prompt.
+was trained here, by the demo: its rollouts, and itself with a solution in the prompt. `rollouts` are the lengths and
+weights of one optimiser step of SC-SDPO.
 """
 
 import argparse
@@ -15,12 +16,25 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from scsdpo_kernels import question_weights
+
 LOW, HIGH = (0.50, 0.01), (0.80, 0.67)  # a share of the tokens has at most that entropy, nats
 DEVIATION = 2.0  # of the logits of tokens that mean nothing
+# Responses of the paper's runs: 180 to 370 tokens in the mean, at most 2048. Log-normal is an assumption, and so is its
+# deviation, with which the longest of 256 is about that.
+MEAN_LENGTH, LONGEST, DEVIATION_OF_LENGTHS = 280, 2048, 0.9
+QUESTIONS, ROLLOUTS = 32, 8  # of a step
 
 
 def reasoning(
-    rows: int, width: int, vocabulary: int, dtype: torch.dtype = torch.float32, *, distance: float = 0.1, seed: int = 0
+    rows: int,
+    width: int,
+    vocabulary: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    distance: float = 0.1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Student's hidden states (N, D), head (V, D) and teacher's hidden states (N, D), which share the head.
 
@@ -29,12 +43,13 @@ def reasoning(
     Raises:
         ValueError: too few dimensions for a distribution like that.
     """
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, width, generator=generator)
-    weight = torch.randn(vocabulary, width, generator=generator) * (DEVIATION * width**-0.5)
-    own = torch.randint(vocabulary, (rows,), generator=generator)
-    margin = _margins(rows, vocabulary, generator)
-    stretch = torch.zeros(rows)
+    generator = torch.Generator(device).manual_seed(seed)
+    at_random = {"generator": generator, "device": device}
+    hidden = torch.randn(rows, width, **at_random)
+    weight = torch.randn(vocabulary, width, **at_random).mul_(DEVIATION * width**-0.5)
+    own = torch.randint(vocabulary, (rows,), **at_random)
+    margin = _margins(rows, vocabulary, at_random)
+    stretch = torch.zeros(rows, device=device)
     towards = weight[own]
     for _ in range(20):  # of the others' log-sum-exp, which moves a little with the own logit's stretch
         state = hidden + stretch[:, None] * towards
@@ -44,17 +59,17 @@ def reasoning(
     if not (wanted - (state * towards).sum(1)).abs().max() < 0.1:
         raise ValueError(f"width: expected more than {width}, in which tokens' own logits and all others' are one")
     hidden = hidden + stretch[:, None] * towards
-    teacher = hidden + distance / DEVIATION * torch.randn(rows, width, generator=generator)
+    teacher = hidden + distance / DEVIATION * torch.randn(rows, width, **at_random)
     return hidden.to(dtype), weight.to(dtype), teacher.to(dtype)
 
 
-def _margins(rows: int, vocabulary: int, generator: torch.Generator) -> Tensor:
+def _margins(rows: int, vocabulary: int, at_random: dict) -> Tensor:
     others = math.log(vocabulary) - DEVIATION**2 / 2  # their entropy
     low, high = (_margin(entropy, others) for _, entropy in (LOW, HIGH))
     normal = NormalDist()
     deviation = (low - high) / (normal.inv_cdf(HIGH[0]) - normal.inv_cdf(LOW[0]))
     mean = low + deviation * normal.inv_cdf(LOW[0])
-    return mean + deviation * torch.randn(rows, generator=generator)
+    return mean + deviation * torch.randn(rows, **at_random)
 
 
 def _margin(entropy: float, others: float) -> float:
@@ -69,20 +84,43 @@ def _margin(entropy: float, others: float) -> float:
 
 
 def captured(rows: int, *, warmup_steps: int = 300, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student's hidden states (N, 64), head (151936, 64), teacher's hidden states, and weights (N,) of the demo."""
+    """Student's hidden states (N, 64), head (151936, 64), teacher's hidden states, and weights (N,) of the demo.
+
+    Raises:
+        RuntimeError: a model that was not trained long enough to solve anything, and so has no teacher.
+    """
     from scsdpo import demo
 
     arguments = argparse.Namespace(warmup_steps=warmup_steps, lr=2e-4, seed=seed, questions=10)
     model = demo.warm_up(arguments, frozenset())
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     parts: list[list[Tensor]] = []
-    while sum(len(part[0]) for part in parts) < rows:
+    for _ in range(20):
         batch = demo.sample_batch(model, demo.draw_questions(arguments.questions, rng), rng, generator)
         student, head, teacher, _ = demo.loss_operands(model, model, batch)
         mask = batch.outcome["mask"].bool()
         parts.append([student.detach()[mask], teacher.detach()[mask], demo.token_weights(batch.outcome)[mask]])
-    student, teacher, weight = (torch.cat(x)[:rows] for x in zip(*parts, strict=True))
-    return student, head.detach(), teacher, weight
+        if sum(len(part[0]) for part in parts) >= rows:
+            student, teacher, weight = (torch.cat(x)[:rows] for x in zip(*parts, strict=True))
+            return student, head.detach(), teacher, weight
+    raise RuntimeError(f"warmup_steps: expected more than {warmup_steps}, after which the model solves something")
+
+
+def rollouts(zeros: float, *, shorter: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Lengths and question weights (256,) of one step's rollouts, question by question.
+
+    zeros: share of the questions that no rollout, or every one, has solved. shorter: divides the lengths.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = QUESTIONS * ROLLOUTS
+    normal = torch.randn(count, generator=generator) * DEVIATION_OF_LENGTHS
+    lengths = torch.exp(normal - DEVIATION_OF_LENGTHS**2 / 2) * (MEAN_LENGTH / shorter)
+    lengths = lengths.round().clamp(1, LONGEST // shorter).long()
+    solved = torch.randint(1, ROLLOUTS, (QUESTIONS,), generator=generator)
+    degenerate = torch.randperm(QUESTIONS, generator=generator)[: round(zeros * QUESTIONS)]
+    solved[degenerate] = ROLLOUTS * torch.randint(2, (len(degenerate),), generator=generator)
+    rewards = (torch.arange(ROLLOUTS) < solved[:, None]).float().flatten()
+    return lengths, question_weights(rewards, torch.arange(count) // ROLLOUTS)
 
 
 def entropies(hidden: Tensor, weight: Tensor) -> Tensor:

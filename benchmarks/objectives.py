@@ -1,23 +1,24 @@
 """What each objective and each part of a head costs beside the plain Jensen-Shannon divergence, in one run.
 
-    python benchmarks/objectives.py [--rows 512] [--width 1024] [--vocabulary 151936] [--repeats 7] [--output FOLDER]
+    python benchmarks/objectives.py [--device cpu] [--rows 512] [--width 1024] [--vocabulary 151936] [--repeats 7]
+                                    [--output FOLDER]
 
-Three products (the head is frozen, but for its bias or adapter) and the rows of fp32 inputs, forward and backward;
-and the rows alone, from resident logits to the weighted gradient over them. Minima of interleaved repeats, since what
-disturbs a machine only adds. Gradients are compared with float64 on a subsample. TRL's losses, which need full logits,
-run on those that PyTorch projects.
+Three products (the head is frozen, but for its bias or adapter) and the rows, forward and backward, of fp32 inputs, or
+bf16 on a GPU; and the rows alone, from resident logits to the weighted gradient over them. Minima of interleaved
+repeats, since what disturbs a machine only adds. Gradients are compared with float64 on a subsample. TRL's losses,
+which need full logits, run on those that PyTorch projects.
 
-Writes FOLDER/objectives-<machine>.json and prints its table; `--readme` puts those of all such files into README.md.
+Writes FOLDER/objectives-<machine>.json and prints its table; `benchmarks/report.py` puts it into README.md.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 
 import torch
-from headline import RESULTS, ROOT, SUBSAMPLE, machine, problem, seconds, tables_of, write
+from inputs import reasoning
+from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine, seconds, write
 from torch import Tensor
 
 from scsdpo_kernels import linear_divergence
@@ -27,30 +28,30 @@ from scsdpo_kernels.kernels import kernels_of
 from scsdpo_kernels.linear_divergence import _arguments
 from scsdpo_kernels.rows import Rows
 
-BEGIN = "<!-- benchmarks/objectives.py --readme -->\n"
-
 
 def cases(hidden: Tensor, weight: Tensor) -> dict[str, dict]:
     """Options of linear_divergence by the name of what they are; tensors have a row for each of `hidden`."""
-    generator = torch.Generator().manual_seed(1)
+    device = hidden.device
+    generator = torch.Generator(device).manual_seed(1)
     vocabulary, width = weight.shape
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device=device)
 
-    target = {"target_ids": torch.randint(vocabulary, (len(hidden),), generator=generator)}
-    support_ids = target["target_ids"][:, None] + torch.arange(100) * (vocabulary // 101)
-    support_ids = support_ids % vocabulary
+    target = {"target_ids": torch.randint(vocabulary, (len(hidden),), generator=generator, device=device)}
+    support_ids = target["target_ids"][:, None] + torch.arange(100, device=device) * (vocabulary // 101)
+    support_logp = torch.full(support_ids.shape, -5.0, device=device)
+    support = {"support_ids": support_ids % vocabulary, "support_logp": support_logp}
     lora = randn(16, width).mul(width**-0.5).requires_grad_(), randn(vocabulary, 16).mul(0.1).requires_grad_(), 1.0
     return {
         "Jensen-Shannon, β = 0.5": {},
         "forward KL, β = 0": {"beta": 0.0},
         "reverse KL, β = 1": {"beta": 1.0},
-        "importance ratio": {**target, "old_logp": torch.full((len(hidden),), -12.0)},
+        "importance ratio": {**target, "old_logp": torch.full((len(hidden),), -12.0, device=device)},
         "top_k=100, bucket, β = 0.5": {"top_k": 100},
         "top_k=100, renormalize, β = 0.5": {"top_k": 100, "tail": "renormalize"},
         "top_k=20, bucket, β = 1": {"top_k": 20, "beta": 1.0},
-        "support_ids of 100": {"support_ids": support_ids, "support_logp": torch.full((len(hidden), 100), -5.0)},
+        "support_ids of 100": support,
         "sampled_token": {**target, "sampled_token": True, "beta": 1.0},
         "entry_clip=0.05": {"entry_clip": 0.05, "beta": 0.0},
         "bias": {"student_bias": randn(vocabulary).requires_grad_()},
@@ -103,8 +104,8 @@ def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> Callable:
     teacher_hidden = None if "support_ids" in options else hidden
     given = first(options, rows)
     tensors, numbers = _arguments(hidden, student.new_zeros(student.shape[1], 1), teacher_hidden, None, **given)
-    everything = torch.arange(rows)
-    of_rows = Rows(everything, everything, everything, torch.ones(rows), tensors.target_ids, tensors.old_logp,
+    everything = torch.arange(rows, device=student.device)
+    of_rows = Rows(everything, everything, everything, student.new_ones(rows), tensors.target_ids, tensors.old_logp,
                    tensors.support_ids, tensors.support_logp, True)  # fmt: skip
     kernels = kernels_of(student.device)
 
@@ -115,52 +116,54 @@ def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> Callable:
     def timed() -> float:
         student.copy_(logits[0])
         teacher.copy_(logits[1])
-        return seconds(run)
+        return seconds(run, student.device)
 
     return timed
 
 
-def error(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> float:
-    """Relative error of the hidden gradient against float64 on the first rows."""
-    rows = SUBSAMPLE
-    results = []
-    for dtype, schedule in ((torch.float32, "auto"), (torch.float64, "reference")):
+def error_hidden(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> float:
+    """Of the hidden gradient against float64 on the first rows."""
+    rows, results = SUBSAMPLE, []
+    for dtype, schedule in ((hidden.dtype, "auto"), (torch.float64, "reference")):
         start = hidden[:rows].detach().to(dtype).requires_grad_()
         own = None if "support_ids" in options else teacher[:rows].to(dtype)
         linear_divergence(start, weight.to(dtype), own, **first(options, rows), schedule=schedule).loss.backward()
-        results.append(start.grad.double())
-    return ((results[0] - results[1]).norm() / results[1].norm()).item()
+        results.append(start.grad)
+    return error(results[0], results[1])
 
 
-def measure(arguments: argparse.Namespace) -> dict:
-    hidden, weight, teacher = problem(arguments.rows, arguments.width, arguments.vocabulary, torch.float32)
-    weight = weight.detach()
+def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    shape = arguments.rows, arguments.width, arguments.vocabulary
+    hidden, weight, teacher = reasoning(*shape, dtype, device=device)
+    hidden.requires_grad_()
     all_cases = cases(hidden, weight)
     peers = losses_of_trl(hidden, weight, teacher, all_cases["sampled_token"]["target_ids"])
-    with torch.no_grad():
-        logits = hidden[:256] @ weight.T, teacher[:256] @ weight.T
+    logits = (hidden[:256] @ weight.T).detach().float(), (teacher[:256] @ weight.T).float()
 
     def ours(options: dict) -> None:
         own = None if "support_ids" in options else teacher
+        hidden.grad = None
         linear_divergence(hidden, weight, own, **options).loss.backward()
 
-    runs = {("ours", name): partial(seconds, partial(ours, options)) for name, options in all_cases.items()}
-    runs |= {("trl", name): partial(seconds, lambda loss=loss: loss().backward()) for name, loss in peers.items()}
-    times = {key: [] for key in runs}
-    for repeat in range(arguments.repeats + 1):
-        for key, run in runs.items():
-            hidden.grad = None
-            elapsed = run()
-            if repeat > 0:
-                times[key].append(elapsed)
+    def theirs(loss: Callable) -> None:
+        hidden.grad = None
+        loss().backward()
+
+    runs = {("ours", name): partial(ours, options) for name, options in all_cases.items()}
+    runs |= {("trl", name): partial(theirs, loss) for name, loss in peers.items()}
+    times = interleaved(runs, arguments.repeats, device)
     of_rows = {name: [] for name in all_cases}
     stages = {name: rows_alone(logits, options) for name, options in all_cases.items() if name != "LoRA of rank 16"}
-    for _ in range(arguments.repeats):
+    for repeat in range(arguments.repeats + 1):
         for name, timed in stages.items():
-            of_rows[name].append(timed())
+            elapsed = timed()
+            if repeat:
+                of_rows[name].append(elapsed)
     records = {}
     for name, options in all_cases.items():
-        records[name] = {"seconds": min(times["ours", name]), "error_hidden": error(options, hidden, weight, teacher)}
+        off = error_hidden(options, hidden, weight, teacher)
+        records[name] = {"seconds": min(times["ours", name]), "error_hidden": off}
         if of_rows[name]:
             records[name]["seconds_of_256_rows"] = min(of_rows[name])
         if ("trl", name) in times:
@@ -170,13 +173,14 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def table(result: dict) -> str:
     """One result file as Markdown."""
-    shape, host, records = result["shape"], result["machine"], result["objectives"]
-    plain = next(iter(records.values()))
+    shape, records = result["shape"], result["objectives"]
+    plain, trl = next(iter(records.values())), result["machine"]["versions"]["trl"] or ""
+    dtype = "fp32" if "threads" in result["machine"] else "bf16"
     lines = [
-        f"{host['cpu']}, {host['threads']} threads, torch {host['torch']}; N = {shape['rows']}, D = {shape['width']}, "
-        f"V = {shape['vocabulary']}, fp32, head frozen; minima of {result['repeats']}.",
+        f"{described(result['machine'])}; N = {shape['rows']}, D = {shape['width']}, V = {shape['vocabulary']}, "
+        f"{dtype}, head frozen; minima of {result['repeats']}.",
         "",
-        f"| | time / Jensen-Shannon's | rows alone | {result['peer'] or 'TRL'} on full logits / ours | error of ∂h |",
+        f"| | time / Jensen-Shannon's | rows alone | trl {trl} on full logits / ours | error of ∂h |",
         "|---|---|---|---|---|",
     ]
     for name, record in records.items():
@@ -189,38 +193,24 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "", f"The rows are {share:.0%} of Jensen-Shannon's time, products the rest."])
 
 
-def with_tables(readme: str) -> str:
-    """README text with the tables of all result files between its two marks."""
-    return tables_of("objectives", table, BEGIN, readme)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--readme", action="store_true", help="only write the tables of the result files into README.md"
-    )
     arguments = parser.parse_args()
-    if not arguments.readme:
-        try:
-            peer = f"trl {metadata.version('trl')}"
-        except metadata.PackageNotFoundError:
-            peer = None
-        result = {
-            "machine": machine(),
-            "shape": {name: getattr(arguments, name) for name in ("rows", "width", "vocabulary")},
-            "repeats": arguments.repeats,
-            "peer": peer,
-            "objectives": measure(arguments),
-        }
-        write("objectives", result, arguments.output)
-        return print(table(result))
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text()))
+    device = torch.device(arguments.device)
+    result = {
+        "machine": machine(device),
+        "shape": {name: getattr(arguments, name) for name in ("rows", "width", "vocabulary")},
+        "repeats": arguments.repeats,
+        "objectives": measure(arguments, device),
+    }
+    write("objectives", result, arguments.output)
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,17 @@ tests features 60 tests/test_features.py
 tests gpu 200 -m gpu tests/test_gpu.py
 [[ $what == tests ]] && exit $failed
 
-echo "== measure"
-timeout -k 5 "$(left)" "$python" benchmarks/gpu.py --output "$out" --seconds $(($(left) - 50)) 2>&1 | tee "$out/gpu.md" | tail -n 120
-((PIPESTATUS[0] == 0)) || failed=1
+measure() { # name, per cent of the seconds that are left, arguments; what is written before the limit counts
+  local name=$1 limit=$(($(left) * $2 / 100))
+  shift 2
+  echo "== measure: $name"
+  timeout -k 5 "$limit" "$python" -W ignore "benchmarks/$name.py" --device cuda --output "$out" "$@" >"$out/$name.log" 2>&1 || failed=1
+  tail -n 40 "$out/$name.log"
+}
+measure throughput 50 --seconds $(($(left) * 35 / 100))
+measure row_kernels 35 --seconds $(($(left) * 25 / 100))
+measure scaling 35 --rows 1024 --width 4096 --vocabulary 151936
+measure objectives 40
+measure accuracy 90
+"$python" benchmarks/report.py --output "$out" >"$out/report.md" || failed=1
 exit $failed

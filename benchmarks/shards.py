@@ -6,7 +6,7 @@ Collectives and the bytes that each process puts into them, of one forward and b
 own functions in 2 and 4 real processes. No seconds: two cores say nothing about a network. The estimate for GPUs is
 arithmetic on the same counts, with the rates below, and measures nothing.
 
-Writes FOLDER/shards-<machine>.json and prints its tables; `--readme` puts those of all such files into README.md.
+Writes FOLDER/shards-<machine>.json and prints its tables; `benchmarks/report.py` puts them into README.md.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from tempfile import gettempdir
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from headline import RESULTS, ROOT, machine, problem, tables_of, write
+from inputs import reasoning
+from measuring import RESULTS, described, machine, write
 
 from scsdpo_kernels import VocabShard, linear_divergence
 from scsdpo_kernels.chunked import BUFFER_BYTES, MIN_ROWS
 
-BEGIN = "<!-- benchmarks/shards.py --readme -->\n"
 COUNTED = ("all_gather_single", "all_reduce", "reduce_scatter")
 # Assumed of an H200: matrix products, one direction of NVLink 4, a 400 Gb/s network card, and a collective's latency.
 FLOPS, NVLINK, NETWORK, LATENCY = 790e12, 450e9, 50e9, 30e-6
@@ -45,10 +45,10 @@ def cases(rows: int, vocabulary: int) -> dict[str, dict]:
 
 def work(rank: int, processes: int, arguments: argparse.Namespace, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=processes)
-    hidden, weight, teacher = problem(arguments.rows, arguments.width, arguments.vocabulary, torch.float32)
+    hidden, weight, teacher = reasoning(arguments.rows, arguments.width, arguments.vocabulary)
     cut = [arguments.vocabulary * r // processes for r in range(processes + 1)]
     shard = VocabShard(cut[rank], cut[rank + 1])
-    part = weight.detach()[cut[rank] : cut[rank + 1]].clone().requires_grad_()
+    part = weight[cut[rank] : cut[rank + 1]].clone().requires_grad_()
     counted: list[tuple[str, int]] = []
 
     def counting(name: str):
@@ -104,8 +104,8 @@ def estimate(vocabulary: int, width: int, processes: int, bandwidth: float) -> d
 def table(result: dict) -> str:
     rows = result["rows"]
     lines = [
-        f"N = {rows}, D = {result['width']}, V = {result['vocabulary']}, fp32, {result['machine']['cpu']}, gloo, torch "
-        f"{result['machine']['torch']}; of one process, forward and backward:",
+        f"N = {rows}, D = {result['width']}, V = {result['vocabulary']}, fp32, gloo, {described(result['machine'])}; "
+        "of one process, forward and backward:",
         "",
         "| | processes | all-gathers | bytes a row in them | all-reduces | bytes a row in them |",
         "|---|---|---|---|---|---|",
@@ -131,29 +131,17 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def with_tables(readme: str) -> str:
-    """README text with the tables of all result files between its two marks."""
-    return tables_of("shards", table, BEGIN, readme)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument(
-        "--readme", action="store_true", help="only write the tables of the result files into README.md"
-    )
     arguments = parser.parse_args()
-    if not arguments.readme:
-        sizes = {name: getattr(arguments, name) for name in ("rows", "width", "vocabulary")}
-        result = {"machine": machine(), **sizes, "counted": measure(arguments)}
-        print(table(result))
-        write("shards", result, arguments.output)
-    readme = ROOT / "README.md"
-    if arguments.readme:
-        readme.write_text(with_tables(readme.read_text()))
+    sizes = {name: getattr(arguments, name) for name in ("rows", "width", "vocabulary")}
+    result = {"machine": machine(torch.device("cpu")), **sizes, "counted": measure(arguments)}
+    write("shards", result, arguments.output)
+    print(table(result))
 
 
 if __name__ == "__main__":

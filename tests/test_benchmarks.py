@@ -1,16 +1,29 @@
-"""What benchmarks measure on, and that a wrong implementation cannot pass for a right one."""
+"""What benchmarks measure on, that they run, and that a wrong implementation cannot pass for a right one."""
 
+import argparse
+import dataclasses
+import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from scsdpo_kernels import linear_divergence
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy
 import implementations
 import inputs
+import measuring
+import report
+import row_kernels
+import scaling
+import throughput
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("width", "vocabulary"), [(128, 5003), (512, 16000)])
@@ -35,7 +48,7 @@ def test_implementations_are_one_function(beta):
     expected = accuracy.gradients(accuracy.exact, tuple(x.double() for x in tensors), beta)
     ran = []
     for name, implementation in implementations.IMPLEMENTATIONS.items():
-        if "compile" in name or implementation.why_not(torch.device("cpu")):
+        if "compile" in name or implementation.why_not(CPU):
             continue
         got = accuracy.gradients(implementation.loss, tensors, beta)
         for what, exact in expected.items():
@@ -46,12 +59,136 @@ def test_implementations_are_one_function(beta):
 
 def test_a_peer_that_is_not_there_says_why(monkeypatch):
     monkeypatch.setattr(implementations, "_is_installed", lambda package: package != "trl")
-    cpu = torch.device("cpu")
-    assert implementations.IMPLEMENTATIONS["chunked_divergence"].why_not(cpu) == "trl is not installed"
-    assert implementations.IMPLEMENTATIONS["fused_linear_jsd"].why_not(cpu)
-    assert implementations.IMPLEMENTATIONS["chunked"].why_not(cpu) is None
+    assert implementations.IMPLEMENTATIONS["chunked_divergence"].why_not(CPU) == "trl is not installed"
+    assert implementations.IMPLEMENTATIONS["fused_linear_jsd"].why_not(CPU)
+    assert implementations.IMPLEMENTATIONS["chunked"].why_not(CPU) is None
 
 
 def test_errors_show():
     assert accuracy._cell(0.02) == "**2e-02**" and accuracy._cell(float("nan")) == "**nan**"
     assert accuracy._cell(3e-7) == "3e-07"
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.63, 0.78])
+def test_rollouts_are_a_step_of_the_paper(zeros):
+    """Whole questions of weight 0, the mean of the others' weights 1, mean length and padding as reported."""
+    lengths, weight = inputs.rollouts(zeros)
+    by_question = weight.view(inputs.QUESTIONS, inputs.ROLLOUTS)
+    assert torch.equal(by_question.amin(1), by_question.amax(1))
+    degenerate = by_question[:, 0] == 0
+    assert degenerate.double().mean().item() == pytest.approx(zeros, abs=0.5 / inputs.QUESTIONS)
+    assert by_question[~degenerate, 0].mean().item() == pytest.approx(1)
+    assert 180 <= lengths.double().mean() <= 370 and lengths.min() >= 1 and lengths.max() <= inputs.LONGEST
+    assert 0.8 < 1 - (lengths.sum() / (len(lengths) * lengths.max())).item() < 0.98
+
+
+def test_captured_inputs_are_a_models_own():
+    hidden, head, teacher, weight = inputs.captured(24)
+    assert hidden.shape == teacher.shape == (24, head.shape[1]) and weight.shape == (24,)
+    assert not hidden.requires_grad and not head.requires_grad and not torch.equal(hidden, teacher)
+    assert (inputs.entropies(hidden, head) > 0).all()
+
+
+def case(**options) -> throughput.Case:
+    return throughput.Case("tiny", "float32", **options)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(throughput.HEADS, "tiny", (128, 301))
+    slow = ("compile", "tiled")  # here it is Triton's interpreter
+    every = implementations.IMPLEMENTATIONS.items()
+    fast = {name: x for name, x in every if not any(text in name for text in slow)}
+    for module in (throughput, scaling):
+        monkeypatch.setattr(module, "IMPLEMENTATIONS", fast)
+
+
+@pytest.mark.parametrize("zeros", [0.63, 0.78])
+def test_layouts_have_the_same_loss(tiny, zeros):
+    """Padded, without padding, or without rows of weight 0: the same sum, and the same gradient of the head."""
+    found = {}
+    for layout in throughput.LAYOUTS:
+        given = throughput.problem(case(layout=layout, zeros=zeros, shorter=64), CPU)
+        given.step(throughput.IMPLEMENTATIONS["chunked"].loss)
+        rows = sum(len(hidden) for hidden, *_ in given.micro_batches)
+        found[layout] = rows, given.kept, given.weight.grad
+    rows, kept, gradients = zip(*found.values(), strict=True)
+    assert rows[0] > 3 * rows[1] > 3 * rows[2] == 3 * kept[2] and len(set(kept)) == 1
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-5, atol=1e-6)
+
+
+def test_throughput_and_its_report(tiny, monkeypatch, tmp_path):
+    """Every kind of case, written, read and shown; a loss that is wrong is said to be, one that raises has no time."""
+
+    def wrong(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
+        return 1.01 * linear_divergence(hidden, weight, teacher, beta=beta, token_weight=token_weight, top_k=top_k).loss
+
+    def raising(*_, **__):
+        raise RuntimeError("out of luck")
+
+    for name, loss in (("wrong", wrong), ("raising", raising)):
+        other = implementations.Implementation(loss, "torch", top_k=True)
+        monkeypatch.setitem(throughput.IMPLEMENTATIONS, name, other)
+        monkeypatch.setitem(implementations.IMPLEMENTATIONS, name, other)
+    given = [case(rows=70), case(rows=70, top_k=5), case(rows=9, trained_head=False, objective="forward KL")]
+    given += [case(layout=layout, zeros=0.63, shorter=128) for layout in throughput.LAYOUTS]
+    measured = [throughput.measure(x, CPU, 1) for x in given]
+    for x, record in zip(given, measured, strict=True):
+        of = record["implementations"]
+        assert of["wrong"]["wrong"] and not of["chunked"]["wrong"] and not of["eager PyTorch"].get("wrong", False)
+        assert of["raising"] == {"why_not": "RuntimeError: out of luck"}
+        assert ("why_not" in of["eager PyTorch"]) == (x.top_k is not None)
+        assert all(y["seconds"] > 0 and len(y["all_seconds"]) == 1 for y in of.values() if "why_not" not in y)
+    result = {"machine": measuring.machine(CPU), "repeats": 1, "cases": measured}
+    path = measuring.write("throughput", result, tmp_path)
+    assert list(report.results(throughput, tmp_path)) == [path]
+    shown = throughput.table(json.loads(path.read_text()))
+    assert shown.count("| tiny, float32,") == len(given) and shown.count("**, off by 1e-02") == 0
+    assert shown.count("off by 1e-02**") == len(given)
+    throughput.plot(json.loads(path.read_text()), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_scaling_and_row_kernels(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "peaks", lambda _: [
+        {"label": "x", "what": what, "x": x, "peak_mib": 1.0} for what in scaling.FACTORS for x in (1, 2)
+    ])  # fmt: skip
+    arguments = argparse.Namespace(device="cpu", rows=32, width=128, vocabulary=300, repeats=1)
+    shape = {"rows": 32, "width": 128, "vocabulary": 300}
+    result = {"machine": measuring.machine(CPU), "shape": shape, "repeats": 1, "times": scaling.times(arguments),
+              "peaks": scaling.peaks(arguments)}  # fmt: skip
+    threads = torch.get_num_threads()
+    assert [p["x"] for p in result["times"]["rows"]] == [16, 32, 64, 128, 256]
+    assert len(result["times"]["kept rows"]) == len(scaling.SHARES) and len(result["times"]["threads"]) == threads
+    assert scaling.exponent([{"x": x, "seconds": 3 * x**1.5} for x in (1.0, 2.0, 8.0)]) == pytest.approx(1.5)
+    shown = scaling.table(json.loads(json.dumps(result)))
+    assert "| rows | 16 | 256 |" in shown and "| x | 1 | 1 |" in shown
+    scaling.plot(result, tmp_path / "plot.png")
+    parts = [row_kernels.value(16, 128, 300, "float32", CPU, 1)]
+    shown = row_kernels.table({"machine": result["machine"], "repeats": 1, "parts": parts})
+    assert shown.count("| chunked |") == 3
+
+
+def test_peaks_are_over_inputs_and_gradients():
+    leaf = torch.zeros(2**22, requires_grad=True)  # 16 MiB
+
+    def run():
+        held = torch.ones(2**24)  # 64 MiB
+        (leaf * held.sum()).sum().backward()
+
+    run()
+    assert 48 < measuring.peak_mib(run, [leaf], CPU) < 160
+
+
+def test_a_first_turn_does_not_count_and_a_process_is_ones_own():
+    turns = []
+    times = measuring.interleaved({name: lambda name=name: turns.append(name) for name in "ab"}, 3, CPU)
+    assert turns == list("abababab") and {name: len(x) for name, x in times.items()} == {"a": 3, "b": 3}
+    assert measuring.alone(os.getpid) != os.getpid()
+
+
+def test_cases_have_names_of_their_own():
+    for device in ("cpu", "cuda"):
+        every = throughput.cases(device)
+        assert len({x.name for x in every}) == len(every) == len(set(map(dataclasses.astuple, every)))

@@ -16,16 +16,14 @@ README = (ROOT / "README.md").read_text()
 def test_tables_are_those_of_the_result_files():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
-        import accuracy
-        import headline
-        import objectives
-        import shards
+        import report
     finally:
         sys.path.pop(0)
-    for benchmark in (accuracy, headline, objectives, shards):
-        assert benchmark.with_tables(README) == README
-    assert README.count("; mean KL: |") >= 2 and README.count("| estimated, not measured |") >= 1
-    assert README.count("| time / four products |") >= 2 and README.count("| time / Jensen-Shannon's |") >= 1
+    assert report.with_tables(README) == README
+    for benchmark in report.BENCHMARKS:
+        assert report.results(benchmark), f"no result of {report.name_of(benchmark)}"
+    plots = re.findall(r"\]\((benchmarks/results/[\w.-]+\.png)\)", README)
+    assert len(plots) >= 3 and all((ROOT / plot).exists() for plot in plots)
 
 
 def test_public_names_are_in_the_table():

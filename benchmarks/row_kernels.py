@@ -1,0 +1,139 @@
+"""The row kernels beside a copy of what they read and write, and the value alone beside the library's product.
+
+    python benchmarks/row_kernels.py [--device cpu] [--seconds S] [--repeats 5] [--output FOLDER]
+
+A kernel takes two fp32 logits to the weighted gradient over them. Its share is what a copy of each logit once and of
+the gradient once would take, over its time: 1 is a kernel that waits for nothing but memory. The value is the
+divergence without gradients, by the schedules that have it, as a share of the rate of the library's product of the same
+size.
+
+Writes FOLDER/row_kernels-<machine>.json after every part and prints its tables.
+"""
+
+import argparse
+import functools
+import math
+import time
+from pathlib import Path
+
+import torch
+from inputs import reasoning
+from measuring import RESULTS, described, interleaved, machine, medians, write
+
+from scsdpo_kernels import linear_divergence
+from scsdpo_kernels.kernels import kernels_of
+from scsdpo_kernels.ops import why_not
+
+KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda-cluster", "cuda-streaming")}
+PRODUCTS = {"chunked": {0.0: 2, 0.5: 2, 1.0: 2}, "tiled": {0.0: 2, 0.5: 4, 1.0: 2}}  # of the value alone
+
+
+def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats: int) -> dict:
+    """Every row kernel of a device on the same logits, larger than any cache."""
+    rows = 2 ** (28 if device.type == "cuda" else 24) // vocabulary
+    student = torch.randn(rows, vocabulary, device=device) * 2
+    teacher = student + distance * torch.randn_like(student)
+    weight = torch.ones(rows, device=device)
+    source, to = torch.empty(2, 4 * student.numel(), dtype=torch.uint8, device=device)
+    runs, skipped = {"copy": lambda: to.copy_(source)}, {}
+    for name in KERNELS[device.type]:
+        try:
+            kernel = kernels_of(device, "auto" if name == "cpu" else name).row_divergence
+        except ValueError as raised:
+            skipped[name] = str(raised)
+            continue
+        for beta in (0.0, 0.5, 1.0):
+            for dtype in ("bfloat16", "float32"):
+                gradient = torch.empty_like(student, dtype=getattr(torch, dtype))
+                options = {"beta": beta, "temperature": 1.0, "teacher_is_difference": False, "gradient": gradient}
+                runs[name, beta, dtype] = functools.partial(kernel, student, teacher, weight, None, **options)
+    times = medians(interleaved(runs, repeats, device))
+    copied = 2 * source.nbytes / times.pop("copy")
+    records = []
+    for (name, beta, dtype), median in times.items():
+        rate = (8 + getattr(torch, dtype).itemsize) * student.numel() / median
+        records.append({"kernel": name, "beta": beta, "gradient": dtype, "seconds": median, "share": rate / copied})
+    return {"rows": rows, "vocabulary": vocabulary, "distance": distance, "copy, B/s": copied, "kernels": records,
+            "skipped": skipped}  # fmt: skip
+
+
+def value(rows: int, width: int, vocabulary: int, dtype: str, device: torch.device, repeats: int) -> dict:
+    """The divergence without gradients, by every schedule that has it."""
+    hidden, weight, teacher = reasoning(rows, width, vocabulary, getattr(torch, dtype), device=device)
+    logits = hidden @ weight.T
+    runs = {"product": lambda: torch.mm(hidden, weight.T, out=logits)}
+    for schedule, products in PRODUCTS.items():
+        if why_not(schedule, device) is None:
+            for beta in products:
+                options = {"beta": beta, "schedule": schedule}
+                runs[schedule, beta] = functools.partial(linear_divergence, hidden, weight, teacher, **options)
+    times = medians(interleaved(runs, repeats, device))
+    product = times.pop("product")
+    records = [
+        {"schedule": schedule, "beta": beta, "seconds": median, "share": PRODUCTS[schedule][beta] * product / median}
+        for (schedule, beta), median in times.items()
+    ]
+    return {"rows": rows, "width": width, "vocabulary": vocabulary, "dtype": dtype, "product": product,
+            "TFLOP/s": 2.0 * rows * width * vocabulary / product / 1e12, "values": records}  # fmt: skip
+
+
+def table(result: dict) -> str:
+    """One result file as Markdown."""
+    lines = [f"{described(result['machine'])}, medians of {result['repeats']}."]
+    for part in result["parts"]:
+        if "kernels" in part:
+            lines += [
+                "",
+                f"| {part['rows']} rows, V = {part['vocabulary']}, teacher's logits {part['distance']} away | β | "
+                "gradient | ms | time of a copy / time |",
+                "|---|---|---|---|---|",
+                *(f"| {x['kernel']} | {x['beta']} | {x['gradient']} | {1e3 * x['seconds']:.2f} | {x['share']:.2f} |"
+                  for x in part["kernels"]),
+                *(f"| {name} | skipped: {why} | | | |" for name, why in part["skipped"].items()),
+                "",
+                f"The copy ran at {part['copy, B/s'] / 1e9:.0f} GB/s.",
+            ]  # fmt: skip
+        else:
+            lines += [
+                "",
+                f"| the value alone, N = {part['rows']}, D = {part['width']}, V = {part['vocabulary']}, "
+                f"{part['dtype']} | β | ms | time of its products / time |",
+                "|---|---|---|---|",
+                *(f"| {x['schedule']} | {x['beta']} | {1e3 * x['seconds']:.2f} | {x['share']:.2f} |"
+                  for x in part["values"]),
+                "",
+                f"The library's product ran at {part['TFLOP/s']:.2f} TFLOP/s.",
+            ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no part after so long")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    device, started = torch.device(arguments.device), time.monotonic()
+    end = (device, arguments.repeats)
+    if device.type == "cuda":
+        parts = [lambda: row_kernels(151936, 0.1, *end), lambda: value(8192, 4096, 151936, "bfloat16", *end)]
+        parts += [lambda v=v: row_kernels(v, 0.1, *end) for v in (50257, 100278, 262144)]
+        parts += [lambda: row_kernels(151936, 3.0, *end)]
+    else:
+        parts = [lambda d=d: row_kernels(151936, d, *end) for d in (0.1, 3.0)]
+        parts += [lambda dtype=dtype: value(512, 1024, 32000, dtype, *end) for dtype in ("float32", "bfloat16")]
+    result = {"machine": machine(device), "repeats": arguments.repeats, "parts": []}
+    for part in parts:
+        if time.monotonic() - started > arguments.seconds:
+            print(f"time is up after {len(result['parts'])} of {len(parts)} parts", flush=True)
+            break
+        result["parts"].append(part())
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        write("row_kernels", result, arguments.output)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""Time of the fused loss beside its own matrix products and every peer, in one run on one machine.
+
+    python benchmarks/throughput.py [--device cpu] [--cases TEXT ...] [--seconds S] [--repeats 3] [--output FOLDER]
+
+Forward and backward of Σ_n w_n D(p_n, q_n) by every implementation on the same inputs (`reasoning` of inputs.py), in
+turns: medians, warm-up excluded. Ratios hold between machines, absolute times do not. "products" are the library's, in
+the inputs' dtype: those that no exact loss can do without. Before a time counts, gradients are compared with float64 on
+some rows, with weights among which are zeros; a time whose gradients are off is marked. What cannot run says why.
+
+Cases are dense rows of real heads, and one optimiser step of SC-SDPO: 256 rollouts in micro-batches of 8, padded to the
+longest as trainers hand them over; without the padding; and with the rows that have a weight gathered by hand.
+
+Writes FOLDER/throughput-<machine>.json after every case and prints a table; `benchmarks/report.py` puts it into
+README.md and draws it.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from implementations import IMPLEMENTATIONS, label
+from inputs import reasoning, rollouts
+from measuring import (
+    ERROR_LIMIT,
+    RESULTS,
+    SUBSAMPLE,
+    alone,
+    described,
+    error,
+    interleaved,
+    machine,
+    medians,
+    peak_mib,
+    products,
+    write,
+)
+from torch import Tensor
+
+from scsdpo_kernels import linear_divergence
+
+HEADS = {  # D, V
+    "Qwen3-0.6B": (1024, 151936),
+    "Qwen3-1.7B": (2048, 151936),
+    "Qwen3-8B": (4096, 151936),
+    "OLMo-3-7B": (4096, 100278),
+    "D = 512, V = 32000": (512, 32000),
+    "D = 512, V = 8192": (512, 8192),
+}
+OBJECTIVES = {"forward KL": 0.0, "Jensen-Shannon": 0.5, "reverse KL": 1.0}
+LAYOUTS = {
+    "padded": "padded to the longest",
+    "response": "padding removed",
+    "kept": "rows of weight 0 removed by hand",
+}
+AT_ONCE = 8  # rollouts of a micro-batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """`rows` rows of weight 1, or, with a layout, a step of rollouts of which a share has weight 0."""
+
+    head: str
+    dtype: str
+    rows: int = 0
+    objective: str = "Jensen-Shannon"
+    trained_head: bool = True
+    top_k: int | None = None
+    layout: str | None = None
+    zeros: float = 0.0
+    shorter: int = 1  # divides the rollouts' lengths
+
+    @property
+    def name(self) -> str:
+        what = f"{self.rows} rows"
+        if self.layout:
+            what = f"256 rollouts, {self.zeros:.0%} of the questions at weight 0, {LAYOUTS[self.layout]}"
+        objective = f"top-{self.top_k} and tail" if self.top_k else self.objective
+        kinds = [objective] if objective != "Jensen-Shannon" else []
+        kinds += [] if self.trained_head else ["frozen head"]
+        return ", ".join([self.head, self.dtype, what, *kinds])
+
+
+def cases(device: str) -> list[Case]:
+    """On a CPU such as end in minutes; on a GPU real ones, the most telling first."""
+    steps = [x for x in itertools.product((0.63, 0.78), LAYOUTS) if x != (0.78, "padded")]  # for peers as with 63 %
+    if device == "cpu":
+        dense = [Case("Qwen3-0.6B", dtype, rows) for dtype in ERROR_LIMIT for rows in (256, 1024)]
+        dense.append(Case("Qwen3-1.7B", "bfloat16", 256))
+        small = partial(Case, "D = 512, V = 32000", "float32", 512)
+        objectives = [small(objective) for objective in OBJECTIVES] + [small(trained_head=False), small(top_k=100)]
+        step = partial(Case, "D = 512, V = 8192", "float32", shorter=8)
+        return dense + objectives + [step(layout=layout, zeros=zeros) for zeros, layout in steps]
+    own = {"dtype": "bfloat16"}
+    first = [Case("Qwen3-8B", rows=8192, **own), Case("Qwen3-8B", rows=256, **own)]
+    first += [Case("Qwen3-8B", layout=layout, zeros=zeros, **own) for zeros, layout in steps]
+    first += [
+        Case("Qwen3-8B", rows=8192, top_k=100, **own),
+        Case("Qwen3-8B", rows=8192, trained_head=False, **own),
+        Case("Qwen3-8B", rows=8192, objective="forward KL", **own),
+        Case("Qwen3-8B", rows=8192, objective="reverse KL", **own),
+    ]
+    heads = ("Qwen3-0.6B", "Qwen3-1.7B", "OLMo-3-7B", "Qwen3-8B")
+    rest = [Case(head, rows=rows, **own) for rows in (2048, 8192, 256, 16384) for head in heads]
+    return first + [case for case in rest if case not in first]
+
+
+@dataclass
+class Problem:
+    """A head and what micro-batches, one after the other, have: hidden states of student and teacher, row weights."""
+
+    case: Case
+    weight: Tensor
+    micro_batches: list[tuple[Tensor, Tensor, Tensor | None]]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.weight, *(hidden for hidden, *_ in self.micro_batches)]
+
+    @property
+    def options(self) -> dict:
+        return {"beta": OBJECTIVES[self.case.objective], "top_k": self.case.top_k}
+
+    @property
+    def kept(self) -> int:
+        """Rows that have a weight."""
+        return sum(len(h) if w is None else int((w != 0).sum()) for h, _, w in self.micro_batches)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(hidden) for hidden, *_ in self.micro_batches)
+
+    @property
+    def operations(self) -> float:
+        """Of the products."""
+        width, vocabulary = HEADS[self.case.head]
+        return 2.0 * self.kept * width * vocabulary * (4 if self.case.trained_head else 3)
+
+    @property
+    def bytes(self) -> int:
+        """Of the inputs."""
+        return self.weight.nbytes + sum(hidden.nbytes + teacher.nbytes for hidden, teacher, _ in self.micro_batches)
+
+    def step(self, loss: Callable) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
+        for hidden, teacher, token_weight in self.micro_batches:
+            loss(hidden, self.weight, teacher, token_weight=token_weight, **self.options).backward()
+
+    def products(self) -> Callable:
+        """Of the rows that have a weight."""
+        kept = [(h, t) if w is None else (h[w != 0], t[w != 0]) for h, t, w in self.micro_batches]
+        runs = [products(h.detach(), self.weight, t, self.case.trained_head) for h, t in kept]
+
+        def run() -> None:
+            for run in runs:
+                run()
+
+        return run
+
+
+def problem(case: Case, device: torch.device) -> Problem:
+    width, vocabulary = HEADS[case.head]
+    dtype = getattr(torch, case.dtype)
+    if case.layout is None:
+        hidden, weight, teacher = reasoning(case.rows, width, vocabulary, dtype, device=device)
+        micro_batches = [(hidden, teacher, None)]
+    else:
+        lengths, of_rollout = rollouts(case.zeros, shorter=case.shorter)
+        hidden, weight, teacher = reasoning(int(lengths.sum()), width, vocabulary, dtype, device=device)
+        begins, longest = lengths.cumsum(0) - lengths, int(lengths.max())
+        micro_batches = []
+        shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))
+        for some in shuffled.split(AT_ONCE):
+            some = some[of_rollout[some] != 0] if case.layout == "kept" else some
+            if len(some) == 0:
+                continue
+            token = torch.arange(longest).expand(len(some), -1)
+            exists = token < lengths[some, None]
+            row = begins[some, None] + token % lengths[some, None]  # what stands in the padding does not matter
+            token_weight = torch.where(exists, of_rollout[some, None], 0.0)
+            if case.layout != "padded":
+                row, token_weight = row[exists], token_weight[exists]
+            row = row.flatten().to(device)
+            micro_batches.append((hidden[row], teacher[row], token_weight.flatten().to(device)))
+    for own, *_ in micro_batches:
+        own.requires_grad_()
+    return Problem(case, weight.requires_grad_(case.trained_head), micro_batches)
+
+
+def errors(name: str, given: Problem) -> dict[str, float]:
+    """Of the loss and its gradients against float64, on the first rows, a third of which has weight 0."""
+    hidden, teacher, _ = given.micro_batches[0]
+    hidden, weight, teacher = hidden[:SUBSAMPLE].detach(), given.weight.detach(), teacher[:SUBSAMPLE]
+    implementation = IMPLEMENTATIONS[name]
+    token_weight = None
+    if implementation.token_weights:
+        token_weight = torch.linspace(0.5, 1.5, len(hidden), device=hidden.device)
+        token_weight[::3] = 0
+    options = {**given.options, "token_weight": token_weight}
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    value = linear_divergence(*exact, teacher.double(), schedule="reference", **options).loss
+    value.backward()
+    got = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(given.case.trained_head)]
+    loss = implementation.loss(*got, teacher, **options)
+    loss.backward()
+    off = {"loss": error(loss.detach(), value.detach()), "hidden": error(got[0].grad, exact[0].grad)}
+    if given.case.trained_head:
+        off["weight"] = error(got[1].grad, exact[1].grad)
+    return off
+
+
+def why_not(name: str, case: Case, device: torch.device) -> str | None:
+    """Why an implementation has no row in a case."""
+    implementation = IMPLEMENTATIONS[name]
+    if reason := implementation.why_not(device, case.top_k):
+        return reason
+    rows = case.rows or AT_ONCE * 2048 // case.shorter
+    need = implementation.sheets * rows * HEADS[case.head][1] * 4
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 12 * 2**30
+    if name == "reference" and (case.layout or need > 2**31):
+        return "full logits in float64 are for checking"
+    return f"about {need / 2**30:.0f} GiB of full logits" if need > room else None
+
+
+def check(given: Problem, device: torch.device) -> dict[str, dict]:
+    """Of every implementation the errors of its gradients and the peak of a step, or why it has none."""
+    torch.compiler.reset()  # peers compile for this case: no guard of another one costs them a recompilation
+    records = {}
+    for name, implementation in IMPLEMENTATIONS.items():
+        if reason := why_not(name, given.case, device):
+            records[name] = {"why_not": reason}
+            continue
+        try:
+            off = errors(name, given)
+            given.step(implementation.loss)
+            peak = peak_mib(partial(given.step, implementation.loss), given.leaves, device)
+        except Exception as raised:  # of a peer: its row says it
+            if implementation.package is None:
+                raise
+            records[name] = {"why_not": f"{type(raised).__name__}: {raised}".splitlines()[0][:200]}
+            continue
+        limit = ERROR_LIMIT[given.case.dtype]
+        records[name] = {
+            "label": label(name), "token_weights": implementation.token_weights, "peak_mib": peak, "errors": off,
+            "wrong": not all(off[x] <= limit for x in ("hidden", "weight") if x in off),
+        }  # fmt: skip
+    return records
+
+
+def check_case(case: Case, device: torch.device) -> dict[str, dict]:
+    return check(problem(case, device), device)
+
+
+def measure(case: Case, device: torch.device, repeats: int) -> dict:
+    given = problem(case, device)
+    records = check(given, device)
+    runs = {"products": given.products()}
+    runs |= {name: partial(given.step, IMPLEMENTATIONS[name].loss) for name, x in records.items() if "why_not" not in x}
+    times = interleaved(runs, repeats, device)
+    bound = medians(times)["products"]
+    records = {"products": {}, **records}
+    for name, median in medians(times).items():
+        records[name] |= {"seconds": median, "all_seconds": times[name], "share of products": bound / median,
+                          "TFLOP/s": given.operations / median / 1e12}  # fmt: skip
+    width, vocabulary = HEADS[case.head]
+    return {
+        **asdict(case), "name": case.name, "width": width, "vocabulary": vocabulary, "kept": given.kept,
+        "rows": given.rows, "bytes of inputs": given.bytes, "implementations": records,
+    }  # fmt: skip
+
+
+def table(result: dict) -> str:
+    """One result file as Markdown."""
+    names = [name for name in IMPLEMENTATIONS if name not in ("chunked", "reference")]
+    records = [x["implementations"] for x in result["cases"]]
+    labels = {name: next((x[name]["label"] for x in records if "seconds" in x[name]), None) for name in names}
+    names = [name for name in names if labels[name]]
+    lines = [
+        f"{described(result['machine'])}; forward and backward of the Jensen-Shannon divergence where nothing "
+        f"else is said, medians of {result['repeats']}; times of peers are multiples of ours; in brackets the peak "
+        "over inputs and gradients, MiB:",
+        "",
+        "| | ours, ms | products / ours | " + " | ".join(labels[name] for name in names) + " |",
+        "|---" * (3 + len(names)) + "|",
+    ]
+    for case in result["cases"]:
+        of = case["implementations"]
+        ours = of["chunked"]["seconds"]
+        cells = [f"{1e3 * ours:.0f} ({of['chunked']['peak_mib']:.0f})", f"{of['products']['seconds'] / ours:.2f}"]
+        for name in names:
+            record = of[name]
+            if "seconds" not in record:
+                cells.append("—")
+                continue
+            cell = f"{record['seconds'] / ours:.1f}" if record["seconds"] > ours else f"{record['seconds'] / ours:.2f}"
+            if record["wrong"]:
+                cell = f"**{cell}, off by {max(record['errors'].values()):.0e}**"
+            if case["layout"] and not record["token_weights"]:
+                cell += " *"
+            cell += f" ({record['peak_mib']:.0f})"
+            cells.append(cell)
+        lines.append(f"| {case['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    shown = [case for case in result["cases"] if case["layout"] is None or case["zeros"] == 0.63]
+    figure = Figure(figsize=(11, 1.5 + 0.55 * len(shown)), layout="constrained")
+    axis = figure.subplots()
+    names = [n for n in IMPLEMENTATIONS if n not in ("chunked", "reference")]
+    for offset, name in enumerate(["products", *names]):
+        points = [
+            (row, case["implementations"][name], case["implementations"]["chunked"]["seconds"])
+            for row, case in enumerate(shown)
+            if "seconds" in case["implementations"].get(name, {})
+        ]
+        if points:
+            axis.scatter(
+                [record["seconds"] / ours for _, record, ours in points],
+                [row + 0.08 * (offset - 3) for row, *_ in points],
+                marker="|" if name == "products" else "o", s=90 if name == "products" else 40,
+                color="black" if name == "products" else f"C{offset}",
+                facecolors=["none" if record.get("wrong") else f"C{offset}" for _, record, _ in points]
+                if name != "products" else None,
+                label="the matrix products alone" if name == "products" else points[0][1]["label"],
+            )  # fmt: skip
+    axis.axvline(1, color="tab:red", label="scsdpo_kernels, chunked")
+    axis.set(xscale="log", xlabel="time / ours; hollow: gradients are off", yticks=range(len(shown)))
+    axis.set_yticklabels([case["name"] for case in shown], fontsize=7)
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3, which="both", axis="x")
+    axis.legend(fontsize=7)
+    axis.set_title(described(result["machine"]), fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", nargs="+", default=[""], help="those whose name has one of these texts in it")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after so long")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    device, started = torch.device(arguments.device), time.monotonic()
+    chosen = [case for case in cases(device.type) if any(text in case.name for text in arguments.cases)]
+    result = {"machine": machine(device), "repeats": arguments.repeats, "cases": []}
+    for case in chosen:
+        if time.monotonic() - started > arguments.seconds:
+            print(f"time is up after {len(result['cases'])} of {len(chosen)} cases", flush=True)
+            break
+        if device.type == "cpu":
+            result["cases"].append(alone(measure, case, device, arguments.repeats))
+        else:
+            result["cases"].append(measure(case, device, arguments.repeats))
+            torch.cuda.empty_cache()
+        write("throughput", result, arguments.output)
+        print(f"{time.monotonic() - started:.0f} s: {chosen[len(result['cases']) - 1].name}", flush=True)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
