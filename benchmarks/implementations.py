@@ -6,6 +6,7 @@ run on a device or a case, says why.
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,15 +28,15 @@ class Implementation:
     schedule: str | None = None
     token_weights: bool = True  # False: all rows have weight 1, whatever they should have
     top_k: bool = False  # SDPO's top-K with a bucket for the rest
-    devices: tuple[str, ...] = ("cpu", "cuda")
+    triton: bool = False  # a peer's kernel that is
     sheets: int = 0  # of (N, V) fp32 that it holds at once: what runs out of memory first
 
     def why_not(self, device: torch.device, top_k: int | None = None) -> str | None:
         """Why it does not run on a device, or a case; None: it does."""
         if self.package is not None and not _is_installed(self.package):
             return f"{self.package} is not installed"
-        if device.type not in self.devices:
-            return "its kernel is Triton only"
+        if self.triton and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "its kernel is Triton, and runs on a CPU in Triton's interpreter only"
         if top_k is not None and not self.top_k:
             return "it has no top-K objective"
         return why_not(self.schedule, device) if self.schedule else None
@@ -85,12 +86,12 @@ def compiled_eager(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=N
 
 
 def sdpo_of_trl(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
-    """TRL's SDPOTrainer: its loss functions on full logits."""
+    """TRL's SDPOTrainer: its loss functions on full logits, in fp32, as accelerate hands a model's outputs over."""
     from trl.experimental.sdpo import loss_utils
 
-    logits = hidden @ weight.T
+    logits = (hidden @ weight.T).float()
     with torch.no_grad():
-        teacher_logits = teacher @ weight.T
+        teacher_logits = (teacher @ weight.T).float()
     if top_k:
         options = {"distillation_topk": top_k, "distillation_alpha": beta, "distillation_add_tail": True}
         divergence = loss_utils.compute_topk_self_distillation_loss(logits, teacher_logits, **options)
@@ -116,12 +117,15 @@ def liger_chunked(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=No
 def liger_fused(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
     from liger_kernel.transformers import LigerFusedLinearJSD
 
-    return LigerFusedLinearJSD(jsd_beta=beta)(hidden, weight, teacher, weight.detach()) * len(hidden)
+    return LigerFusedLinearJSD(jsd_beta=beta)(hidden, weight, teacher, weight.detach(), None) * len(hidden)
 
 
 def trl_chunked(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
+    if token_weight is not None and hidden.is_cuda:  # as its trainer does with a mask, on GPUs only
+        valid = token_weight != 0
+        hidden, teacher, token_weight = hidden[valid], teacher[valid], token_weight[valid]
     divergence = ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, weight.detach(), None, beta)[0]
     return divergence.sum() if token_weight is None else (divergence * token_weight).sum()
 
@@ -133,7 +137,7 @@ IMPLEMENTATIONS = {
     "eager PyTorch": Implementation(eager, "torch", sheets=9),
     "torch.compile'd eager": Implementation(compiled_eager, "torch", sheets=5),
     "SDPO, eager": Implementation(sdpo_of_trl, "trl", top_k=True, sheets=9),
-    "fused_linear_jsd": Implementation(liger_fused, "liger-kernel", token_weights=False, devices=("cuda",)),
+    "fused_linear_jsd": Implementation(liger_fused, "liger-kernel", token_weights=False, triton=True),
     "chunked JSD, compiled": Implementation(liger_chunked, "liger-kernel", token_weights=False),
     "chunked_divergence": Implementation(trl_chunked, "trl"),
 }

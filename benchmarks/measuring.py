@@ -39,8 +39,16 @@ def machine(device: torch.device) -> dict:
 
 
 def described(host: dict) -> str:
-    threads = f", {host['threads']} threads" if "threads" in host else f", CUDA {host['cuda']}"
-    return f"{host['device']}{threads}, torch {host['versions']['torch']}"
+    """Where a table or a plot comes from."""
+    versions = host["versions"]
+    if "threads" in host:
+        return f"{host['device']}, {host['threads']} threads, torch {versions['torch']}"
+    return f"{host['device']}, CUDA {host['cuda']}, torch {versions['torch']}, triton {versions['triton']}"
+
+
+def timed(host: dict) -> str:
+    """Where a table of times comes from."""
+    return f"{described(host)} (absolute times move between machines and runs)"
 
 
 def write(name: str, result: dict, folder: Path) -> Path:
@@ -87,12 +95,19 @@ def freed_memory_is_kept() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-def interleaved(runs: dict, repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every repeat of every run, in turns, of which a first one does not count."""
+def interleaved(
+    runs: dict, repeats: int, device: torch.device, before: dict[str, Callable] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every repeat of every run, in turns, of which a first one does not count.
+
+    before: what is done before a run, and not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     with freed_memory_is_kept():
         for repeat in range(repeats + 1):
             for name, run in runs.items():
+                if before:
+                    before[name]()
                 elapsed = seconds(run, device)
                 if repeat:
                     times[name].append(elapsed)
@@ -103,15 +118,19 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def products(hidden: Tensor, weight: Tensor, teacher: Tensor, trained_head: bool = True) -> Callable:
-    """The matrix products that no exact loss can do without, by the library, at these shapes and in this dtype."""
+def products(hidden: Tensor, weight: Tensor, teacher: Tensor, gradients: int = 2) -> Callable:
+    """The matrix products that no exact loss can do without, by the library, at these shapes and in this dtype.
+
+    gradients: 2, or 1 where the head is frozen, or 0 for the value alone.
+    """
     hidden, weight, teacher = hidden.detach(), weight.detach(), teacher.detach()
 
     def run() -> None:
         logits = hidden @ weight.T
         teacher @ weight.T
-        logits @ weight
-        if trained_head:
+        if gradients > 0:
+            logits @ weight
+        if gradients > 1:
             logits.T @ hidden
 
     return run
@@ -153,5 +172,9 @@ def alone(function: Callable, *arguments: object) -> object:
 
 
 def error(got: Tensor, exact: Tensor) -> float:
-    """‖got − exact‖ / ‖exact‖."""
-    return ((got.double() - exact).norm() / exact.norm()).item()
+    """‖got − exact‖ / ‖exact‖, a part after the other: a head's gradient in float64 is gigabytes."""
+    off = norm = 0.0
+    for a, b in zip(*(x.detach().flatten().split(2**24) for x in (got, exact)), strict=True):
+        off += (a.double() - b).square().sum()
+        norm += b.square().sum()
+    return (off / norm).sqrt().item()

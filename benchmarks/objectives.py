@@ -4,9 +4,9 @@
                                     [--output FOLDER]
 
 Three products (the head is frozen, but for its bias or adapter) and the rows, forward and backward, of fp32 inputs, or
-bf16 on a GPU; and the rows alone, from resident logits to the weighted gradient over them. Minima of interleaved
-repeats, since what disturbs a machine only adds. Gradients are compared with float64 on a subsample. TRL's losses,
-which need full logits, run on those that PyTorch projects.
+bf16 on a GPU; and the rows alone, from resident logits to the weighted gradient over them. Medians of repeats that take
+turns. Gradients are compared with float64 on a subsample. TRL's losses, which need full logits, run on those that
+PyTorch projects.
 
 Writes FOLDER/objectives-<machine>.json and prints its table; `benchmarks/report.py` puts it into README.md.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from inputs import reasoning
-from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine, seconds, write
+from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine, medians, write
 from torch import Tensor
 
 from scsdpo_kernels import linear_divergence
@@ -74,18 +74,20 @@ def losses_of_trl(hidden: Tensor, weight: Tensor, teacher: Tensor, target_ids: T
     except ImportError:
         return {}
 
-    def top_k(k: int, beta: float, tail: bool) -> Tensor:
+    def logits() -> tuple[Tensor, Tensor]:
+        """In fp32, as accelerate hands a model's outputs over."""
         with torch.no_grad():
-            teacher_logits = teacher @ weight.T
+            teacher_logits = (teacher @ weight.T).float()
+        return (hidden @ weight.T).float(), teacher_logits
+
+    def top_k(k: int, beta: float, tail: bool) -> Tensor:
         return loss_utils.compute_topk_self_distillation_loss(
-            hidden @ weight.T, teacher_logits, distillation_topk=k, distillation_alpha=beta, distillation_add_tail=tail
+            *logits(), distillation_topk=k, distillation_alpha=beta, distillation_add_tail=tail
         ).sum()
 
     def sampled() -> Tensor:
-        with torch.no_grad():
-            teacher_logits = teacher @ weight.T
         return loss_utils.compute_sampled_token_self_distillation_loss(
-            hidden @ weight.T, teacher_logits, target_ids, distillation_alpha=1.0
+            *logits(), target_ids, distillation_alpha=1.0
         ).sum()
 
     return {
@@ -96,8 +98,8 @@ def losses_of_trl(hidden: Tensor, weight: Tensor, teacher: Tensor, target_ids: T
     }
 
 
-def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> Callable:
-    """The row stage of one chunk, on copies that it may change: returns what restores them and what runs it."""
+def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> tuple[Callable, Callable]:
+    """The row stage of one chunk, on copies that it may change: what restores them, and what runs it."""
     student, teacher = (x.clone() for x in logits)
     rows = len(student)
     hidden = student.new_zeros(rows, 1)
@@ -109,16 +111,15 @@ def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> Callable:
                    tensors.support_ids, tensors.support_logp, True)  # fmt: skip
     kernels = kernels_of(student.device)
 
+    def restore() -> None:
+        student.copy_(logits[0])
+        teacher.copy_(logits[1])
+
     def run() -> None:
         _finish(hidden, student_head(tensors, numbers), student, kernels)
         _row_values(student, None if teacher_hidden is None else teacher, of_rows, numbers, kernels, False, student)
 
-    def timed() -> float:
-        student.copy_(logits[0])
-        teacher.copy_(logits[1])
-        return seconds(run, student.device)
-
-    return timed
+    return restore, run
 
 
 def error_hidden(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> float:
@@ -152,22 +153,18 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
 
     runs = {("ours", name): partial(ours, options) for name, options in all_cases.items()}
     runs |= {("trl", name): partial(theirs, loss) for name, loss in peers.items()}
-    times = interleaved(runs, arguments.repeats, device)
-    of_rows = {name: [] for name in all_cases}
+    times = medians(interleaved(runs, arguments.repeats, device))
     stages = {name: rows_alone(logits, options) for name, options in all_cases.items() if name != "LoRA of rank 16"}
-    for repeat in range(arguments.repeats + 1):
-        for name, timed in stages.items():
-            elapsed = timed()
-            if repeat:
-                of_rows[name].append(elapsed)
+    before, stages = ({name: stage[i] for name, stage in stages.items()} for i in range(2))
+    of_rows = medians(interleaved(stages, arguments.repeats, device, before))
     records = {}
     for name, options in all_cases.items():
         off = error_hidden(options, hidden, weight, teacher)
-        records[name] = {"seconds": min(times["ours", name]), "error_hidden": off}
-        if of_rows[name]:
-            records[name]["seconds_of_256_rows"] = min(of_rows[name])
+        records[name] = {"seconds": times["ours", name], "error_hidden": off}
+        if name in of_rows:
+            records[name]["seconds_of_256_rows"] = of_rows[name]
         if ("trl", name) in times:
-            records[name]["seconds_of_trl"] = min(times["trl", name])
+            records[name]["seconds_of_trl"] = times["trl", name]
     return records
 
 
@@ -178,7 +175,7 @@ def table(result: dict) -> str:
     dtype = "fp32" if "threads" in result["machine"] else "bf16"
     lines = [
         f"{described(result['machine'])}; N = {shape['rows']}, D = {shape['width']}, V = {shape['vocabulary']}, "
-        f"{dtype}, head frozen; minima of {result['repeats']}.",
+        f"{dtype}, head frozen; medians of {result['repeats']}.",
         "",
         f"| | time / Jensen-Shannon's | rows alone | trl {trl} on full logits / ours | error of ∂h |",
         "|---|---|---|---|---|",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from inputs import reasoning
-from measuring import RESULTS, described, interleaved, machine, medians, write
+from measuring import RESULTS, interleaved, machine, medians, timed, write
 
 from scsdpo_kernels import linear_divergence
 from scsdpo_kernels.kernels import kernels_of
@@ -79,7 +79,7 @@ def value(rows: int, width: int, vocabulary: int, dtype: str, device: torch.devi
 
 def table(result: dict) -> str:
     """One result file as Markdown."""
-    lines = [f"{described(result['machine'])}, medians of {result['repeats']}."]
+    lines = [f"{timed(result['machine'])}, medians of {result['repeats']}."]
     for part in result["parts"]:
         if "kernels" in part:
             lines += [

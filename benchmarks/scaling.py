@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from implementations import IMPLEMENTATIONS, label
 from inputs import reasoning
-from measuring import RESULTS, alone, described, interleaved, machine, medians, peak_mib, write
+from measuring import RESULTS, alone, described, interleaved, machine, medians, peak_mib, timed, write
 from torch import Tensor
 
 from scsdpo_kernels import linear_divergence
@@ -115,7 +115,7 @@ def table(result: dict) -> str:
     shape = result["shape"]
     dtype = "fp32" if "threads" in result["machine"] else "bf16"
     lines = [
-        f"{described(result['machine'])}; ours, {dtype}, Jensen-Shannon, forward and backward, D = {shape['width']}; "
+        f"{timed(result['machine'])}; ours, {dtype}, Jensen-Shannon, forward and backward, D = {shape['width']}; "
         f"N = {shape['rows']} and V = {shape['vocabulary']} where they do not grow; medians of {result['repeats']}.",
         "",
         "| what grows | from | to | time there / time here | time ~ x^ | µs per row with a weight, from | to |",

@@ -2,7 +2,9 @@
 
     ./dev bench-compare [arguments of pytest]      e.g. --benchmark-save=mine, --benchmark-compare, -k "both and KL"
 
-The cases and checks are throughput.py's. A benchmark whose gradients are off keeps its time and says `wrong` in its
+The cases and checks are throughput.py's. "forward" is the value without grad mode, "backward" what is left to do of a
+value that has its graph: next to nothing for those that make gradients with it, as `chunked` and Liger do, so that
+"both" is what a training step costs. A benchmark whose gradients are off keeps its time and says `wrong` in its
 extra_info, with the error. An implementation that cannot run is skipped with the reason.
 
 pytest-benchmark times one function after the other: its times are for following one machine over versions. Tables of
@@ -15,22 +17,31 @@ import pytest
 import torch
 from implementations import IMPLEMENTATIONS
 from measuring import alone, freed_memory_is_kept, interleaved, machine, medians
-from throughput import HEADS, Case, cases, check, check_case, problem
+from throughput import Case, cases, check, check_case, problem
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CASES = [case for case in cases(DEVICE.type) if case.rows != 1024 or DEVICE.type == "cuda"]  # minutes each on a CPU
+ON_GPU = DEVICE.type == "cuda"
+QUICK = {"padded": {0.63}, "response": {0.63, 0.78}}  # of a step's layouts, on a CPU
+CASES = [
+    case
+    for case in cases(DEVICE.type)
+    if ON_GPU or (case.zeros in QUICK.get(case.layout, ()) if case.layout else case.rows < 1024 and case.width < 2048)
+]
 problem_of = functools.lru_cache(maxsize=1)(lambda case: problem(case, DEVICE))
 
 
 @functools.cache
 def records_of(case: Case) -> dict[str, dict]:
     """throughput.check's, on a CPU from a process whose memory nobody keeps."""
-    return alone(check_case, case, DEVICE) if DEVICE.type == "cpu" else check(problem_of(case), DEVICE)
+    return check(problem_of(case), DEVICE) if ON_GPU else alone(check_case, case, DEVICE)
 
 
 @functools.cache
-def seconds_of_products(case: Case) -> float:
-    return medians(interleaved({"products": problem_of(case).products()}, 3, DEVICE))["products"]
+def seconds_of_products(case: Case) -> dict[str, float]:
+    """Of a phase's, in the run that times the phases."""
+    given = problem_of(case)
+    runs = {"forward": given.products(gradients=False), "both": given.products()}
+    return medians(interleaved(runs, 3, DEVICE))
 
 
 def phases(case: Case, loss) -> dict[str, tuple]:
@@ -39,7 +50,7 @@ def phases(case: Case, loss) -> dict[str, tuple]:
     hidden, teacher, token_weight = given.micro_batches[0]
 
     def wait() -> None:
-        if DEVICE.type == "cuda":
+        if ON_GPU:
             torch.cuda.synchronize()
 
     def forward() -> None:
@@ -78,20 +89,20 @@ def test_throughput(benchmark, case, name, phase):
     timed, before = phases(case, IMPLEMENTATIONS[name].loss)[phase]
     benchmark.group = f"{case.name}, {phase}"
     with freed_memory_is_kept():
-        benchmark.pedantic(timed, setup=before, rounds=3 if DEVICE.type == "cpu" else 20, warmup_rounds=1)
-    width, vocabulary = HEADS[case.head]
+        rounds = 20 if ON_GPU else 1 if case.layout == "padded" else 3
+        benchmark.pedantic(timed, setup=before, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info |= {
         "N": given.rows,
-        "V": vocabulary,
-        "D": width,
+        "V": case.vocabulary,
+        "D": case.width,
         "dtype": case.dtype,
         "device": str(DEVICE),
-        "kept rows": given.kept,
+        "share of rows with a weight": given.kept / given.rows,
         "bytes of inputs": given.bytes,
         "machine": machine(DEVICE),
         **record,
     }
-    if phase == "both":
+    if phase in ("forward", "both"):
         median = benchmark.stats.stats.median
-        benchmark.extra_info["TFLOP/s of the products"] = given.operations / median / 1e12
-        benchmark.extra_info["share of the products' rate"] = seconds_of_products(case) / median
+        benchmark.extra_info["TFLOP/s"] = given.operations(phase == "both") / median / 1e12
+        benchmark.extra_info["share of products"] = seconds_of_products(case)[phase] / median

@@ -2,13 +2,16 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICE
 
 from scsdpo_kernels import linear_divergence
 
@@ -24,6 +27,7 @@ import scaling
 import throughput
 
 CPU = torch.device("cpu")
+BENCHMARKS = Path(throughput.__file__).parent
 
 
 @pytest.mark.parametrize(("width", "vocabulary"), [(128, 5003), (512, 16000)])
@@ -43,25 +47,32 @@ def test_entropies_are_those_of_reasoning_rollouts(width, vocabulary):
 
 @pytest.mark.parametrize("beta", accuracy.OBJECTIVES)
 def test_implementations_are_one_function(beta):
-    """In fp32, far from the teacher, every one that runs here has float64's loss and gradients."""
-    tensors = inputs.reasoning(8, 128, 300, distance=1.0)
+    """In fp32, far from the teacher, every one that is installed has float64's loss and gradients; uncompiled."""
+    tensors, device = inputs.reasoning(8, 128, 300, distance=1.0, device=DEVICE), torch.device(DEVICE)
     expected = accuracy.gradients(accuracy.exact, tuple(x.double() for x in tensors), beta)
-    ran = []
-    for name, implementation in implementations.IMPLEMENTATIONS.items():
-        if "compile" in name or implementation.why_not(CPU):
-            continue
-        got = accuracy.gradients(implementation.loss, tensors, beta)
-        for what, exact in expected.items():
-            assert (got[what].double() - exact).norm() <= 1e-3 * exact.norm(), (name, what)
-        ran.append(name)
-    assert {"chunked", "reference", "eager PyTorch"} <= set(ran)
+    ran, absent = set(), set()
+    with torch.compiler.set_stance("force_eager"):
+        for name, implementation in implementations.IMPLEMENTATIONS.items():
+            if reason := implementation.why_not(device):
+                assert reason.endswith("is not installed"), name
+                absent.add(name)
+                continue
+            got = accuracy.gradients(implementation.loss, tensors, beta)
+            for what, exact in expected.items():
+                assert (got[what].double() - exact).norm() <= 1e-3 * exact.norm(), (name, what)
+            ran.add(name)
+    assert ran | absent == set(implementations.IMPLEMENTATIONS)
+    assert ran >= {"chunked", "tiled", "reference", "eager PyTorch", "torch.compile'd eager"}
 
 
 def test_a_peer_that_is_not_there_says_why(monkeypatch):
     monkeypatch.setattr(implementations, "_is_installed", lambda package: package != "trl")
     assert implementations.IMPLEMENTATIONS["chunked_divergence"].why_not(CPU) == "trl is not installed"
-    assert implementations.IMPLEMENTATIONS["fused_linear_jsd"].why_not(CPU)
     assert implementations.IMPLEMENTATIONS["chunked"].why_not(CPU) is None
+    assert "top-K" in implementations.IMPLEMENTATIONS["eager PyTorch"].why_not(CPU, top_k=100)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for name in ("tiled", "fused_linear_jsd"):
+        assert "Triton's interpreter" in implementations.IMPLEMENTATIONS[name].why_not(CPU)
 
 
 def test_errors_show():
@@ -96,7 +107,7 @@ def case(**options) -> throughput.Case:
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(throughput.HEADS, "tiny", (128, 301))
-    slow = ("compile", "tiled")  # here it is Triton's interpreter
+    slow = ("compile", "tiled", "fused_linear_jsd")  # those of Triton in its interpreter
     every = implementations.IMPLEMENTATIONS.items()
     fast = {name: x for name, x in every if not any(text in name for text in slow)}
     for module in (throughput, scaling):
@@ -148,6 +159,43 @@ def test_throughput_and_its_report(tiny, monkeypatch, tmp_path):
     assert shown.count("off by 1e-02**") == len(given)
     throughput.plot(json.loads(path.read_text()), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed")
+def test_pytest_benchmark(tmp_path):
+    """Every phase is timed, or says why not, and its record says on what; `--benchmark-compare` runs."""
+    script = f"""
+import pytest, throughput
+throughput.HEADS["tiny"] = (128, 301)  # in the processes that it starts, too
+for name in set(throughput.IMPLEMENTATIONS) - {{"chunked", "reference", "eager PyTorch", "fused_linear_jsd"}}:
+    del throughput.IMPLEMENTATIONS[name]
+throughput.cases = lambda device: [
+    throughput.Case("tiny", "float32", 70, trained_head=False),
+    throughput.Case("tiny", "float32", layout="response", zeros=0.63, shorter=64),
+]
+if __name__ == "__main__":
+    options = ["-q", "-p", "no:cacheprovider", "--benchmark-storage", {str(tmp_path)!r}]
+    options.append({str(BENCHMARKS / "test_throughput.py")!r})
+    for last in (["--benchmark-save=x"], ["--benchmark-compare", "--benchmark-json", {str(tmp_path / "out.json")!r}]):
+        assert pytest.main(options + last) == 0
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST")}
+    environment["PYTHONPATH"] = str(BENCHMARKS)
+    (tmp_path / "run.py").write_text(script)
+    command = [sys.executable, "-W", "ignore", tmp_path / "run.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {x["name"]: x for x in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
+    assert len(found) == 3 * 3 + 2 * 2  # `reference` has no step, and a step no backward of its own
+    keys = {"N", "V", "D", "dtype", "device", "share of rows with a weight", "peak_mib", "bytes of inputs", "machine",
+            "errors", "wrong"}  # fmt: skip
+    for name, benchmark in found.items():
+        extra = benchmark["extra_info"]
+        assert extra.keys() >= keys and not extra["wrong"], name
+        assert (extra["V"], extra["D"], extra["machine"]["versions"]["torch"]) == (301, 128, torch.__version__)
+        assert ("backward" in name) != (extra.keys() >= {"TFLOP/s", "share of products"})
+        assert extra["share of rows with a weight"] == 1 or (0.2 < extra["share of rows with a weight"] < 0.6)
+        assert benchmark["stats"]["median"] > 0
 
 
 def test_scaling_and_row_kernels(tiny, monkeypatch, tmp_path):
