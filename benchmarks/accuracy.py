@@ -24,9 +24,9 @@ from torch import Tensor
 
 from scsdpo_kernels import linear_divergence
 
-DISTANCES = (4.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 4e-4)
+DISTANCES = (4.0, 2.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 4e-4, 1e-4, 2e-5)
 CAPTURED = "the demo's model"
-SHOWN = ("distance 1.0", "distance 0.1", "distance 0.01", "distance 0.001", CAPTURED)  # in the README
+SHOWN = ("distance 2.0", "distance 0.1", "distance 0.01", "distance 0.0004", CAPTURED)  # in the README
 OBJECTIVES = {0.0: "forward KL", 0.5: "Jensen-Shannon", 1.0: "reverse KL"}
 
 
@@ -101,11 +101,12 @@ def _cell(error: float) -> str:
     return f"**{error:.0e}**" if not error <= 0.01 else f"{error:.0e}"
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(result: dict):
+    """One result file as a figure."""
     from matplotlib.figure import Figure
 
     quantities = {"loss": "loss", "hidden": "∂h", "weight": "∂W"}
-    figure = Figure(figsize=(13, 15), layout="constrained")
+    figure = Figure(figsize=(13, 15), layout="constrained", dpi=80)
     axes = figure.subplots(6, 3, sharex=True, sharey=True)
     for row, (dtype, of) in enumerate(itertools.product(("float32", "bfloat16"), quantities)):
         for axis, (beta, objective) in zip(axes[row], OBJECTIVES.items(), strict=True):
@@ -126,7 +127,7 @@ def plot(result: dict, path: Path) -> None:
         axis.set_ylabel("relative error")
     axes[0, 0].legend(fontsize=7)
     figure.suptitle(f"Error against float64 as the teacher nears the student ({described(result['machine'])})")
-    figure.savefig(path, dpi=80)
+    return figure
 
 
 def main() -> None:

@@ -3,11 +3,12 @@
     python benchmarks/report.py [--output FOLDER]
 
 Between `<!-- benchmarks/NAME.py -->` and the `<!-- end -->` after it come the tables of every results/NAME-*.json;
-beside each file lies its plot, where a benchmark has one and matplotlib is installed. With --output it draws and prints
-those of another folder instead.
+beside each file lies its plot, where a benchmark has one and matplotlib is installed, which carries the file's digest.
+With --output it draws and prints those of another folder instead.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -33,6 +34,10 @@ def results(benchmark, folder: Path = RESULTS) -> dict[Path, dict]:
     return {path: json.loads(path.read_text()) for path in sorted(folder.glob(f"{name_of(benchmark)}-*.json"))}
 
 
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def with_tables(readme: str) -> str:
     """README text with every benchmark's tables between its marks."""
     for benchmark in BENCHMARKS:
@@ -50,7 +55,7 @@ def main() -> None:
     for benchmark in BENCHMARKS:
         for path, result in results(benchmark, arguments.output or RESULTS).items():
             if hasattr(benchmark, "plot") and importlib.util.find_spec("matplotlib"):
-                benchmark.plot(result, path.with_suffix(".png"))
+                benchmark.plot(result).savefig(path.with_suffix(".png"), metadata={"Source": digest(path)})
             if arguments.output:
                 print(f"\n## {path.stem}\n\n{benchmark.table(result)}")
     if not arguments.output:

@@ -138,10 +138,11 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(result: dict):
+    """One result file as a figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4), layout="constrained", dpi=110)
     axes = figure.subplots(1, 3)
     kept = result["times"]["kept rows"]
     axes[0].plot([p["x"] for p in kept], [p["seconds"] for p in kept], marker="o")
@@ -155,7 +156,7 @@ def plot(result: dict, path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.suptitle(described(result["machine"]))
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:

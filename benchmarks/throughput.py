@@ -53,9 +53,9 @@ HEADS = {  # D, V
 }
 OBJECTIVES = {"forward KL": 0.0, "Jensen-Shannon": 0.5, "reverse KL": 1.0}
 LAYOUTS = {
-    "padded": "padded to the longest",
     "response": "padding removed",
     "kept": "rows of weight 0 removed by hand",
+    "padded": "padded to the longest",
 }
 AT_ONCE = 8  # rollouts of a micro-batch
 GRADIENTS = ("hidden", "weight")
@@ -97,17 +97,18 @@ class Case:
 
 def cases(device: str) -> list[Case]:
     """On a CPU such as end in minutes; on a GPU real ones, the most telling first."""
-    steps = list(itertools.product((0.63, 0.78), LAYOUTS))
+    steps = list(itertools.product(LAYOUTS, (0.63, 0.78)))
     if device == "cpu":
         dense = [Case("Qwen3-0.6B", dtype, rows) for dtype in ERROR_LIMIT for rows in (256, 1024)]
-        wide = [Case(head, "bfloat16", 256) for head in ("Qwen3-1.7B", "OLMo-3-7B", "Qwen3-8B")]
         small = partial(Case, "D = 512, V = 32000", "float32", 512)
         objectives = [small(objective) for objective in OBJECTIVES] + [small(trained_head=False), small(top_k=100)]
         step = partial(Case, "D = 512, V = 8192", "float32", shorter=8)
-        return dense + objectives + [step(layout=layout, zeros=zeros) for zeros, layout in steps] + wide
+        steps = [step(layout=layout, zeros=zeros) for layout, zeros in steps]
+        wide = [Case(head, "bfloat16", 256) for head in ("Qwen3-1.7B", "Qwen3-8B", "OLMo-3-7B")]
+        return dense + objectives + steps[:-1] + wide + steps[-1:]
     own = {"dtype": "bfloat16"}
-    first = [Case("Qwen3-8B", rows=8192, **own), Case("Qwen3-8B", rows=256, **own)]
-    first += [Case("Qwen3-8B", layout=layout, zeros=zeros, **own) for zeros, layout in steps]
+    steps = [Case("Qwen3-8B", layout=layout, zeros=zeros, **own) for layout, zeros in steps]
+    first = [Case("Qwen3-8B", rows=8192, **own), Case("Qwen3-8B", rows=256, **own), *steps[:-1]]
     first += [
         Case("Qwen3-8B", rows=8192, top_k=100, **own),
         Case("Qwen3-8B", rows=8192, trained_head=False, **own),
@@ -116,7 +117,7 @@ def cases(device: str) -> list[Case]:
     ]
     heads = ("Qwen3-0.6B", "Qwen3-1.7B", "OLMo-3-7B", "Qwen3-8B")
     rest = [Case(head, rows=rows, **own) for rows in (2048, 8192, 256, 16384) for head in heads]
-    return first + [case for case in rest if case not in first]
+    return first + [case for case in rest if case not in first] + steps[-1:]
 
 
 @dataclass
@@ -235,6 +236,7 @@ def record(name: str, given: Problem, exact: dict[str, Tensor], device: torch.de
     try:
         got = gradients(implementation.loss, given, implementation.token_weights)
         off = {of: error(got.pop(of), x) for of, x in exact.items()}
+        torch.compiler.reset()  # what is compiled is compiled for the case's own shape, and no other
         given.step(implementation.loss)
         peak = peak_mib(partial(given.step, implementation.loss), given.leaves, device)
     except Exception as raised:  # of a peer: its row says it
@@ -249,7 +251,6 @@ def record(name: str, given: Problem, exact: dict[str, Tensor], device: torch.de
 
 def check(given: Problem, device: torch.device) -> dict[str, dict]:
     """The record of every implementation."""
-    torch.compiler.reset()  # peers compile for this case: no guard of another one costs them a recompilation
     records = {}
     for weighted in (True, False):
         exact = gradients(REFERENCE, given, weighted, torch.float64)
@@ -315,11 +316,12 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict, path: Path) -> None:
+def plot(result: dict):
+    """One result file as a figure."""
     from matplotlib.figure import Figure
 
     shown = [case for case in result["cases"] if case["layout"] is None or case["zeros"] == 0.63]
-    figure = Figure(figsize=(11, 1.5 + 0.55 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(11, 1.5 + 0.55 * len(shown)), layout="constrained", dpi=110)
     axis = figure.subplots()
     names = [n for n in IMPLEMENTATIONS if n not in ("chunked", "reference")]
     for offset, name in enumerate(["products", *names]):
@@ -345,7 +347,7 @@ def plot(result: dict, path: Path) -> None:
     axis.grid(alpha=0.3, which="both", axis="x")
     axis.legend(fontsize=7)
     axis.set_title(described(result["machine"]), fontsize=9)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def main() -> None:
