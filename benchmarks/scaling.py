@@ -8,13 +8,14 @@ weight, and the exponent that fits time ~ x^exponent. Memory: peak over inputs a
 fresh process on a CPU, for every implementation. Inputs are `reasoning`'s, fp32 on a CPU and bf16 on a GPU;
 Jensen-Shannon.
 
-Writes FOLDER/scaling-<machine>.json and prints its tables; `benchmarks/report.py` puts them into README.md and draws
-them.
+Writes FOLDER/scaling-<machine>.json after every point and prints its tables; `benchmarks/report.py` puts them into
+README.md and draws them.
 """
 
 import argparse
 import math
 import statistics
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -84,30 +85,33 @@ def exponent(series: list[dict]) -> float:
     return sum((x - mean_x) * (y - mean_y) for x, y in pairs) / sum((x - mean_x) ** 2 for x, _ in pairs)
 
 
-def peak(name: str, rows: int, vocabulary: int, arguments: argparse.Namespace) -> float:
+def peak(name: str, rows: int, vocabulary: int, arguments: argparse.Namespace) -> float | None:
     loss, (hidden, weight, teacher) = IMPLEMENTATIONS[name].loss, inputs(arguments, rows, vocabulary)
-    loss(hidden, weight, teacher).backward()  # imports, compilation
-    return peak_mib(lambda: loss(hidden, weight, teacher).backward(), (hidden, weight), torch.device(arguments.device))
+
+    def step() -> None:
+        loss(hidden, weight, teacher).backward()
+
+    try:
+        step()  # imports, compilation
+        return peak_mib(step, (hidden, weight), torch.device(arguments.device))
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        torch.cuda.empty_cache()
 
 
-def peaks(arguments: argparse.Namespace) -> list[dict]:
-    records, device, known = [], torch.device(arguments.device), {}
+def peaks(arguments: argparse.Namespace) -> Iterator[dict]:
+    """The records of one point after the other; peak_mib is None where memory did not suffice."""
+    device, known = torch.device(arguments.device), {}
     for name, implementation in IMPLEMENTATIONS.items():
         if name == "reference" or implementation.why_not(device):
             continue
         for what in FACTORS:
             for x, sizes in points(arguments)[what].items():
                 at = name, sizes["rows"], sizes["vocabulary"]
-                if at in known:
-                    pass
-                elif device.type == "cpu":
-                    known[at] = alone(peak, *at, arguments)
-                else:
-                    known[at] = peak(*at, arguments)
-                    torch.cuda.empty_cache()
-                print(f"{name}, {what} {x}: {known[at]:.0f} MiB", flush=True)
-                records.append({"label": label(name), "what": what, "x": x, "peak_mib": known[at]})
-    return records
+                if at not in known:
+                    known[at] = alone(peak, *at, arguments) if device.type == "cpu" else peak(*at, arguments)
+                yield {"label": label(name), "what": what, "x": x, "peak_mib": known[at]}
 
 
 def table(result: dict) -> str:
@@ -134,7 +138,8 @@ def table(result: dict) -> str:
                   "|---" * (1 + len(of)) + "|"]  # fmt: skip
         for name in dict.fromkeys(p["label"] for p in result["peaks"]):
             series = {p["x"]: p["peak_mib"] for p in result["peaks"] if (p["label"], p["what"]) == (name, what)}
-            lines.append(f"| {name} | " + " | ".join(f"{series[x]:.0f}" for x in of) + " |")
+            cells = (f"{series[x]:.0f}" if series[x] is not None else "too much" for x in of if x in series)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -149,7 +154,8 @@ def plot(result: dict):
     axes[0].set(xlabel=f"rows with a weight, of {kept[-1]['x']}", ylabel="seconds", title="ours", xlim=0, ylim=0)
     for axis, what in zip(axes[1:], FACTORS, strict=True):
         for name in dict.fromkeys(p["label"] for p in result["peaks"]):
-            series = [p for p in result["peaks"] if (p["label"], p["what"]) == (name, what)]
+            own = (p for p in result["peaks"] if (p["label"], p["what"]) == (name, what))
+            series = [p for p in own if p["peak_mib"] is not None]
             axis.loglog([p["x"] for p in series], [max(p["peak_mib"], 1) for p in series], marker="o", label=name)
         axis.set(xlabel=what, ylabel="peak MiB over inputs and gradients")
     axes[1].legend(fontsize=7)
@@ -170,8 +176,12 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = {name: getattr(arguments, name) for name in ("rows", "width", "vocabulary")}
     result = {"machine": machine(torch.device(arguments.device)), "shape": shape, "repeats": arguments.repeats,
-              "times": times(arguments), "peaks": peaks(arguments)}  # fmt: skip
+              "times": times(arguments), "peaks": []}  # fmt: skip
     write("scaling", result, arguments.output)
+    for record in peaks(arguments):
+        print("{label}, {what} {x}: {peak_mib} MiB".format_map(record), flush=True)
+        result["peaks"].append(record)
+        write("scaling", result, arguments.output)
     print(table(result))
 
 

@@ -198,19 +198,22 @@ if __name__ == "__main__":
 
 
 def test_scaling_and_row_kernels(tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(scaling, "peaks", lambda _: [
-        {"label": "x", "what": what, "x": x, "peak_mib": 1.0} for what in scaling.FACTORS for x in (1, 2)
-    ])  # fmt: skip
+    few = {"chunked": scaling.IMPLEMENTATIONS["chunked"]}
+    monkeypatch.setattr(scaling, "IMPLEMENTATIONS", few)
+    tried = []
+    monkeypatch.setattr(scaling, "alone", lambda _, *at: tried.append(at[:3]) or (None if at[2] == 600 else 7.0))
     arguments = argparse.Namespace(device="cpu", rows=32, width=128, vocabulary=300, repeats=1)
     shape = {"rows": 32, "width": 128, "vocabulary": 300}
     result = {"machine": measuring.machine(CPU), "shape": shape, "repeats": 1, "times": scaling.times(arguments),
-              "peaks": scaling.peaks(arguments)}  # fmt: skip
+              "peaks": list(scaling.peaks(arguments))}  # fmt: skip
     threads = torch.get_num_threads()
     assert [p["x"] for p in result["times"]["rows"]] == [16, 32, 64, 128, 256]
     assert len(result["times"]["kept rows"]) == len(scaling.SHARES) and len(result["times"]["threads"]) == threads
     assert scaling.exponent([{"x": x, "seconds": 3 * x**1.5} for x in (1.0, 2.0, 8.0)]) == pytest.approx(1.5)
     shown = scaling.table(json.loads(json.dumps(result)))
-    assert "| rows | 16 | 256 |" in shown and "| x | 1 | 1 |" in shown
+    own = "| scsdpo_kernels, chunked | 7 | 7 |"
+    assert "| rows | 16 | 256 |" in shown and f"{own} 7 | 7 | 7 |\n" in shown and f"{own} too much | 7 |" in shown
+    assert len(tried) == len(set(tried)) == 8  # a point of both series is measured once
     assert len(scaling.plot(result).axes) == 3
     parts = [row_kernels.value(16, 128, 300, "float32", CPU, 1)]
     shown = row_kernels.table({"machine": result["machine"], "repeats": 1, "parts": parts})

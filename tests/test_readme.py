@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import scsdpo_kernels
 
@@ -21,7 +22,10 @@ def test_tables_are_those_of_the_result_files():
         sys.path.pop(0)
     assert report.with_tables(README) == README
     for benchmark in report.BENCHMARKS:
-        assert report.results(benchmark), f"no result of {report.name_of(benchmark)}"
+        files = report.results(benchmark)
+        assert files, f"no result of {report.name_of(benchmark)}"
+        for path in files if hasattr(benchmark, "plot") else ():
+            assert Image.open(path.with_suffix(".png")).text["Source"] == report.digest(path), f"old plot of {path}"
     plots = re.findall(r"\]\((benchmarks/results/[\w.-]+\.png)\)", README)
     assert len(plots) >= 3 and all((ROOT / plot).exists() for plot in plots)
 
