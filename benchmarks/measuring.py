@@ -51,12 +51,15 @@ def timed(host: dict) -> str:
     return f"{described(host)} (absolute times move between machines and runs)"
 
 
-def write(name: str, result: dict, folder: Path) -> Path:
+def path_of(name: str, host: dict, folder: Path) -> Path:
     """A benchmark's result file of this machine."""
-    folder.mkdir(parents=True, exist_ok=True)
-    host = result["machine"]
     slug = "-".join(host["device"].lower().split()) + (f"-{os.cpu_count()}-cores" if "threads" in host else "")
-    path = folder / f"{name}-{slug}.json"
+    return folder / f"{name}-{slug}.json"
+
+
+def write(name: str, result: dict, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = path_of(name, result["machine"], folder)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
 

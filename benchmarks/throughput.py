@@ -1,6 +1,7 @@
 """Time of the fused loss beside its own matrix products and every peer, in one run on one machine.
 
-    python benchmarks/throughput.py [--device cpu] [--cases TEXT ...] [--seconds S] [--repeats 3] [--output FOLDER]
+    python benchmarks/throughput.py [--device cpu] [--cases TEXT ...] [--add] [--seconds S] [--repeats 3]
+                                    [--output FOLDER]
 
 Forward and backward of Σ_n w_n D(p_n, q_n) by every implementation on the same inputs (`reasoning` of inputs.py), in
 turns: medians, warm-up excluded. Ratios hold between machines, absolute times do not. "products" are the library's, in
@@ -16,6 +17,7 @@ README.md and draws it.
 
 import argparse
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable
@@ -36,6 +38,7 @@ from measuring import (
     interleaved,
     machine,
     medians,
+    path_of,
     peak_mib,
     products,
     timed,
@@ -105,7 +108,7 @@ def cases(device: str) -> list[Case]:
         step = partial(Case, "D = 512, V = 8192", "float32", shorter=8)
         steps = [step(layout=layout, zeros=zeros) for layout, zeros in steps]
         wide = [Case(head, "bfloat16", 256) for head in ("Qwen3-1.7B", "Qwen3-8B", "OLMo-3-7B")]
-        return dense + objectives + steps[:-1] + wide + steps[-1:]
+        return dense + wide + objectives + steps[:-1]  # of padding one: peers project it, whatever its weight
     own = {"dtype": "bfloat16"}
     steps = [Case("Qwen3-8B", layout=layout, zeros=zeros, **own) for layout, zeros in steps]
     first = [Case("Qwen3-8B", rows=8192, **own), Case("Qwen3-8B", rows=256, **own), *steps[:-1]]
@@ -354,6 +357,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+", default=[""], help="those whose name has one of these texts in it")
+    parser.add_argument("--add", action="store_true", help="to the cases of the file that is there, or in their place")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after so long")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -361,17 +365,25 @@ def main() -> None:
     device, started = torch.device(arguments.device), time.monotonic()
     chosen = [case for case in cases(device.type) if any(text in case.name for text in arguments.cases)]
     result = {"machine": machine(device), "repeats": arguments.repeats, "cases": []}
-    for case in chosen:
+    if arguments.add:
+        there = json.loads(path_of("throughput", result["machine"], arguments.output).read_text())
+        if any(there[of] != result[of] for of in ("machine", "repeats")):
+            parser.error("--add: expected a file of this machine, these versions and as many repeats")
+        result["cases"] = there["cases"]
+    order = [case.name for case in cases(device.type)]
+    for count, case in enumerate(chosen):
         if time.monotonic() - started > arguments.seconds:
-            print(f"time is up after {len(result['cases'])} of {len(chosen)} cases", flush=True)
+            print(f"time is up after {count} of {len(chosen)} cases", flush=True)
             break
         if device.type == "cpu":
-            result["cases"].append(alone(measure, case, device, arguments.repeats))
+            measured = alone(measure, case, device, arguments.repeats)
         else:
-            result["cases"].append(measure(case, device, arguments.repeats))
+            measured = measure(case, device, arguments.repeats)
             torch.cuda.empty_cache()
+        others = [x for x in result["cases"] if x["name"] != case.name]
+        result["cases"] = sorted([*others, measured], key=lambda x: order.index(x["name"]))
         write("throughput", result, arguments.output)
-        print(f"{time.monotonic() - started:.0f} s: {chosen[len(result['cases']) - 1].name}", flush=True)
+        print(f"{time.monotonic() - started:.0f} s: {case.name}", flush=True)
     print(table(result))
 
 
