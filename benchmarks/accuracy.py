@@ -51,6 +51,7 @@ def inputs(arguments: argparse.Namespace) -> Iterator[tuple[str, tuple[Tensor, .
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
     """The records of one kind of inputs after the other."""
+    torch._dynamo.config.recompile_limit = 64  # for dtypes and objectives; past it a compiled peer would run uncompiled
     for what, given in inputs(arguments):
         records = []
         for dtype in ("float32", "bfloat16"):

@@ -27,6 +27,7 @@ from scsdpo_kernels.chunked import _finish, _row_values
 from scsdpo_kernels.kernels import kernels_of
 from scsdpo_kernels.linear_divergence import _arguments
 from scsdpo_kernels.rows import Rows
+from scsdpo_kernels.shards import Shard
 
 
 def cases(hidden: Tensor, weight: Tensor) -> dict[str, dict]:
@@ -109,7 +110,7 @@ def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> tuple[Callable, 
     everything = torch.arange(rows, device=student.device)
     of_rows = Rows(everything, everything, everything, student.new_ones(rows), tensors.target_ids, tensors.old_logp,
                    tensors.support_ids, tensors.support_logp, True)  # fmt: skip
-    kernels = kernels_of(student.device)
+    kernels, shard = kernels_of(student.device), Shard(numbers, student.shape[1])
 
     def restore() -> None:
         student.copy_(logits[0])
@@ -117,7 +118,8 @@ def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> tuple[Callable, 
 
     def run() -> None:
         _finish(hidden, student_head(tensors, numbers), student, kernels)
-        _row_values(student, None if teacher_hidden is None else teacher, of_rows, numbers, kernels, False, student)
+        given_teacher = None if teacher_hidden is None else teacher
+        _row_values(student, given_teacher, of_rows, numbers, kernels, shard, False, student)
 
     return restore, run
 

@@ -21,6 +21,7 @@ import accuracy
 import implementations
 import inputs
 import measuring
+import objectives
 import report
 import row_kernels
 import scaling
@@ -124,7 +125,8 @@ def test_layouts_have_the_same_loss(tiny, zeros):
         rows = sum(len(hidden) for hidden, *_ in given.micro_batches)
         found[layout] = rows, given.kept, given.weight.grad
     rows, kept, gradients = zip(*found.values(), strict=True)
-    assert rows[0] > 3 * rows[1] > 3 * rows[2] == 3 * kept[2] and len(set(kept)) == 1
+    response, own, padded = rows
+    assert padded > 3 * response > 3 * own == 3 * kept[0] and len(set(kept)) == 1
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-5, atol=1e-6)
 
@@ -215,9 +217,21 @@ def test_scaling_and_row_kernels(tiny, monkeypatch, tmp_path):
     assert "| rows | 16 | 256 |" in shown and f"{own} 7 | 7 | 7 |\n" in shown and f"{own} too much | 7 |" in shown
     assert len(tried) == len(set(tried)) == 8  # a point of both series is measured once
     assert len(scaling.plot(result).axes) == 3
-    parts = [row_kernels.value(16, 128, 300, "float32", CPU, 1)]
+    parts = [row_kernels.value(16, 128, 300, "float32", CPU, 1), row_kernels.row_kernels(2**22, 0.1, CPU, 1)]
     shown = row_kernels.table({"machine": result["machine"], "repeats": 1, "parts": parts})
-    assert shown.count("| chunked |") == 3
+    assert shown.count("| chunked |") == 3 and shown.count("\n| cpu |") == 6
+
+
+def test_objectives():
+    """Every objective and part of a head has its time, its rows' time, and float64's gradients."""
+    arguments = argparse.Namespace(rows=16, width=128, vocabulary=301, repeats=1)
+    records = objectives.measure(arguments, CPU)
+    for name, record in records.items():
+        assert record["seconds"] > 0 and record["error_hidden"] < 1e-5, name
+        assert record.get("seconds_of_256_rows", 0) > 0 or "LoRA" in name
+    shape = {"rows": 16, "width": 128, "vocabulary": 301}
+    shown = objectives.table({"machine": measuring.machine(CPU), "shape": shape, "repeats": 1, "objectives": records})
+    assert all(f"\n| {name} | " in shown for name in records) and len(records) == 14
 
 
 def test_peaks_are_over_inputs_and_gradients():
