@@ -147,7 +147,7 @@ def plot(result: dict):
     """One result file as a figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), layout="constrained", dpi=110)
+    figure = Figure(figsize=(15, 4), layout="constrained", dpi=110)
     axes = figure.subplots(1, 3)
     kept = result["times"]["kept rows"]
     axes[0].plot([p["x"] for p in kept], [p["seconds"] for p in kept], marker="o")
@@ -157,8 +157,11 @@ def plot(result: dict):
             own = (p for p in result["peaks"] if (p["label"], p["what"]) == (name, what))
             series = [p for p in own if p["peak_mib"] is not None]
             axis.loglog([p["x"] for p in series], [max(p["peak_mib"], 1) for p in series], marker="o", label=name)
+        at = list(dict.fromkeys(p["x"] for p in result["peaks"] if p["what"] == what))
         axis.set(xlabel=what, ylabel="peak MiB over inputs and gradients")
-    axes[1].legend(fontsize=7)
+        axis.set_xticks(at, [f"{x}" for x in at])
+        axis.set_xticks([], minor=True)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.suptitle(described(result["machine"]))

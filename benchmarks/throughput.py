@@ -343,7 +343,7 @@ def plot(result: dict):
                 if name != "products" else None,
                 label="the matrix products alone" if name == "products" else points[0][1]["label"],
             )  # fmt: skip
-    axis.axvline(1, color="tab:red", label="scsdpo_kernels, chunked")
+    axis.axvline(1, color="C0", label="scsdpo_kernels, chunked")
     axis.set(xscale="log", xlabel="time / ours; hollow: gradients are off", yticks=range(len(shown)))
     axis.set_yticklabels([case["name"] for case in shown], fontsize=7)
     axis.invert_yaxis()
