@@ -162,6 +162,24 @@ def test_throughput_and_its_report(tiny, monkeypatch, tmp_path):
     assert len(throughput.plot(json.loads(path.read_text())).axes[0].get_yticklabels()) == len(given)
 
 
+def test_cases_come_from_several_calls(tiny, monkeypatch, tmp_path):
+    """--add keeps the cases that are there, in their order; not those of other settings."""
+    monkeypatch.setattr(throughput, "cases", lambda _: [case(rows=9), case(rows=8), case(rows=8, trained_head=False)])
+    monkeypatch.setattr(throughput, "alone", lambda function, *arguments: function(*arguments))
+
+    def call(*arguments: str) -> list[dict]:
+        monkeypatch.setattr(sys, "argv", ["throughput.py", "--device", "cpu", "--output", str(tmp_path), *arguments])
+        throughput.main()
+        return json.loads(next(tmp_path.glob("throughput-*.json")).read_text())["cases"]
+
+    (frozen,) = call("--repeats", "1", "--cases", "frozen")
+    added = call("--repeats", "1", "--cases", "9 rows", "--add")
+    assert [x["name"] for x in added] == ["tiny, float32, 9 rows", frozen["name"]] and added[1] == frozen
+    with pytest.raises(SystemExit):
+        call("--repeats", "2", "--cases", "9 rows", "--add")
+    assert [x["rows"] for x in call("--repeats", "1", "--cases", "9 rows")] == [9]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed")
 def test_pytest_benchmark(tmp_path):
     """Every phase is timed, or says why not, and its record says on what; `--benchmark-compare` runs."""
