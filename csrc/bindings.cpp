@@ -6,7 +6,7 @@
 
 #include "huge_pages.h"
 #include "logits.h"
-#include "project.h"
+#include "matmul.h"
 #include "row_divergence.h"
 
 namespace py = pybind11;
@@ -57,11 +57,13 @@ PYBIND11_MODULE(_C, m) {
   py::enum_<DType>(m, "DType")
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
+      .value("float16", DType::kFloat16)
       .value("float64", DType::kFloat64);
   py::enum_<InstructionSet>(m, "InstructionSet")
       .value("baseline", InstructionSet::kBaseline)
       .value("avx2", InstructionSet::kAVX2)
-      .value("avx512", InstructionSet::kAVX512);
+      .value("avx512", InstructionSet::kAVX512)
+      .value("avx512_bf16", InstructionSet::kAVX512BF16);
   m.def("best_instruction_set", &best_instruction_set);
 
   py::enum_<Stage>(m, "Stage")
@@ -151,23 +153,26 @@ PYBIND11_MODULE(_C, m) {
   });
 #endif
 
-  Fields<Projection>(m, "Projection")
-      .field("rows", &Projection::rows)
-      .field("vocabulary", &Projection::vocabulary)
-      .field("width", &Projection::width)
-      .field("dtype", &Projection::dtype)
-      .field("hidden", &Projection::hidden)
-      .field("hidden_stride", &Projection::hidden_stride)
-      .field("weight", &Projection::weight)
-      .field("weight_stride", &Projection::weight_stride)
-      .field("logits", &Projection::logits)
-      .field("logits_stride", &Projection::logits_stride);
-  m.def("advise_huge_pages", &advise_huge_pages);
-  m.def("has_project", &has_project);
-  m.def("project", [](const Projection& task, int threads) {
-    if (!has_project(task.dtype))
-      throw std::invalid_argument("project: this processor has no instructions for this dtype");
+  Fields<Matmul>(m, "Matmul")
+      .field("rows", &Matmul::rows)
+      .field("columns", &Matmul::columns)
+      .field("depth", &Matmul::depth)
+      .field("left", &Matmul::left)
+      .field("right", &Matmul::right)
+      .field("out", &Matmul::out)
+      .field("out_stride", &Matmul::out_stride)
+      .field("add", &Matmul::add);
+  Fields<Factor>(m, "Factor")
+      .field("at", &Factor::at)
+      .field("line_stride", &Factor::line_stride)
+      .field("depth_stride", &Factor::depth_stride)
+      .field("dtype", &Factor::dtype);
+  on_processor(m, "matmul", matmul);
+  m.def("matmul_bf16", [](const Matmul& task, int threads) {
+    if (best_instruction_set() < InstructionSet::kAVX512BF16)
+      throw std::invalid_argument("matmul_bf16: this processor has no instructions for bf16");
     py::gil_scoped_release release;
-    project(task, threads);
+    matmul_bf16(task, threads);
   });
+  m.def("advise_huge_pages", &advise_huge_pages);
 }

@@ -1,34 +1,36 @@
 // What the processor at hand can run: chooses the instruction set of every CPU kernel at run time.
 #include <algorithm>
+#include <memory>
 
 #include "logits.h"
+#include "matmul.h"
 #include "mixture.h"
 #include "parallel.h"
-#include "project.h"
 #include "row_divergence.h"
 
 namespace scsdpo {
 
-// row_divergence_simd.cpp and logits_simd.cpp, once for each instruction set: one row
+// *_simd.cpp, once for each instruction set: one row, or one block of a product
 #define SCSDPO_ROWS(set)                                                        \
   void row_divergence_##set(const RowDivergence&, const Mixture&, int64_t row); \
   void head_logits_##set(const HeadLogits&, int64_t row);                       \
-  void tail_gradient_##set(const TailGradient&, int64_t row);
+  void tail_gradient_##set(const TailGradient&, int64_t row);                   \
+  void matmul_block_##set(const Matmul&, int64_t row, int64_t column, int rows, int columns, float* left);
 SCSDPO_ROWS(baseline)
 #if defined(SCSDPO_X86)
 SCSDPO_ROWS(avx2)
 SCSDPO_ROWS(avx512)
 
-// project_avx512.cpp: how many head rows stay in cache together, and the logits of some of them
-int64_t project_block_avx512(const Projection&);
-void project_avx512(const Projection&, int64_t begin, int64_t end);
+// matmul_avx512bf16.cpp: how many columns stay in cache together, and some of them
+int64_t matmul_bf16_columns(const Matmul&);
+void matmul_bf16(const Matmul&, int64_t begin, int64_t end);
 #endif
 
 namespace {
 
 template <class Function>
 Function chosen(InstructionSet set, Function baseline, Function avx2, Function avx512) {
-  return set == InstructionSet::kAVX512 ? avx512 : set == InstructionSet::kAVX2 ? avx2 : baseline;
+  return set >= InstructionSet::kAVX512 ? avx512 : set == InstructionSet::kAVX2 ? avx2 : baseline;
 }
 
 #if defined(SCSDPO_X86)
@@ -37,13 +39,15 @@ Function chosen(InstructionSet set, Function baseline, Function avx2, Function a
 #define SCSDPO_CHOSEN(name, set) name##_baseline
 #endif
 
+constexpr int64_t kBlockColumns = 512, kLeastRows = 84, kLeastColumns = 64;  // whole tiles on every instruction set
+
 }  // namespace
 
 InstructionSet best_instruction_set() {
 #if defined(SCSDPO_X86)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
-    return InstructionSet::kAVX512;
+    return __builtin_cpu_supports("avx512bf16") ? InstructionSet::kAVX512BF16 : InstructionSet::kAVX512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAVX2;
 #endif
   return InstructionSet::kBaseline;
@@ -66,20 +70,36 @@ void tail_gradient(const TailGradient& task, int threads, InstructionSet instruc
   parallel_for(task.rows, threads, [&](int64_t r) { row(task, r); });
 }
 
-bool has_project(DType dtype) {
-#if defined(SCSDPO_X86)
-  return best_instruction_set() == InstructionSet::kAVX512 &&
-         (dtype == DType::kFloat32 || __builtin_cpu_supports("avx512bf16"));
-#else
-  return false;
-#endif
+// Blocks are as large as their packing wants them, about equal, and smaller where not every thread has one.
+void matmul(const Matmul& task, int threads, InstructionSet instruction_set) {
+  auto block = SCSDPO_CHOSEN(matmul_block, instruction_set);
+  auto parts = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
+  if (task.depth == 0 && !task.add)
+    for (int64_t r = 0; r < task.rows; ++r) std::fill_n(task.out + r * task.out_stride, task.columns, 0.0f);
+  const int64_t each = parts(task.rows, std::max<int64_t>(1, parts(task.rows, kMatmulBlockRows)));
+  int64_t rows = std::max<int64_t>(1, parts(each, kLeastRows)) * kLeastRows, columns = kBlockColumns;
+  while (parts(task.rows, rows) * parts(task.columns, columns) < threads) {
+    if (columns > kLeastColumns)
+      columns /= 2;
+    else if (rows > kLeastRows)
+      rows = parts(rows / 2, kLeastRows) * kLeastRows;
+    else
+      break;
+  }
+  const int64_t across = parts(task.columns, columns);
+  parallel_for(across * parts(task.rows, rows), threads, [&](int64_t i) {
+    static thread_local std::unique_ptr<float[]> left(new float[kMatmulBlockRows * kMatmulBlockDepth + kMatmulSlack]);
+    const int64_t r = i / across * rows, c = i % across * columns;
+    block(task, r, c, static_cast<int>(std::min(rows, task.rows - r)), static_cast<int>(std::min(columns, task.columns - c)),
+          left.get());
+  });
 }
 
-void project(const Projection& task, int threads) {
+void matmul_bf16(const Matmul& task, int threads) {
 #if defined(SCSDPO_X86)
-  int64_t size = project_block_avx512(task);
-  parallel_for((task.vocabulary + size - 1) / size, threads,
-               [&](int64_t i) { project_avx512(task, i * size, std::min((i + 1) * size, task.vocabulary)); });
+  int64_t size = matmul_bf16_columns(task);
+  parallel_for((task.columns + size - 1) / size, threads,
+               [&](int64_t i) { matmul_bf16(task, i * size, std::min((i + 1) * size, task.columns)); });
 #endif
 }
 

@@ -76,7 +76,7 @@ SCSDPO_INLINE F from_bits(typename Bits<F>::type i) {
 
 template <class F>
 SCSDPO_INLINE F splat(float c) {
-  return F{} + c;
+  return c - F{};  // plus 0 would be another number where c is -0, and so an instruction
 }
 
 template <class F>
@@ -153,10 +153,14 @@ SCSDPO_INLINE F hyperbolic_tangent(F x) {
   return x > 0.0f ? -z : z;
 }
 
+// What is known of log ratios: kNear, that every one is within [-1, 1]. Formulas then need no q.
+enum class Range { kAny, kNear };
+
 // p e^x - p from both ends: exact to rounding for small x, and without overflow for large ones. q = p e^x.
-template <class F>
+template <Range range = Range::kAny, class F>
 SCSDPO_INLINE F excess(F p, F q, F x) {
   F near = p * (x + phi(x)), far = q - p;  // both, before one is chosen: no branch
+  if constexpr (range == Range::kNear) return near;
   return abs_value(x) < 1.0f ? near : far;
 }
 
@@ -183,15 +187,17 @@ SCSDPO_INLINE F polynomial(const float (&c)[kTerms], F x) {
   return y;
 }
 
-template <class F>
+template <Range range, class F>
 SCSDPO_INLINE F forward_kl(F p, F q, F d) {  // q phi(-d) = p (d e^d - expm1(d))
   F curve = phi(d), near = p * (d * (d + curve) - curve), far = p - q + times(q, d);
+  if constexpr (range == Range::kNear) return near;
   return abs_value(d) < 1.0f ? near : far;
 }
 
-template <class F>
+template <Range range, class F>
 SCSDPO_INLINE F reverse_kl(F p, F q, F d) {  // p phi(d)
   F near = p * phi(d), far = q - p - times(p, d);
+  if constexpr (range == Range::kNear) return near;
   return abs_value(d) < 1.0f ? near : far;
 }
 
@@ -212,13 +218,14 @@ SCSDPO_INLINE Entry<F> mixture_far(F p, F q, F d, const Mixture& mix) {  // |d| 
   return {share * (turned ? p : q) * x - m * log_u, turned ? -d - log_u : -log_u};
 }
 
-template <Objective objective, class F>
+template <Objective objective, Range range = Range::kAny, class F>
 SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
-  if constexpr (objective == Objective::kForward) return {forward_kl(p, q, d), splat<F>(0.0f)};
-  if constexpr (objective == Objective::kReverse) return {reverse_kl(p, q, d), -d};
+  if constexpr (objective == Objective::kForward) return {forward_kl<range>(p, q, d), splat<F>(0.0f)};
+  if constexpr (objective == Objective::kReverse) return {reverse_kl<range>(p, q, d), -d};
+  if constexpr (objective == Objective::kJensenShannon && range == Range::kNear) return mixture_near(p, d, mix);
   if constexpr (objective == Objective::kClippedForward) {
     auto clipped = times(q, d) > mix.entry_clip;
-    F kept = forward_kl(p, q, d), bound = p - q + mix.entry_clip;
+    F kept = forward_kl<Range::kAny>(p, q, d), bound = p - q + mix.entry_clip;
     return {clipped ? bound : kept, clipped ? splat<F>(1.0f) : splat<F>(0.0f)};
   }
   F low = at_least(-120.0f, d), finite = low < 120.0f ? low : splat<F>(120.0f);
@@ -291,17 +298,34 @@ struct Sums {
   F linear;                          // sum e_s y, for the reverse KL
 };
 
+// Log of the teacher's ratio to the student, counted from what they have at the row's centre.
+template <class F>
+SCSDPO_INLINE F log_ratio_from_centre(const Logits<F>& at, const Row& row) {
+  return (at.difference - row.centre) * row.inverse_temperature;
+}
+
+template <class F>
+struct Boltzmann {
+  F student, teacher;  // e_s, e_t
+  F excess;            // e_s expm1(y)
+  F y;
+};
+
+template <Objective objective, class F>
+SCSDPO_INLINE void add(Sums<F>& sums, const Logits<F>& at, const Row& row, const Boltzmann<F>& factor) {
+  sums.student += factor.student;
+  sums.teacher += factor.teacher;
+  sums.student_moment += factor.student * at_least(-1e30f, at.s - row.max_student);
+  sums.teacher_moment += factor.teacher * at_least(-1e30f, at.t - row.max_teacher);
+  sums.excess += factor.excess;
+  if constexpr (objective == Objective::kReverse) sums.linear += times(factor.student, factor.y);
+}
+
 template <Objective objective, class F>
 SCSDPO_INLINE void add(Sums<F>& sums, const Logits<F>& at, const Row& row) {
-  F u_student = at.s - row.max_student, u_teacher = at.t - row.max_teacher;
-  F e_student = boltzmann(u_student, row), e_teacher = boltzmann(u_teacher, row);
-  F y = (at.difference - row.centre) * row.inverse_temperature;
-  sums.student += e_student;
-  sums.teacher += e_teacher;
-  sums.student_moment += e_student * at_least(-1e30f, u_student);
-  sums.teacher_moment += e_teacher * at_least(-1e30f, u_teacher);
-  sums.excess += excess(e_student, e_teacher * row.teacher_scale, y);
-  if constexpr (objective == Objective::kReverse) sums.linear += times(e_student, y);
+  F student = boltzmann(at.s - row.max_student, row), teacher = boltzmann(at.t - row.max_teacher, row);
+  F y = log_ratio_from_centre(at, row);
+  add<objective>(sums, at, row, {student, teacher, excess(student, teacher * row.teacher_scale, y), y});
 }
 
 template <class F>
@@ -310,10 +334,23 @@ struct Probabilities {
 };
 
 template <class F>
+SCSDPO_INLINE F student_probability(const Logits<F>& at, const Row& row) {
+  return boltzmann(at.s - row.max_student, row) * row.inverse_student;
+}
+
+template <class F>
+SCSDPO_INLINE F teacher_probability(const Logits<F>& at, const Row& row) {
+  return boltzmann(at.t - row.max_teacher, row) * row.inverse_teacher;
+}
+
+template <class F>
+SCSDPO_INLINE F log_ratio(const Logits<F>& at, const Row& row) {
+  return log_ratio_from_centre(at, row) - row.log_ratio;
+}
+
+template <class F>
 SCSDPO_INLINE Probabilities<F> probabilities(const Logits<F>& at, const Row& row) {
-  return {boltzmann(at.s - row.max_student, row) * row.inverse_student,
-          boltzmann(at.t - row.max_teacher, row) * row.inverse_teacher,
-          (at.difference - row.centre) * row.inverse_temperature - row.log_ratio};
+  return {student_probability(at, row), teacher_probability(at, row), log_ratio(at, row)};
 }
 
 struct Entropies {
@@ -431,14 +468,14 @@ SCSDPO_INLINE float slope_scale(float weight, const Mixture& mix, const Row& row
 }
 
 // dD/dz of one entry without slope_scale.
-template <Objective objective, class F>
+template <Objective objective, Range range = Range::kAny, class F>
 SCSDPO_INLINE F slope(const Probabilities<F>& at, F score, const Row& row) {
   if constexpr (objective == Objective::kClippedForward) {
     F mean = at.p * row.mean_score;
     if (row.mostly_clipped) return score > 0.0f ? mean : mean - at.q;
     return (score > 0.0f ? at.p : -excess(at.p, at.q, at.d)) - mean;
   }
-  if constexpr (objective == Objective::kForward) return -excess(at.p, at.q, at.d);
+  if constexpr (objective == Objective::kForward) return -excess<range>(at.p, at.q, at.d);
   return weighted_score<objective>(at.p, (score - row.reference) - row.mean_score);
 }
 

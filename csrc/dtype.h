@@ -5,6 +5,6 @@
 
 namespace scsdpo {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat64 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 }  // namespace scsdpo

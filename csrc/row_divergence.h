@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "instruction_set.h"
 #include "row_geometry.h"
 
 namespace scsdpo {
@@ -74,11 +75,6 @@ struct RowDivergence {
   int64_t gradient_stride;
   DType gradient_dtype;
 };
-
-enum class InstructionSet : int32_t { kBaseline, kAVX2, kAVX512 };
-
-// The widest one that this build has and this processor runs.
-InstructionSet best_instruction_set();
 
 // Rows on SIMD and `threads` threads. Each row is computed by one thread in one order: results do not depend on
 // `threads`. instruction_set must not exceed best_instruction_set().

@@ -81,23 +81,53 @@ template <Objective objective, class Memory>
 Sums<double> sums(const Memory& memory, const Row& row) {
   Sums<double> total{};
   Sums<Floats> partial{};
-  memory.walk([&](int64_t v, int count)
-                  __attribute__((always_inline)) { add<objective>(partial, memory.at(v, count), row); },
-              [&]() __attribute__((always_inline)) {
-                total.student += sum(partial.student);
-                total.teacher += sum(partial.teacher);
-                total.student_moment += sum(partial.student_moment);
-                total.teacher_moment += sum(partial.teacher_moment);
-                total.excess += sum(partial.excess);
-                total.linear += sum(partial.linear);
-                partial = Sums<Floats>{};
-              });
+  const float inverse_scale = 1.0f / row.teacher_scale;
+  memory.walk(
+      [&](int64_t v, int count) __attribute__((always_inline)) {
+        auto logits = memory.at(v, count);
+        const Floats y = log_ratio_from_centre(logits, row);
+        if (all_less(abs_value(y), 1.0f)) {
+          const Floats student = boltzmann(logits.s - row.max_student, row), above = excess<Range::kNear>(student, student, y);
+          add<objective>(partial, logits, row, {student, (student + above) * inverse_scale, above, y});
+        } else {
+          add<objective>(partial, logits, row);
+        }
+      },
+      [&]() __attribute__((always_inline)) {
+        total.student += sum(partial.student);
+        total.teacher += sum(partial.teacher);
+        total.student_moment += sum(partial.student_moment);
+        total.teacher_moment += sum(partial.teacher_moment);
+        total.excess += sum(partial.excess);
+        total.linear += sum(partial.linear);
+        partial = Sums<Floats>{};
+      });
   return total;
 }
+
+struct Any {
+  static constexpr Range value = Range::kAny;
+};
+struct Near {
+  static constexpr Range value = Range::kNear;
+};
 
 // A gradient through the student's softcap, if there is one.
 SCSDPO_INLINE Floats capped(Floats gradient, Floats z, const Row& row) {
   return row.inverse_softcap == 0.0f ? gradient : gradient * softcap_slope(z, row.inverse_softcap);
+}
+
+// Calls use(probabilities, entry, range) for some entries. Where student and teacher are near in all of them, which is
+// how self-distillation has most, the teacher's probabilities and every formula for far ones are left out.
+template <Objective objective, class Use>
+SCSDPO_INLINE void with_entries(const Logits<Floats>& logits, const Row& row, const Mixture& mix, Use use) {
+  const Floats p = student_probability(logits, row), d = log_ratio(logits, row);
+  if (objective != Objective::kClippedForward && all_less(abs_value(d), 1.0f)) {
+    use(Probabilities<Floats>{p, p, d}, entry<objective, Range::kNear>(p, p, d, mix), Near{});
+  } else {
+    const Floats q = teacher_probability(logits, row);
+    use(Probabilities<Floats>{p, q, d}, entry<objective>(p, q, d, mix), Any{});
+  }
 }
 
 // The terms of the divergence; the gradients that need none of them are written on the way, if `gradient` is given.
@@ -108,11 +138,13 @@ void terms(const Memory& memory, const Mixture& mix, const Row& row, float scale
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
-        auto at = probabilities(logits, row);
-        auto of = entry<objective>(at.p, at.q, at.d, mix);
-        add_terms<objective>(partial, at, of, row, mix);
-        if (!kLateMean<objective> && gradient)
-          store(gradient + v, capped(slope<objective>(at, of.score, row) * scale, logits.s, row), count);
+        with_entries<objective>(
+            logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
+              add_terms<objective>(partial, at, of, row, mix);
+              if (!kLateMean<objective> && gradient)
+                store(gradient + v, capped(slope<objective, range.value>(at, of.score, row) * scale, logits.s, row),
+                      count);
+            });
       },
       [&]() __attribute__((always_inline)) {
         for (int i = 0; i < kTermCount<objective>; ++i) total[i] += sum(partial[i]), partial[i] = Floats{};
@@ -124,9 +156,11 @@ void write_gradient(const Memory& memory, const Mixture& mix, const Row& row, fl
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
-        auto at = probabilities(logits, row);
-        Floats score = entry<objective>(at.p, at.q, at.d, mix).score;
-        store(gradient + v, capped(slope<objective>(at, score, row) * scale, logits.s, row), count);
+        with_entries<objective>(
+            logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
+              store(gradient + v, capped(slope<objective, range.value>(at, of.score, row) * scale, logits.s, row),
+                    count);
+            });
       },
       [] {});
 }
@@ -235,6 +269,8 @@ void SCSDPO_NAME(row_divergence)(const RowDivergence& task, const Mixture& mix, 
       return one_row<BFloat16>(task, mix, r);
     case DType::kFloat64:
       return one_row<double, false, float>(task, mix, r);
+    case DType::kFloat16:  // no logits are
+      return;
   }
 }
 

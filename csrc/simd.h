@@ -2,6 +2,10 @@
 // memory.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <limits>
 
 #include "divergence.h"
@@ -52,6 +56,20 @@ SCSDPO_INLINE Floats load(const BFloat16* from, int count, float padding) {
   return from_bits<Floats>(__builtin_convertvector(y, Ints) << 16);
 }
 
+struct Half {
+  uint16_t bits;
+};
+
+SCSDPO_INLINE Floats load(const Half* from, int count, float padding) {
+  if (count != kLanes && padding != 0.0f) __builtin_unreachable();
+  Halves y{};
+  memcpy(&y, from, count == kLanes ? sizeof y : 2 * count);
+  Ints bits = __builtin_convertvector(y, Ints);
+  Floats magnitude = from_bits<Floats>((bits & 0x7fff) << 13) * 0x1p112f;  // another exponent bias, subnormals too
+  Ints special = (bits & 0x7c00) == 0x7c00 ? Ints{} + 0x7f800000 : Ints{};
+  return from_bits<Floats>(to_bits(magnitude) | special | (bits & 0x8000) << 16);
+}
+
 typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 
 SCSDPO_INLINE Doubles load(const double* from, int count, double padding) {
@@ -82,6 +100,18 @@ SCSDPO_INLINE void store(BFloat16* to, Floats x, int count) {  // to nearest, ti
     memcpy(to, &y, sizeof y);
   else
     memcpy(to, &y, 2 * count);
+}
+
+// Whether every lane is less; none is that is NaN.
+SCSDPO_INLINE bool all_less(Floats x, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(limit), _CMP_LT_OQ) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(x), _mm256_set1_ps(limit), _CMP_LT_OQ)) == 0xff;
+#else
+  const Ints less = x < limit;
+  return (less[0] & less[1] & less[2] & less[3]) != 0;
+#endif
 }
 
 SCSDPO_INLINE double sum(Floats x) {

@@ -43,7 +43,6 @@ def divergence_rows(
     *,
     shard: Shard,  # the part of the vocabulary that these heads have
     teacher_is_difference: bool,  # which of shared fp32 heads are projected so
-    score_dtype: torch.dtype,  # of G
     grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
     grad_head: tuple[torch.dtype | None, ...],  # of the head's weight, bias, A and B. None: not wanted
 ) -> tuple[Tensor, list[Tensor | None]]:  # (rows.scalars, K) fp32; gradients of weight, bias, A, B
@@ -54,6 +53,8 @@ def divergence_rows(
     scalars = torch.empty(rows.scalars, len(rows.weight), dtype=torch.float32, device=device)
     sums = _head_sums(student_head, grad_head, len(chunks))
     want_gradient = grad_hidden is not None or any(grad_head)
+    fast = device.type != "cpu" or native.multiplies_bf16()
+    gradient_dtype = torch.bfloat16 if student_head.weight.dtype == torch.bfloat16 and fast else torch.float32
     sides = 1 if teacher is None else 2
     stacked = sides == 2 and device.type != "cpu" and teacher_head.weight is student_head.weight
     stacked = stacked and teacher.dtype == student.dtype
@@ -81,7 +82,7 @@ def divergence_rows(
             head = teacher_head._replace(bias=None) if teacher_is_difference else teacher_head
             _finish(teacher_chunk, head, teacher_logits, kernels)
 
-        logit_gradient = _over(student_logits, score_dtype) if want_gradient else None
+        logit_gradient = _over(student_logits, gradient_dtype) if want_gradient else None
         of_chunk = of_chunk._replace(weight=of_chunk.weight * student_head.logit_scale)
         values = _row_values(
             student_logits, teacher_logits, of_chunk, numbers, kernels, shard, teacher_is_difference, logit_gradient
@@ -124,9 +125,13 @@ def _finish(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> Ten
     """What a head does beside its product, in place. Returns h Aᵀ (C, r) in fp32, if the head has an adapter."""
     adapted = None
     if head.lora_a is not None:
-        adapted = hidden.float() @ head.lora_a.float().t()
-        for slab, lora_b in _slabs(head.lora_b):
-            logits[:, slab].addmm_(adapted, lora_b.t(), alpha=head.lora_scale)
+        adapted = torch.empty(len(hidden), len(head.lora_a), dtype=torch.float32, device=hidden.device)
+        _project(hidden, head.lora_a, adapted)
+        if hidden.device.type == "cpu":
+            native.matmul(adapted * head.lora_scale, head.lora_b.t(), logits, add=True)
+        else:
+            for slab, lora_b in _slabs(head.lora_b):
+                logits[:, slab].addmm_(adapted, lora_b.t(), alpha=head.lora_scale)
     if head.bias is not None or head.logit_scale != 1.0 or head.softcap:
         bias = None if head.bias is None else head.bias.float().contiguous()
         kernels.head_logits(logits, bias, scale=head.logit_scale, softcap=head.softcap)
@@ -186,11 +191,11 @@ def _project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     """logits = hidden weightᵀ with fp32 sums, never rounded to the inputs' dtype."""
     if len(weight) == 0:  # a process without a part of the vocabulary
         return
-    if hidden.dtype == weight.dtype and hidden.device.type != "cpu":
+    if hidden.device.type == "cpu":
+        native.matmul(hidden, weight.t(), logits)
+    elif hidden.dtype == weight.dtype:
         product = torch.mm if hidden.dtype == torch.float32 else _mm_fp32
         product(hidden, weight.t(), out=logits)
-    elif hidden.dtype == weight.dtype and weight.stride(1) == 1 and native.has_project(weight.dtype):
-        native.project(hidden, weight, logits)
     else:
         hidden = hidden.float()
         for slab, weight_slab in _slabs(weight):
@@ -206,6 +211,10 @@ def _back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
     """logit_gradient weight, (C, D)."""
     if weight.dtype == logit_gradient.dtype:
         return torch.mm(logit_gradient, weight)
+    if logit_gradient.device.type == "cpu":
+        grad_hidden = logit_gradient.new_empty(logit_gradient.shape[0], weight.shape[1])
+        native.matmul(logit_gradient, weight, grad_hidden)
+        return grad_hidden
     grad_hidden = logit_gradient.new_zeros(logit_gradient.shape[0], weight.shape[1])
     for slab, weight_slab in _slabs(weight):
         grad_hidden.addmm_(logit_gradient[:, slab], weight_slab)
@@ -248,22 +257,34 @@ class _HeadGradient:
             self.sum = _empty(*weight.shape, dtype=accumulator, device=weight.device)
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
-        hidden = hidden.to(logit_gradient.dtype)
-        same = self.sum.dtype == logit_gradient.dtype
         beta = min(self.chunks, 1)
         self.chunks += 1
+        widened = hidden.device.type == "cpu" and hidden.dtype != logit_gradient.dtype == torch.float32
+        if widened and self.sum.dtype == torch.float32:
+            native.matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
+            return
+        if not widened:
+            hidden = hidden.to(logit_gradient.dtype)
+        same = self.sum.dtype == logit_gradient.dtype
         if not same and hidden.device.type != "cpu" and hidden.dtype != torch.float32:
             _addmm_fp32(self.sum, logit_gradient.t(), hidden, beta=beta, out=self.sum)
             return
         size = self.sum.shape[0] if same else SLAB_ROWS  # what is added in another dtype exists a slab at a time
         for start in range(0, self.sum.shape[0], max(1, size)):
             slab = slice(start, start + size)
+            transposed = logit_gradient[:, slab].t()
             if same:
-                self.sum[slab].addmm_(logit_gradient[:, slab].t(), hidden, beta=beta)
-            elif beta == 0:
-                self.sum[slab] = torch.mm(logit_gradient[:, slab].t(), hidden)
+                self.sum[slab].addmm_(transposed, hidden, beta=beta)
+                continue
+            product = logit_gradient.new_empty(len(transposed), hidden.shape[1])
+            if widened:
+                native.matmul(transposed, hidden, product)
             else:
-                self.sum[slab] += torch.mm(logit_gradient[:, slab].t(), hidden)
+                torch.mm(transposed, hidden, out=product)
+            if beta == 0:
+                self.sum[slab] = product
+            else:
+                self.sum[slab] += product
 
     def result(self) -> Tensor:
         return self.sum.to(self.dtype)

@@ -1,5 +1,7 @@
 """The compiled module's Python side: checks, pointers, threads. The only importer of `_C`."""
 
+import functools
+import os
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ except ImportError as error:  # a source tree that was never built, or a build f
 _DTYPES = {
     torch.float32: _C.DType.float32,
     torch.bfloat16: _C.DType.bfloat16,
+    torch.float16: _C.DType.float16,
     torch.float64: _C.DType.float64,
 }
 
@@ -33,10 +36,32 @@ class RowDivergence(NamedTuple):
     importance_ratio: Tensor | None = None
 
 
-def instruction_sets() -> list[str]:
-    """Names of the SIMD instruction sets that `row_divergence` can use on this machine, narrowest first."""
+# The widest instruction set that kernels may use: "" is all that the processor has. ATEN_CPU_CAPABILITY,
+# ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS do the same to PyTorch and the libraries that it calls.
+CPU_CAPABILITY = os.environ.get("SCSDPO_CPU_CAPABILITY", "")
+
+
+@functools.cache
+def instruction_sets(widest: str | None = None) -> tuple[str, ...]:
+    """Names of the SIMD instruction sets that kernels can use here, narrowest first, up to `widest` or CPU_CAPABILITY.
+
+    Raises:
+        ValueError: this build or this processor does not have the widest one.
+    """
     best = int(_C.best_instruction_set())
-    return [name for name, value in _C.InstructionSet.__members__.items() if int(value) <= best]
+    names = tuple(name for name, value in _C.InstructionSet.__members__.items() if int(value) <= best)
+    widest = CPU_CAPABILITY if widest is None else widest
+    if widest and widest not in names:
+        raise ValueError(f"SCSDPO_CPU_CAPABILITY: expected one of {', '.join(names)} on this processor, got {widest!r}")
+    return names[: names.index(widest) + 1] if widest else names
+
+
+def multiplies_bf16() -> bool:
+    """Whether kernels and PyTorch's library both have instructions for products of bf16 numbers.
+
+    Without them PyTorch's bf16 products are a loop: 300 times slower than fp32 ones on AVX2.
+    """
+    return instruction_sets()[-1] == "avx512_bf16" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def row_divergence(
@@ -312,30 +337,50 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return tensor
 
 
-def has_project(dtype: torch.dtype) -> bool:
-    """Whether `project` runs on this machine for hidden states and heads of a dtype."""
-    return dtype in _DTYPES and _C.has_project(_DTYPES[dtype])
-
-
-def project(
-    hidden: Tensor,  # (C, D) bf16 | fp32, unit stride along D
-    weight: Tensor,  # (V, D) same dtype, unit stride along D
-    logits: Tensor,  # (C, V) fp32 out, unit stride along V
+def matmul(
+    left: Tensor,  # (C, K) fp32 | bf16 | fp16
+    right: Tensor,  # (K, V) fp32 | bf16 | fp16
+    out: Tensor,  # (C, V) fp32 out, unit stride along V
+    *,
+    add: bool = False,  # to what `out` holds
+    instruction_set: str | None = None,  # None: the widest
 ) -> None:
-    """logits = hidden weightᵀ, summed in fp32 and never rounded to bf16. csrc/project.h has the contract."""
-    assert hidden.dtype == weight.dtype and logits.dtype == torch.float32
-    assert hidden.stride(1) == weight.stride(1) == logits.stride(1) == 1
-    assert hidden.shape[1] == weight.shape[1] and logits.shape == (hidden.shape[0], weight.shape[0])
-    task = _C.Projection(
-        rows=hidden.shape[0],
-        vocabulary=weight.shape[0],
-        width=hidden.shape[1],
-        dtype=_DTYPES[hidden.dtype],
-        **_matrix(hidden=hidden),
-        **_matrix(weight=weight),
-        **_matrix(logits=logits),
+    """out = left right, summed in fp32; an entry has the same bits whichever rows and columns stand beside it.
+
+    csrc/matmul.h has the contract.
+    """
+    task = _matmul_task(left, right, out, add=add)
+    if (
+        instruction_set is None
+        and not add
+        and left.dtype == right.dtype == torch.bfloat16
+        and left.stride(1) == right.stride(0) == 1
+        and multiplies_bf16()
+    ):
+        _C.matmul_bf16(task, torch.get_num_threads())
+    else:
+        _on_processor(_C.matmul, task, out.device, instruction_set)
+
+
+def _matmul_task(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> _C.Matmul:
+    rows, depth = left.shape
+    assert right.shape == (depth, out.shape[1]) and out.shape[0] == rows
+    assert out.dtype == torch.float32 and out.stride(1) == 1
+    assert torch.float64 not in (left.dtype, right.dtype)
+    return _C.Matmul(
+        rows=rows,
+        columns=out.shape[1],
+        depth=depth,
+        left=_factor(left),
+        right=_factor(right.t()),
+        **_matrix(out=out),
+        add=add,
     )
-    _C.project(task, torch.get_num_threads())
+
+
+def _factor(lines: Tensor) -> _C.Factor:
+    line, depth = lines.stride()
+    return _C.Factor(at=lines.data_ptr(), line_stride=line, depth_stride=depth, dtype=_DTYPES[lines.dtype])
 
 
 def _address(tensor: Tensor | None) -> int:

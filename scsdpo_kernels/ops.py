@@ -109,7 +109,6 @@ def _operator(*arguments):
             numbers,
             shard=shard,
             teacher_is_difference=may_subtract and head_is_finite,
-            score_dtype=torch.bfloat16 if student.weight.dtype == torch.bfloat16 else torch.float32,
             grad_hidden=to_hidden,
             grad_head=tuple(grads[1:]),
         )

@@ -562,7 +562,6 @@ def divergence_rows(
     *,
     shard: Shard,  # the whole vocabulary: this schedule has no other
     teacher_is_difference: bool,  # which of shared fp32 heads are projected so
-    score_dtype: torch.dtype,  # of G
     grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
     grad_head: tuple[torch.dtype | None, ...],  # of the head's weight, bias, A and B. None: not wanted
 ) -> tuple[Tensor, list[Tensor | None]]:  # (rows.scalars, K) fp32; gradients of weight, bias, A, B
@@ -631,12 +630,13 @@ def divergence_rows(
         return scalars, [None] * 4
 
     weight = rows.weight if rows.old_logp is None else rows.weight * scalars[5]
-    columns = slab_columns(count, vocabulary, score_dtype.itemsize, tile.COLUMNS)
-    slab = torch.empty(count, columns, dtype=score_dtype, device=device)
+    gradient_dtype = torch.bfloat16 if student_weight.dtype == torch.bfloat16 else torch.float32
+    columns = slab_columns(count, vocabulary, gradient_dtype.itemsize, tile.COLUMNS)
+    slab = torch.empty(count, columns, dtype=gradient_dtype, device=device)
     grad_weight = hidden = None
     if grad_weight_dtype is not None:
         grad_weight = torch.empty_like(student_weight, dtype=grad_weight_dtype)
-        hidden = (student if rows.are_all else student[rows.student]).to(score_dtype)
+        hidden = (student if rows.are_all else student[rows.student]).to(gradient_dtype)
     low = None
     if grad_hidden is not None and grad_hidden.dtype == torch.bfloat16:
         low = torch.empty(count, student.shape[1], dtype=torch.uint8, device=device)

@@ -1,0 +1,12 @@
+#pragma once
+
+#include <cstdint>
+
+namespace scsdpo {
+
+enum class InstructionSet : int32_t { kBaseline, kAVX2, kAVX512, kAVX512BF16 };
+
+// The widest one that this build has and this processor runs.
+InstructionSet best_instruction_set();
+
+}  // namespace scsdpo

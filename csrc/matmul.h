@@ -1,0 +1,45 @@
+// Matrix products of a CPU, summed and kept in fp32 whatever the operands' dtype.
+//
+// A library rounds the product of bf16 matrices to bf16, which loses the difference between a student and a teacher
+// that are nearly equal, and takes another kernel, with another order of its sums, for another number of rows. Without
+// instructions for bf16 it may also be a plain loop.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "instruction_set.h"
+
+namespace scsdpo {
+
+// A factor of a product: lines of `depth` numbers each, strides in elements.
+struct Factor {
+  const void* at;
+  int64_t line_stride;
+  int64_t depth_stride;
+  DType dtype;  // not kFloat64
+};
+
+// out[r, c] (+)= sum_k left[r, k] right[c, k]. An entry has the same bits whichever rows and columns stand beside it,
+// on any number of threads.
+struct Matmul {
+  int64_t rows;
+  int64_t columns;
+  int64_t depth;
+  Factor left;
+  Factor right;
+  float* out;  // [rows, columns], unit stride along the columns
+  int64_t out_stride;
+  bool add;  // to what `out` holds
+};
+
+// A block is at most so many rows, packed so many steps of the depth at a time.
+constexpr int kMatmulBlockRows = 672;
+constexpr int kMatmulBlockDepth = 2048, kMatmulSlack = 16;
+
+void matmul(const Matmul& task, int threads, InstructionSet instruction_set);
+
+// The same of bf16 factors with unit stride along the depth, without `add`, on kAVX512BF16: twice the rate.
+void matmul_bf16(const Matmul& task, int threads);
+
+}  // namespace scsdpo
