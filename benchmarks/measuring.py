@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from scsdpo_kernels import native
 
 RESULTS = Path(__file__).parent / "results"
 SUBSAMPLE = 64  # rows whose gradients are compared with float64
@@ -34,7 +37,12 @@ def machine(device: torch.device) -> dict:
     if device.type == "cpu":
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         models = (line.split(":")[1].strip() for line in lines if "model name" in line)
-        return {"device": next(models, platform.processor()), "threads": torch.get_num_threads(), **host}
+        return {
+            "device": next(models, platform.processor()),
+            "threads": torch.get_num_threads(),
+            "instruction_set": native.instruction_sets()[-1],
+            **host,
+        }
     return {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or torch.version.hip, **host}
 
 
@@ -42,7 +50,8 @@ def described(host: dict) -> str:
     """Where a table or a plot comes from."""
     versions = host["versions"]
     if "threads" in host:
-        return f"{host['device']}, {host['threads']} threads, torch {versions['torch']}"
+        instructions = f", {host['instruction_set']}" if "instruction_set" in host else ""
+        return f"{host['device']}{instructions}, {host['threads']} threads, torch {versions['torch']}"
     return f"{host['device']}, CUDA {host['cuda']}, torch {versions['torch']}, triton {versions['triton']}"
 
 
@@ -53,7 +62,10 @@ def timed(host: dict) -> str:
 
 def path_of(name: str, host: dict, folder: Path) -> Path:
     """A benchmark's result file of this machine."""
-    slug = "-".join(host["device"].lower().split()) + (f"-{os.cpu_count()}-cores" if "threads" in host else "")
+    words = re.sub(r"\(.*?\)", "", host["device"]).lower().split()
+    if "threads" in host:
+        words += [f"{os.cpu_count()}-cores", *([native.CPU_CAPABILITY] if native.CPU_CAPABILITY else [])]
+    slug = "-".join(words).replace("_", "-")
     return folder / f"{name}-{slug}.json"
 
 

@@ -124,15 +124,15 @@ def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> tuple[Callable, 
     return restore, run
 
 
-def error_hidden(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> float:
-    """Of the hidden gradient against float64 on the first rows."""
+def errors_hidden(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> tuple[float, float]:
+    """Of the hidden gradient against float64 on the first rows: ours, and plain PyTorch's in the same dtype."""
     rows, results = SUBSAMPLE, []
-    for dtype, schedule in ((hidden.dtype, "auto"), (torch.float64, "reference")):
+    for dtype, schedule in ((hidden.dtype, "auto"), (hidden.dtype, "reference"), (torch.float64, "reference")):
         start = hidden[:rows].detach().to(dtype).requires_grad_()
         own = None if "support_ids" in options else teacher[:rows].to(dtype)
         linear_divergence(start, weight.to(dtype), own, **first(options, rows), schedule=schedule).loss.backward()
         results.append(start.grad)
-    return error(results[0], results[1])
+    return error(results[0], results[2]), error(results[1], results[2])
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
@@ -161,8 +161,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     of_rows = medians(interleaved(stages, arguments.repeats, device, before))
     records = {}
     for name, options in all_cases.items():
-        off = error_hidden(options, hidden, weight, teacher)
-        records[name] = {"seconds": times["ours", name], "error_hidden": off}
+        off, stick = errors_hidden(options, hidden, weight, teacher)
+        records[name] = {"seconds": times["ours", name], "error_hidden": off, "error_hidden_eager": stick}
         if name in of_rows:
             records[name]["seconds_of_256_rows"] = of_rows[name]
         if ("trl", name) in times:

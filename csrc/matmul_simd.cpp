@@ -6,6 +6,7 @@
 // that blocks share nothing, and its sums take the order of the depth alone.
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "matmul.h"
 #include "simd.h"
@@ -22,25 +23,28 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kPanel = 2 * kLanes;
 constexpr int kDepth = 16384 / kPanel;
+constexpr int kSteps = 128;  // are summed one after the other, and such sums then added up: a few digits more
 static_assert(kMatmulBlockRows % kTileRows == 0 && kDepth <= kMatmulBlockDepth, "dispatch_cpu.cpp makes the room");
 
 // a0 b0 a1 b1 ... : the first and the second half of it.
-SCSDPO_INLINE void interleave(Floats a, Floats b, Floats& low, Floats& high) {
-  Ints first, second;
-  for (int i = 0; i < kLanes; ++i) {
-    first[i] = i / 2 + (i % 2) * kLanes;
-    second[i] = first[i] + kLanes / 2;
-  }
-  low = __builtin_shuffle(a, b, first);
-  high = __builtin_shuffle(a, b, second);
+template <int... i>
+SCSDPO_INLINE void interleave(Floats a, Floats b, Floats& low, Floats& high, std::integer_sequence<int, i...>) {
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, (i / 2 + i % 2 * kLanes)...);
+  high = __builtin_shufflevector(a, b, ((i + kLanes) / 2 + i % 2 * kLanes)...);
+#else
+  low = __builtin_shuffle(a, b, Ints{(i / 2 + i % 2 * kLanes)...});
+  high = __builtin_shuffle(a, b, Ints{((i + kLanes) / 2 + i % 2 * kLanes)...});
+#endif
 }
 
 SCSDPO_INLINE void transpose(Floats (&x)[kLanes]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
 #pragma GCC unroll 4
   for (int n = 1; n < kLanes; n *= 2) {
     Floats y[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) interleave(x[i], x[i + kLanes / 2], y[2 * i], y[2 * i + 1]);
+    for (int i = 0; i < kLanes / 2; ++i) interleave(x[i], x[i + kLanes / 2], y[2 * i], y[2 * i + 1], lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) x[i] = y[i];
   }
@@ -107,15 +111,24 @@ void pack(const Factor& factor, int64_t first, int lines, int64_t k, int depth, 
 // A tile at the edge of the block is computed whole and stored in part.
 void tile(const float* left, const float* right, int depth, float* out, int64_t stride, int rows, int columns,
           bool add) {
-  Floats sum[kTileRows][2] = {};
-  for (int k = 0; k < depth; ++k) {
-    const Floats first = load(right + k * kPanel, kLanes, 0.0f), second = load(right + k * kPanel + kLanes, kLanes, 0.0f);
+  Floats total[kTileRows][2];  // in memory; the sums of a few steps in registers
+  for (int start = 0; start < depth; start += kSteps) {
+    Floats sum[kTileRows][2] = {};
+    const int end = std::min(start + kSteps, depth);
+    for (int k = start; k < end; ++k) {
+      const Floats first = load(right + k * kPanel, kLanes, 0.0f);
+      const Floats second = load(right + k * kPanel + kLanes, kLanes, 0.0f);
 #pragma GCC unroll 16
-    for (int i = 0; i < kTileRows; ++i) {
-      const Floats x = splat<Floats>(left[k * kTileRows + i]);
-      sum[i][0] += x * first;
-      sum[i][1] += x * second;
+      for (int i = 0; i < kTileRows; ++i) {
+        const Floats x = splat<Floats>(left[k * kTileRows + i]);
+        sum[i][0] += x * first;
+        sum[i][1] += x * second;
+      }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) total[i][j] = start == 0 ? sum[i][j] : total[i][j] + sum[i][j];
   }
   float edge[kTileRows * kPanel];
   const bool inside = rows == kTileRows && columns == kPanel;
@@ -126,7 +139,7 @@ void tile(const float* left, const float* right, int depth, float* out, int64_t 
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       float* at = to + i * step + j * kLanes;
-      store(at, inside && add ? load(at, kLanes, 0.0f) + sum[i][j] : sum[i][j], kLanes);
+      store(at, inside && add ? load(at, kLanes, 0.0f) + total[i][j] : total[i][j], kLanes);
     }
   if (inside) return;
   for (int i = 0; i < rows; ++i)

@@ -43,7 +43,9 @@ CPU_CAPABILITY = os.environ.get("SCSDPO_CPU_CAPABILITY", "")
 
 @functools.cache
 def instruction_sets(widest: str | None = None) -> tuple[str, ...]:
-    """Names of the SIMD instruction sets that kernels can use here, narrowest first, up to `widest` or CPU_CAPABILITY.
+    """Names of the SIMD instruction sets that kernels can use here, narrowest first, up to `widest`.
+
+    widest: None is CPU_CAPABILITY, "" all that the processor has.
 
     Raises:
         ValueError: this build or this processor does not have the widest one.

@@ -12,7 +12,7 @@ namespace {
 template <Objective objective>
 std::array<float, 3> entry_of(float p, float q, float d, double beta) {
   Entry<float> of = entry<objective>(p, q, d, mixture(beta));
-  return {of.divergence, of.score, slope<objective, float>({p, q, d}, of.score, Row{})};
+  return {of.divergence, of.score, slope<objective, Range::kAny, float>({p, q, d}, of.score, Row{})};
 }
 
 inline std::array<float, 3> entry_of(float p, float q, float d, double beta) {

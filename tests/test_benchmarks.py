@@ -245,7 +245,7 @@ def test_objectives():
     arguments = argparse.Namespace(rows=16, width=128, vocabulary=301, repeats=1)
     records = objectives.measure(arguments, CPU)
     for name, record in records.items():
-        assert record["seconds"] > 0 and record["error_hidden"] < 1e-5, name
+        assert record["seconds"] > 0 and record["error_hidden"] < 3 * record["error_hidden_eager"] + 1e-6, name
         assert record.get("seconds_of_256_rows", 0) > 0 or "LoRA" in name
     shape = {"rows": 16, "width": 128, "vocabulary": 301}
     shown = objectives.table({"machine": measuring.machine(CPU), "shape": shape, "repeats": 1, "objectives": records})
