@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -140,13 +141,19 @@ def products(hidden: Tensor, weight: Tensor, teacher: Tensor, gradients: int = 2
     """
     hidden, weight, teacher = hidden.detach(), weight.detach(), teacher.detach()
 
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        shape = left.shape[0], right.shape[1]
+        on_huge_pages = left.device.type == "cpu"  # as the fused loss has them: the system gives them to luck otherwise
+        allocate = native.empty if on_huge_pages else partial(torch.empty, device=left.device)
+        return torch.mm(left, right, out=allocate(*shape, dtype=left.dtype))
+
     def run() -> None:
-        logits = hidden @ weight.T
-        teacher @ weight.T
+        logits = product(hidden, weight.T)
+        product(teacher, weight.T)
         if gradients > 0:
-            logits @ weight
+            product(logits, weight)
         if gradients > 1:
-            logits.T @ hidden
+            product(logits.T, hidden)
 
     return run
 

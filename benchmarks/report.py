@@ -15,6 +15,7 @@ from pathlib import Path
 
 import accuracy
 import objectives
+import processors
 import row_kernels
 import scaling
 import shards
@@ -22,7 +23,7 @@ import throughput
 from measuring import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
-BENCHMARKS = (throughput, scaling, objectives, row_kernels, accuracy, shards)
+BENCHMARKS = (throughput, processors, scaling, objectives, row_kernels, accuracy, shards)
 END = "<!-- end -->"
 
 

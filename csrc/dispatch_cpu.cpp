@@ -90,8 +90,8 @@ void matmul(const Matmul& task, int threads, InstructionSet instruction_set) {
   parallel_for(across * parts(task.rows, rows), threads, [&](int64_t i) {
     static thread_local std::unique_ptr<float[]> left(new float[kMatmulBlockRows * kMatmulBlockDepth + kMatmulSlack]);
     const int64_t r = i / across * rows, c = i % across * columns;
-    block(task, r, c, static_cast<int>(std::min(rows, task.rows - r)), static_cast<int>(std::min(columns, task.columns - c)),
-          left.get());
+    block(task, r, c, static_cast<int>(std::min(rows, task.rows - r)),
+          static_cast<int>(std::min(columns, task.columns - c)), left.get());
   });
 }
 

@@ -63,7 +63,8 @@ void pack(const Element* from, const Factor& factor, int lines, int depth, float
         Floats x[kLanes] = {};
         if (count == wanted && steps == kLanes) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kLanes; ++i) x[i] = load(from + (first + std::min(i, wanted - 1)) * line + k, kLanes, 0.0f);
+          for (int i = 0; i < kLanes; ++i)
+            x[i] = load(from + (first + std::min(i, wanted - 1)) * line + k, kLanes, 0.0f);
         } else {
           for (int i = 0; i < count; ++i) x[i] = load(from + (first + i) * line + k, steps, 0.0f);
         }

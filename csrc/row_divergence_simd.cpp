@@ -87,7 +87,8 @@ Sums<double> sums(const Memory& memory, const Row& row) {
         auto logits = memory.at(v, count);
         const Floats y = log_ratio_from_centre(logits, row);
         if (all_less(abs_value(y), 1.0f)) {
-          const Floats student = boltzmann(logits.s - row.max_student, row), above = excess<Range::kNear>(student, student, y);
+          const Floats student = boltzmann(logits.s - row.max_student, row),
+                       above = excess<Range::kNear>(student, student, y);
           add<objective>(partial, logits, row, {student, (student + above) * inverse_scale, above, y});
         } else {
           add<objective>(partial, logits, row);

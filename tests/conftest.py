@@ -1,21 +1,16 @@
 """Before torch and Triton are imported: what both do in the tests is set here."""
 
 import os
+import sys
+from pathlib import Path
 
 # Compile afresh, since torch.compile's cache on disk does not see an operator's backward.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
-# As if the processor had less (SCSDPO_CPU_CAPABILITY is our kernels'): what PyTorch and the libraries it calls may use.
-LIBRARIES = {
-    "baseline": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
-    "avx512": {
-        "ATEN_CPU_CAPABILITY": "avx512",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
-        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
-    },
-}
-os.environ |= LIBRARIES.get(os.environ.get("SCSDPO_CPU_CAPABILITY", ""), {})
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import levels
+
+os.environ |= levels.environment(os.environ.get("SCSDPO_CPU_CAPABILITY", ""))
 
 import pytest
 import torch
@@ -39,17 +34,13 @@ def pytest_collection_modifyitems(items):
 
 
 ON_PROCESSOR = {
-    "test_benchmarks",
     "test_linear_divergence",
     "test_objectives",
     "test_operator",
-    "test_package",
     "test_per_token",
     "test_properties",
     "test_scsdpo_loss",
-    "test_shards",
     "test_transformers",
-    "test_trl",
     "test_trust_region",
 }
 

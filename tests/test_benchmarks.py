@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from scsdpo_kernels import linear_divergence
+from scsdpo_kernels import linear_divergence, native
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -22,6 +22,7 @@ import implementations
 import inputs
 import measuring
 import objectives
+import processors
 import report
 import row_kernels
 import scaling
@@ -240,12 +241,15 @@ def test_scaling_and_row_kernels(tiny, monkeypatch, tmp_path):
     assert shown.count("| chunked |") == 3 and shown.count("\n| cpu |") == 6
 
 
+@pytest.mark.processor
 def test_objectives():
     """Every objective and part of a head has its time, its rows' time, and float64's gradients."""
     arguments = argparse.Namespace(rows=16, width=128, vocabulary=301, repeats=1)
     records = objectives.measure(arguments, CPU)
     for name, record in records.items():
-        assert record["seconds"] > 0 and record["error_hidden"] < 3 * record["error_hidden_eager"] + 1e-6, name
+        # A softcap's logits are not subtracted before they are rounded: plain PyTorch's fp32 is no worse.
+        limit = 2 if name == "softcap" else 0.3
+        assert record["seconds"] > 0 and record["error_hidden"] < limit * record["error_hidden_eager"], name
         assert record.get("seconds_of_256_rows", 0) > 0 or "LoRA" in name
     shape = {"rows": 16, "width": 128, "vocabulary": 301}
     shown = objectives.table({"machine": measuring.machine(CPU), "shape": shape, "repeats": 1, "objectives": records})
@@ -274,3 +278,19 @@ def test_cases_have_names_of_their_own():
     for device in ("cpu", "cuda"):
         every = throughput.cases(device)
         assert len({x.name for x in every}) == len(every) == len(set(map(dataclasses.astuple, every)))
+
+
+def test_processors():
+    """Every instruction set that this processor has, in its own process and with its own libraries' limits."""
+    before = dict(os.environ)
+    try:
+        records = processors.measure(["9,16,301"], repeats=1)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert [record["instruction_set"] for record in records] == list(
+        native.instruction_sets()[1:] or native.instruction_sets()
+    )
+    assert all(record[dtype] > 0 for record in records for dtype in ("products", *processors.DTYPES))
+    shown = processors.table({"machine": measuring.machine(CPU), "repeats": 1, "records": records})
+    assert f"| {native.instruction_sets()[-1]} | 9, 16, 301 |" in shown

@@ -444,3 +444,20 @@ def test_chunked_equals_reference_in_every_field(dtype):
     expected = linear_divergence(*tensors, **options, schedule="reference")
     for name, x, y in zip(got._fields, got, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=2e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("teacher_width", [None, 12])
+def test_a_token_has_the_same_bits_whichever_tokens_stand_beside_it(dtype, teacher_width):
+    hidden, weight, teacher, head = problem(
+        leading=(41,), width=700, vocabulary=333, teacher_width=teacher_width, dtype=dtype
+    )
+    lora = torch.randn(4, 700).to(dtype) * 0.05, torch.randn(333, 4).to(dtype), 0.5
+    options = [{}, {"top_k": 7}, {"student_bias": torch.randn(333), "student_softcap": 20.0}, {"student_lora": lora}]
+    for given in options:
+        ids = torch.arange(41)
+        together = linear_divergence(hidden, weight, teacher, head, target_ids=ids, **given)
+        for some in (slice(0, 1), slice(3, 20), slice(40, 41)):
+            apart = linear_divergence(hidden[some], weight, teacher[some], head, target_ids=ids[some], **given)
+            for x, y in zip(apart[1:-1], together[1:-1], strict=True):
+                assert torch.equal(x, y[some])

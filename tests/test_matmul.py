@@ -7,7 +7,16 @@ from scsdpo_kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES_OF_GRADIENTS = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))
-SHAPES = [(1, 1, 1), (1, 5, 7), (6, 16, 4), (13, 33, 101), (15, 1030, 40), (700, 70, 300), (20, 2100, 64), (3, 64, 4000)]
+SHAPES = [
+    (1, 1, 1),
+    (1, 5, 7),
+    (6, 16, 4),
+    (13, 33, 101),
+    (15, 1030, 40),
+    (700, 70, 300),
+    (20, 2100, 64),
+    (3, 64, 4000),
+]
 
 
 def stick(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +41,12 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str) -> torch.Te
 @pytest.mark.parametrize("rows, depth, columns", SHAPES)
 def test_is_torchs_product(instruction_set, left_dtype, right_dtype, rows, depth, columns):
     torch.manual_seed(0)
-    for left_layout, right_layout in (("rows", "rows"), ("rows", "transposed"), ("transposed", "rows"), ("strided", "strided")):
+    for left_layout, right_layout in (
+        ("rows", "rows"),
+        ("rows", "transposed"),
+        ("transposed", "rows"),
+        ("strided", "strided"),
+    ):
         left, right = matrix(rows, depth, left_dtype, left_layout), matrix(depth, columns, right_dtype, right_layout)
         exact, limit = stick(left, right)
         got = torch.full((rows, columns + 5), torch.nan)
@@ -63,7 +77,11 @@ def test_an_entry_has_the_same_bits_whatever_stands_beside_it(instruction_set, d
     left, right = matrix(90, 1500, dtype, "rows"), matrix(1500, 170, dtype, "transposed")
     whole = torch.empty(90, 170)
     native.matmul(left, right, whole, instruction_set=instruction_set)
-    for rows, columns in ((slice(0, 1), slice(0, 170)), (slice(7, 33), slice(99, 131)), (slice(89, 90), slice(169, 170))):
+    for rows, columns in (
+        (slice(0, 1), slice(0, 170)),
+        (slice(7, 33), slice(99, 131)),
+        (slice(89, 90), slice(169, 170)),
+    ):
         part = torch.empty_like(whole[rows, columns])
         native.matmul(left[rows], right[:, columns], part, instruction_set=instruction_set)
         assert torch.equal(part, whole[rows, columns])

@@ -30,7 +30,9 @@ def arm64(tmp_path_factory):
 
     def run(*arguments, first, second):
         given = first.numpy().tobytes() + second.numpy().tobytes()
-        run = subprocess.run([EMULATOR, str(program), *map(str, arguments)], input=given, capture_output=True, check=True)
+        run = subprocess.run(
+            [EMULATOR, str(program), *map(str, arguments)], input=given, capture_output=True, check=True
+        )
         return torch.from_numpy(np.frombuffer(run.stdout, dtype=np.float32).copy())
 
     return run

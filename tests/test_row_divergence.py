@@ -3,7 +3,6 @@
 Without a GPU, CUDA's kernels run as host code (gpu_on_host.h) and Triton's in its interpreter.
 """
 
-import functools
 import itertools
 
 import cuda_on_host
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 
-from scsdpo_kernels import logits_triton, native, row_divergence_triton, shards
+from scsdpo_kernels import native, row_divergence_triton
 
 BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
 VOCABULARIES = (1, 2, 7, 16, 17, 1021, 4999)
