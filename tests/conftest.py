@@ -26,7 +26,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """`processor` is what runs the CPU's own kernels, but for those tests that choose the instruction set themselves."""
+    """Marks what runs the CPU's own kernels, except tests that choose the instruction set themselves."""
     for item in items:
         interpreted = any(name in item.name for name in ("triton", "tiled"))
         if item.path.stem in ON_PROCESSOR and not interpreted:
