@@ -8,7 +8,7 @@ nothing with it, on these rounded inputs. The teacher's distance is swept from f
 beside each error is the mean KL(q‖p) that it makes. The last inputs are `captured` in a model that was trained here.
 
 Writes FOLDER/accuracy-<machine>.json after every kind of inputs and prints the table; `benchmarks/report.py` puts it
-into README.md and draws it.
+into docs/benchmarks.md and draws it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from scsdpo_kernels import linear_divergence
 
 DISTANCES = (4.0, 2.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 4e-4, 1e-4, 2e-5)
 CAPTURED = "the demo's model"
-SHOWN = ("distance 2.0", "distance 0.1", "distance 0.01", "distance 0.0004", CAPTURED)  # in the README
+SHOWN = ("distance 2.0", "distance 0.1", "distance 0.01", "distance 0.0004", CAPTURED)  # in docs/benchmarks.md
 OBJECTIVES = {0.0: "forward KL", 0.5: "Jensen-Shannon", 1.0: "reverse KL"}
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scsdpo_kernels import linear_divergence
-from scsdpo_kernels.ops import why_not
+from scsdpo_kernels import TopK, linear_divergence
+from scsdpo_kernels.checks import why_not
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def _is_installed(package: str) -> bool:
 
 def scsdpo(schedule: str) -> Callable[..., Tensor]:
     def loss(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
-        options = {"beta": beta, "token_weight": token_weight, "top_k": top_k, "schedule": schedule}
+        support = None if top_k is None else TopK(top_k)
+        options = {"beta": beta, "token_weight": token_weight, "support": support, "schedule": schedule}
         return linear_divergence(hidden, weight, teacher, **options).loss
 
     return loss

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scsdpo_kernels import native
+from scsdpo_kernels.kernels import native
 
 RESULTS = Path(__file__).parent / "results"
 SUBSAMPLE = 64  # rows whose gradients are compared with float64

@@ -8,7 +8,7 @@ bf16 on a GPU; and the rows alone, from resident logits to the weighted gradient
 turns. Gradients are compared with float64 on a subsample. TRL's losses, which need full logits, run on those that
 PyTorch projects.
 
-Writes FOLDER/objectives-<machine>.json and prints its table; `benchmarks/report.py` puts it into README.md.
+Writes FOLDER/objectives-<machine>.json and prints its table; `benchmarks/report.py` puts it into docs/benchmarks.md.
 """
 
 import argparse
@@ -23,17 +23,18 @@ from inputs import reasoning
 from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine, medians, write
 from torch import Tensor
 
-from scsdpo_kernels import linear_divergence
-from scsdpo_kernels.arguments import student_head
-from scsdpo_kernels.chunked import _finish, _row_values
+from scsdpo_kernels import Head, LoRA, SampledToken, TopK, TopLogprobs, linear_divergence
 from scsdpo_kernels.kernels import kernels_of
-from scsdpo_kernels.linear_divergence import _arguments
-from scsdpo_kernels.rows import Rows
-from scsdpo_kernels.shards import Shard
+from scsdpo_kernels.kernels.contract import Logits
+from scsdpo_kernels.linear_divergence import problem_of
+from scsdpo_kernels.schedules.products import apply_head
+from scsdpo_kernels.schedules.row_values import row_values
+from scsdpo_kernels.schedules.rows import Rows
+from scsdpo_kernels.schedules.shards import Shard
 
 
-def cases(hidden: Tensor, weight: Tensor) -> dict[str, dict]:
-    """Options of linear_divergence by the name of what they are; tensors have a row for each of `hidden`."""
+def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
+    """Head and options of linear_divergence by the name of what they are; tensors have a row for each of `hidden`."""
     device = hidden.device
     generator = torch.Generator(device).manual_seed(1)
     vocabulary, width = weight.shape
@@ -42,32 +43,39 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, dict]:
         return torch.randn(*shape, generator=generator, device=device)
 
     target = {"target_ids": torch.randint(vocabulary, (len(hidden),), generator=generator, device=device)}
-    support_ids = target["target_ids"][:, None] + torch.arange(100, device=device) * (vocabulary // 101)
-    support_logp = torch.full(support_ids.shape, -5.0, device=device)
-    support = {"support_ids": support_ids % vocabulary, "support_logp": support_logp}
-    lora = randn(16, width).mul(width**-0.5).requires_grad_(), randn(vocabulary, 16).mul(0.1).requires_grad_(), 1.0
+    ids = target["target_ids"][:, None] + torch.arange(100, device=device) * (vocabulary // 101)
+    named = TopLogprobs(ids % vocabulary, torch.full(ids.shape, -5.0, device=device))
+    lora = LoRA(randn(16, width).mul(width**-0.5).requires_grad_(), randn(vocabulary, 16).mul(0.1).requires_grad_())
+    head = Head(weight)
     return {
-        "Jensen-Shannon, β = 0.5": {},
-        "forward KL, β = 0": {"beta": 0.0},
-        "reverse KL, β = 1": {"beta": 1.0},
-        "importance ratio": {**target, "old_logp": torch.full((len(hidden),), -12.0, device=device)},
-        "top_k=100, bucket, β = 0.5": {"top_k": 100},
-        "top_k=100, renormalize, β = 0.5": {"top_k": 100, "tail": "renormalize"},
-        "top_k=20, bucket, β = 1": {"top_k": 20, "beta": 1.0},
-        "support_ids of 100": support,
-        "sampled_token": {**target, "sampled_token": True, "beta": 1.0},
-        "entry_clip=0.05": {"entry_clip": 0.05, "beta": 0.0},
-        "bias": {"student_bias": randn(vocabulary).requires_grad_()},
-        "softcap": {"student_softcap": 30.0},
-        "logit scale": {"student_logit_scale": 0.5},
-        "LoRA of rank 16": {"student_lora": lora},
+        "Jensen-Shannon, β = 0.5": (head, {}),
+        "forward KL, β = 0": (head, {"beta": 0.0}),
+        "reverse KL, β = 1": (head, {"beta": 1.0}),
+        "importance ratio": (head, {**target, "old_logp": torch.full((len(hidden),), -12.0, device=device)}),
+        "TopK(100), bucket, β = 0.5": (head, {"support": TopK(100)}),
+        "TopK(100), renormalize, β = 0.5": (head, {"support": TopK(100, tail="renormalize")}),
+        "TopK(20), bucket, β = 1": (head, {"support": TopK(20), "beta": 1.0}),
+        "TopLogprobs of 100": (head, {"support": named}),
+        "SampledToken": (head, {**target, "support": SampledToken(), "beta": 1.0}),
+        "entry_clip=0.05": (head, {"entry_clip": 0.05, "beta": 0.0}),
+        "bias": (head._replace(bias=randn(vocabulary).requires_grad_()), {}),
+        "softcap": (head._replace(softcap=30.0), {}),
+        "logit scale": (head._replace(logit_scale=0.5), {}),
+        "LoRA of rank 16": (head._replace(lora=lora), {}),
     }
 
 
 def first(options: dict, rows: int) -> dict:
     """The options of the first rows."""
-    per_row = ("target_ids", "old_logp", "support_ids", "support_logp")
-    return {name: x[:rows] if name in per_row else x for name, x in options.items()}
+    options = {name: x[:rows] if isinstance(x, Tensor) else x for name, x in options.items()}
+    if isinstance(support := options.get("support"), TopLogprobs):
+        options["support"] = support._replace(ids=support.ids[:rows], logp=support.logp[:rows])
+    return options
+
+
+def teacher_of(options: dict, teacher: Tensor) -> Tensor | None:
+    """The teacher's hidden states, where it has not named a support instead."""
+    return None if isinstance(options.get("support"), TopLogprobs) else teacher
 
 
 def losses_of_trl(hidden: Tensor, weight: Tensor, teacher: Tensor, target_ids: Tensor) -> dict[str, Callable]:
@@ -94,48 +102,57 @@ def losses_of_trl(hidden: Tensor, weight: Tensor, teacher: Tensor, target_ids: T
         ).sum()
 
     return {
-        "top_k=100, bucket, β = 0.5": partial(top_k, 100, 0.5, True),
-        "top_k=100, renormalize, β = 0.5": partial(top_k, 100, 0.5, False),
-        "top_k=20, bucket, β = 1": partial(top_k, 20, 1.0, True),
-        "sampled_token": sampled,
+        "TopK(100), bucket, β = 0.5": partial(top_k, 100, 0.5, True),
+        "TopK(100), renormalize, β = 0.5": partial(top_k, 100, 0.5, False),
+        "TopK(20), bucket, β = 1": partial(top_k, 20, 1.0, True),
+        "SampledToken": sampled,
     }
 
 
-def rows_alone(logits: tuple[Tensor, Tensor], options: dict) -> tuple[Callable, Callable]:
+def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tuple[Callable, Callable]:
     """The row stage of one chunk, on copies that it may change: what restores them, and what runs it."""
     student, teacher = (x.clone() for x in logits)
-    rows = len(student)
+    rows, vocabulary = student.shape
     hidden = student.new_zeros(rows, 1)
-    teacher_hidden = None if "support_ids" in options else hidden
-    given = first(options, rows)
-    tensors, numbers = _arguments(hidden, student.new_zeros(student.shape[1], 1), teacher_hidden, None, **given)
-    everything = torch.arange(rows, device=student.device)
-    of_rows = Rows(everything, everything, everything, student.new_ones(rows), tensors.target_ids, tensors.old_logp,
-                   tensors.support_ids, tensors.support_logp, True)  # fmt: skip
-    kernels, shard = kernels_of(student.device), Shard(numbers, student.shape[1])
+    head = head._replace(weight=student.new_zeros(vocabulary, 1))  # not multiplied with: the logits are there
+    problem = problem_of(hidden, head, teacher_of(options, hidden), None, **first(options, rows))
+    target, support, index = problem.target, problem.support, torch.arange(rows, device=student.device)
+    of_rows = Rows(
+        kept=index,
+        student=index,
+        teacher=index,
+        weight=student.new_ones(rows),
+        target=None if target is None else target.ids,
+        old_logp=None if target is None else target.old_logp,
+        importance_clip=0.0 if target is None else target.importance_clip,
+        support_ids=None if support is None else support.ids,
+        support_logp=None if support is None else support.logp,
+        are_all=True,
+    )
+    given = Logits(student, teacher if problem.teacher else None, difference=False, softcap=head.softcap or 0.0)
+    kernels, shard = kernels_of(student.device), Shard(problem.part, vocabulary)
 
     def restore() -> None:
         student.copy_(logits[0])
         teacher.copy_(logits[1])
 
     def run() -> None:
-        _finish(hidden, student_head(tensors, numbers), student, kernels)
-        given_teacher = None if teacher_hidden is None else teacher
-        _row_values(student, given_teacher, of_rows, numbers, kernels, shard, False, student)
+        apply_head(hidden, problem.student.head, student, kernels)
+        row_values(given, of_rows, problem.objective, support, kernels, shard, gradient=student)
 
     return restore, run
 
 
-def eager(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+def eager(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:
     """Plain PyTorch's Jensen-Shannon divergence of the same head: how exact a dtype lets any of the objectives be."""
 
     def log_probabilities(states: Tensor) -> Tensor:
-        z = states @ weight.T
-        if lora := options.get("student_lora"):
-            z = z + lora[2] * (states @ lora[0].T) @ lora[1].T
-        z = (z + options.get("student_bias", 0.0)) * options.get("student_logit_scale", 1.0)
-        if softcap := options.get("student_softcap"):
-            z = softcap * torch.tanh(z / softcap)
+        z = F.linear(states, head.weight, head.bias)
+        if head.lora is not None:
+            z = z + head.lora.scale * (states @ head.lora.a.T) @ head.lora.b.T
+        z = z * head.logit_scale
+        if head.softcap is not None:
+            z = head.softcap * torch.tanh(z / head.softcap)
         return z.log_softmax(-1)
 
     log_p, log_q = log_probabilities(hidden), log_probabilities(teacher)
@@ -144,27 +161,27 @@ def eager(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> Ten
     return sum(divergences) / 2
 
 
-def errors_hidden(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> tuple[float, float]:
+def in_dtype(head: Head, dtype: torch.dtype) -> Head:
+    lora, bias = head.lora, head.bias
+    return head._replace(
+        weight=head.weight.to(dtype),
+        bias=None if bias is None else bias.to(dtype),
+        lora=None if lora is None else lora._replace(a=lora.a.to(dtype), b=lora.b.to(dtype)),
+    )
+
+
+def errors_hidden(head: Head, options: dict, hidden: Tensor, teacher: Tensor) -> tuple[float, float]:
     """Of the hidden gradient against float64 on the first rows: ours, and the measuring stick, `eager` in the dtype."""
     hidden, teacher = hidden[:SUBSAMPLE].detach(), teacher[:SUBSAMPLE]
 
-    def ours(options: dict, hidden: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
-        exact = hidden.dtype == torch.float64
-        own = None if "support_ids" in options else teacher
-        schedule = "reference" if exact else "auto"
-        return linear_divergence(hidden, weight, own, **first(options, len(hidden)), schedule=schedule).loss
+    def ours(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:
+        schedule = "reference" if hidden.dtype == torch.float64 else "auto"
+        given = first(options, len(hidden))
+        return linear_divergence(hidden, head, teacher_of(options, teacher), **given, schedule=schedule).loss
 
     def gradient(loss: Callable, dtype: torch.dtype) -> Tensor:
         start = hidden.to(dtype).requires_grad_()
-        converted = {
-            name: tuple(y.to(dtype) if isinstance(y, Tensor) else y for y in x)
-            if isinstance(x, tuple)
-            else x.to(dtype)
-            if name == "student_bias"
-            else x
-            for name, x in options.items()
-        }
-        (result,) = torch.autograd.grad(loss(converted, start, weight.to(dtype), teacher.to(dtype)), start)
+        (result,) = torch.autograd.grad(loss(in_dtype(head, dtype), start, teacher.to(dtype)), start)
         return result
 
     off, stick = (error(gradient(f, hidden.dtype), gradient(f, torch.float64)) for f in (ours, eager))
@@ -177,27 +194,26 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     hidden, weight, teacher = reasoning(*shape, dtype, device=device)
     hidden.requires_grad_()
     all_cases = cases(hidden, weight)
-    peers = losses_of_trl(hidden, weight, teacher, all_cases["sampled_token"]["target_ids"])
+    peers = losses_of_trl(hidden, weight, teacher, all_cases["SampledToken"][1]["target_ids"])
     logits = (hidden[:256] @ weight.T).detach().float(), (teacher[:256] @ weight.T).float()
 
-    def ours(options: dict) -> None:
-        own = None if "support_ids" in options else teacher
+    def ours(head: Head, options: dict) -> None:
         hidden.grad = None
-        linear_divergence(hidden, weight, own, **options).loss.backward()
+        linear_divergence(hidden, head, teacher_of(options, teacher), **options).loss.backward()
 
     def theirs(loss: Callable) -> None:
         hidden.grad = None
         loss().backward()
 
-    runs = {("ours", name): partial(ours, options) for name, options in all_cases.items()}
+    runs = {("ours", name): partial(ours, *case) for name, case in all_cases.items()}
     runs |= {("trl", name): partial(theirs, loss) for name, loss in peers.items()}
     times = medians(interleaved(runs, arguments.repeats, device))
-    stages = {name: rows_alone(logits, options) for name, options in all_cases.items() if name != "LoRA of rank 16"}
+    stages = {name: rows_alone(logits, *case) for name, case in all_cases.items() if name != "LoRA of rank 16"}
     before, stages = ({name: stage[i] for name, stage in stages.items()} for i in range(2))
     of_rows = medians(interleaved(stages, arguments.repeats, device, before))
     records = {}
-    for name, options in all_cases.items():
-        off, stick = errors_hidden(options, hidden, weight, teacher)
+    for name, (head, options) in all_cases.items():
+        off, stick = errors_hidden(head, options, hidden, teacher)
         records[name] = {"seconds": times["ours", name], "error_hidden": off, "error_hidden_eager": stick}
         if name in of_rows:
             records[name]["seconds_of_256_rows"] = of_rows[name]

@@ -19,7 +19,8 @@ from inputs import reasoning
 from levels import environment
 from measuring import RESULTS, alone, described, interleaved, machine, medians, products, write
 
-from scsdpo_kernels import linear_divergence, native
+from scsdpo_kernels import linear_divergence
+from scsdpo_kernels.kernels import native
 
 SHAPES = ("512,512,32000", "512,1024,151936")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,10 +1,11 @@
-"""Puts the result files of all benchmarks into README.md, and draws them.
+"""Writes the tables of all result files into docs/benchmarks.md, a short one into README.md, and draws the plots.
 
     python benchmarks/report.py [--output FOLDER]
 
-Between `<!-- benchmarks/NAME.py -->` and the `<!-- end -->` after it come the tables of every results/NAME-*.json;
-beside each file lies its plot, where a benchmark has one and matplotlib is installed, which carries the file's digest.
-With --output it draws and prints those of another folder instead.
+In docs/benchmarks.md the tables of every results/NAME-*.json stand between `<!-- benchmarks/NAME.py -->` and the next
+`<!-- end -->`. README.md has a few cases of throughput.py between `<!-- benchmarks/report.py -->` and `<!-- end -->`.
+A benchmark's plot lies beside its result file and carries the file's digest; drawing needs matplotlib.
+With --output the program draws and prints the results of another folder and leaves both pages alone.
 """
 
 import argparse
@@ -20,11 +21,23 @@ import row_kernels
 import scaling
 import shards
 import throughput
-from measuring import RESULTS
+from measuring import RESULTS, timed
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 BENCHMARKS = (throughput, processors, scaling, objectives, row_kernels, accuracy, shards)
 END = "<!-- end -->"
+
+# README.md shows these cases of throughput.py, by the name that a reader understands, and these implementations.
+SHORT_CASES = {
+    "Qwen3-8B, bfloat16, 256 rows": "Qwen3-8B, bf16, 256 tokens",
+    "Qwen3-0.6B, bfloat16, 1024 rows": "Qwen3-0.6B, bf16, 1024 tokens",
+    "Qwen3-0.6B, float32, 1024 rows": "Qwen3-0.6B, fp32, 1024 tokens",
+    "D = 512, V = 8192, float32, 256 rollouts, 63% of the questions at weight 0, rows of weight 0 removed by hand":
+        "One step of 256 rollouts, zero-weight tokens removed by hand",
+    "D = 512, V = 8192, float32, 256 rollouts, 63% of the questions at weight 0, padding removed":
+        "The same step, zero-weight tokens left to the loss",
+}  # fmt: skip
+SHORT_IMPLEMENTATIONS = ("eager PyTorch", "torch.compile'd eager", "SDPO, eager", "chunked_divergence")
 
 
 def name_of(benchmark) -> str:
@@ -39,14 +52,51 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def with_tables(readme: str) -> str:
-    """README text with every benchmark's tables between its marks."""
+def between_marks(text: str, name: str, tables: str) -> str:
+    """A page's text with these tables between the marks of a file."""
+    begin = f"<!-- benchmarks/{name}.py -->\n"
+    before, rest = text.split(begin)
+    return before + begin + tables + "\n" + END + rest.split(END, 1)[1]
+
+
+def pages() -> dict[Path, str]:
+    """Each page that has generated tables, with its text as it should be."""
+    full, readme = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+    text = full.read_text()
     for benchmark in BENCHMARKS:
-        begin = f"<!-- benchmarks/{name_of(benchmark)}.py -->\n"
-        before, rest = readme.split(begin)
         tables = "\n\n".join(map(benchmark.table, results(benchmark).values()))
-        readme = before + begin + tables + "\n" + END + rest.split(END, 1)[1]
-    return readme
+        text = between_marks(text, name_of(benchmark), tables)
+    short = "\n\n".join(filter(None, map(short_table, results(throughput).values())))
+    return {full: text, readme: between_marks(readme.read_text(), "report", short)}
+
+
+def short_table(result: dict) -> str:
+    """A few cases of one result of throughput.py, or nothing where a case was not measured."""
+    cases = {case["name"]: case["implementations"] for case in result["cases"]}
+    if not cases.keys() >= SHORT_CASES.keys():
+        return ""
+    labels = [cases[next(iter(SHORT_CASES))][name].get("label", name) for name in SHORT_IMPLEMENTATIONS]
+    lines = [
+        f"Forward and backward of the Jensen-Shannon divergence on {timed(result['machine'])}. Each cell has the time, "
+        "as a multiple of ours where it is a baseline's, the peak memory over inputs and gradients, and the relative "
+        "error of the gradients against float64.",
+        "",
+        "| | ours | " + " | ".join(labels) + " |",
+        "|---" * (2 + len(labels)) + "|",
+    ]
+    for name, shown in SHORT_CASES.items():
+        ours = cases[name]["chunked"]
+        cells = [_short_cell(f"{ours['seconds']:.2f} s", ours)]
+        for record in (cases[name][baseline] for baseline in SHORT_IMPLEMENTATIONS):
+            ran = "seconds" in record
+            cells.append(_short_cell(f"{record['seconds'] / ours['seconds']:.2f} ×", record) if ran else "—")
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _short_cell(time: str, record: dict) -> str:
+    off = max(record["errors"].get(name, 0.0) for name in throughput.GRADIENTS)
+    return f"{time}, {record['peak_mib']:.0f} MiB, " + (f"**{off:.0e}**" if record["wrong"] else f"{off:.0e}")
 
 
 def main() -> None:
@@ -60,7 +110,8 @@ def main() -> None:
             if arguments.output:
                 print(f"\n## {path.stem}\n\n{benchmark.table(result)}")
     if not arguments.output:
-        README.write_text(with_tables(README.read_text()))
+        for page, text in pages().items():
+            page.write_text(text)
 
 
 if __name__ == "__main__":

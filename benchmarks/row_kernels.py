@@ -21,8 +21,8 @@ from inputs import reasoning
 from measuring import RESULTS, interleaved, machine, medians, timed, write
 
 from scsdpo_kernels import linear_divergence
+from scsdpo_kernels.checks import why_not
 from scsdpo_kernels.kernels import kernels_of
-from scsdpo_kernels.ops import why_not
 
 KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda-cluster", "cuda-streaming")}
 PRODUCTS = {"chunked": {0.0: 2, 0.5: 2, 1.0: 2}, "tiled": {0.0: 2, 0.5: 4, 1.0: 2}}  # of the value alone

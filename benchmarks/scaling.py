@@ -9,7 +9,7 @@ fresh process on a CPU, for every implementation. Inputs are `reasoning`'s, fp32
 Jensen-Shannon.
 
 Writes FOLDER/scaling-<machine>.json after every point and prints its tables; `benchmarks/report.py` puts them into
-README.md and draws them.
+docs/benchmarks.md and draws them.
 """
 
 import argparse

@@ -6,7 +6,7 @@ Collectives and the bytes that each process puts into them, of one forward and b
 own functions in 2 and 4 real processes. No seconds: two cores say nothing about a network. The estimate for GPUs is
 arithmetic on the same counts, with the rates below, and measures nothing.
 
-Writes FOLDER/shards-<machine>.json and prints its tables; `benchmarks/report.py` puts them into README.md.
+Writes FOLDER/shards-<machine>.json and prints its tables; `benchmarks/report.py` puts them into docs/benchmarks.md.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import torch.multiprocessing as mp
 from inputs import reasoning
 from measuring import RESULTS, described, machine, write
 
-from scsdpo_kernels import VocabShard, linear_divergence
-from scsdpo_kernels.chunked import BUFFER_BYTES, MIN_ROWS
+from scsdpo_kernels import TopK, VocabShard, linear_divergence
+from scsdpo_kernels.schedules.chunked import BUFFER_BYTES, MIN_ROWS
 
 COUNTED = ("all_gather_single", "all_reduce", "reduce_scatter")
 # Assumed of an H200: matrix products, one direction of NVLink 4, a 400 Gb/s network card, and a collective's latency.
@@ -37,7 +37,7 @@ def cases(rows: int, vocabulary: int) -> dict[str, dict]:
         "forward KL, β = 0": {"beta": 0.0},
         "Jensen-Shannon, β = 0.5": {},
         "Jensen-Shannon, target_ids, old_logp": {**target, "old_logp": torch.full((rows,), -10.0)},
-        "top_k=100, bucket": {"top_k": 100},
+        "TopK(100), bucket": {"support": TopK(100)},
         "Jensen-Shannon, 63 % of the weights 0": {"token_weight": (torch.arange(rows) % 100 >= 63).float()},
         "Jensen-Shannon, frozen backbone": {"frozen": True},
     }

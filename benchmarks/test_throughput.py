@@ -7,8 +7,8 @@ value that has its graph: next to nothing for those that make gradients with it,
 "both" is what a training step costs. A benchmark whose gradients are off keeps its time and says `wrong` in its
 extra_info, with the error. An implementation that cannot run is skipped with the reason.
 
-pytest-benchmark times one function after the other: its times are for following one machine over versions. Tables of
-the README come from throughput.py, whose repeats take turns.
+pytest-benchmark times one function after the other: its times are for following one machine over versions. The
+documentation's tables come from throughput.py, whose repeats take turns.
 """
 
 import functools

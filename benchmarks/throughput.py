@@ -12,7 +12,7 @@ Cases are dense rows of real heads, and one optimiser step of SC-SDPO: 256 rollo
 longest as trainers hand them over; without the padding; and with the rows that have a weight gathered by hand.
 
 Writes FOLDER/throughput-<machine>.json after every case and prints a table; `benchmarks/report.py` puts it into
-README.md and draws it.
+docs/benchmarks.md and draws it.
 """
 
 import argparse

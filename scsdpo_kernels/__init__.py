@@ -9,14 +9,20 @@ except ImportError as error:
     ) from error
 
 from .linear_divergence import LinearDivergence, linear_divergence, linear_divergence_per_token
+from .problem import Head, LoRA, SampledToken, TopK, TopLogprobs
+from .question_weights import question_weights
 from .scsdpo_loss import scsdpo_loss, step_denominator
-from .shards import VocabShard
 from .trust_region import TrustRegionTeacher
-from .weights import question_weights
+from .vocab_shard import VocabShard
 
 __version__ = "0.1.0"
 __all__ = [
+    "Head",
     "LinearDivergence",
+    "LoRA",
+    "SampledToken",
+    "TopK",
+    "TopLogprobs",
     "TrustRegionTeacher",
     "VocabShard",
     "linear_divergence",

@@ -6,34 +6,40 @@ Tokens of questions with weight 0 count in the denominator and cost nothing else
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linear_divergence import LinearDivergence, check_types, linear_divergence
-from .weights import question_weights
+from .checks import check_number, check_tensor
+from .linear_divergence import DivergenceOptions, LinearDivergence, check_keywords, linear_divergence
+from .problem import Head
+from .question_weights import question_weights
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 REDUCTIONS = ("token-mean", "weighted-token-mean", "sequence-mean", "sum")
 
 
 def scsdpo_loss(
-    student_hidden: Tensor,  # (B, T, D)
-    student_weight: Tensor,  # (V, D)
-    teacher_hidden: Tensor | None = None,  # (B, T, D_t); None: support_ids and support_logp
-    teacher_weight: Tensor | None = None,  # (V, D_t); None: the student's whole head
+    student_hidden: Tensor,
+    student_head: Tensor | Head,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | Head | None = None,
     *,
-    rewards: Tensor | None = None,  # (B,)
-    question_ids: Tensor | None = None,  # (B,)
-    question_weight: Tensor | None = None,  # (B,) instead of the two above
-    mask: Tensor,  # (B, T) 1 at response tokens that have a teacher, else 0
+    rewards: Tensor | None = None,
+    question_ids: Tensor | None = None,
+    question_weight: Tensor | None = None,
+    mask: Tensor,
     reduction: str = "token-mean",
-    denominator: float | Tensor | None = None,  # above 0; a tensor has one element
+    denominator: float | Tensor | None = None,
     exponent: float = 0.5,
     success_threshold: float | None = None,
     group: "dist.ProcessGroup | None" = None,
-    token_weight: Tensor | None = None,  # (B, T) a further factor, as of an importance ratio; None: ones
-    **divergence_options,
+    token_weight: Tensor | None = None,
+    **options: "Unpack[DivergenceOptions]",
 ) -> LinearDivergence:
     """`linear_divergence` with the weights that SC-SDPO gives the tokens of a batch of rollouts.
 
@@ -42,13 +48,22 @@ def scsdpo_loss(
     for the whole batch.
 
     Args:
-        reduction: "token-mean": Σ w̄ m D / Σ m. "weighted-token-mean": Σ w̄ m D / Σ w̄ m. "sequence-mean": the mean
-        over
+        student_hidden: (B, T, D), as of `linear_divergence`.
+        student_head: (V, D), or a `Head`.
+        teacher_hidden: (B, T, D_t). None with support=TopLogprobs(...).
+        teacher_head: (V, D_t), or a `Head`. None: the student's whole head.
+        rewards: (B,) one per rollout.
+        question_ids: (B,) integers; rollouts of a question share one.
+        question_weight: (B,) instead of the two above.
+        mask: (B, T) 1 at response tokens that have a teacher, else 0.
+        token_weight: (B, T) a further factor of each token. None: ones.
+        exponent, success_threshold, group: as of `question_weights`.
+        reduction: "token-mean": Σ w̄ m D / Σ m. "weighted-token-mean": Σ w̄ m D / Σ w̄ m. "sequence-mean": the mean over
             each rollout's tokens, then over all B rollouts. "sum": Σ w̄ m D. `token_weight` multiplies D in each of
             them and is in no denominator.
         denominator: tokens (or rollouts, for "sequence-mean") of the whole optimiser step, where this call is one
-            micro-batch or rank of it: `step_denominator`. None: this call's.
-        divergence_options: every further keyword argument of `linear_divergence`.
+            micro-batch or rank of it: `step_denominator`. None: this call's. Above 0; a tensor has one element.
+        options: every further keyword argument of `linear_divergence`.
 
     Returns:
         LinearDivergence: `loss` is the aggregate, the per-token fields are (B, T) and neither weighted nor reduced.
@@ -56,6 +71,7 @@ def scsdpo_loss(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what came.
     """
+    check_keywords("scsdpo_loss", options)
     if (question_weight is None) == (rewards is None and question_ids is None):
         raise ValueError("question_weight: expected either it or rewards with question_ids, got both or neither")
     if question_weight is None:
@@ -69,7 +85,7 @@ def scsdpo_loss(
             "exponent, success_threshold, group: expected none of them with question_weight, which is computed already"
         )
     _check(student_hidden, mask, question_weight, token_weight, reduction, denominator)
-    shard = divergence_options.get("shard")
+    shard = options.get("shard")
     over = shard.group if shard is not None and shard.sequence_parallel else None
     if over is not None and reduction == "sequence-mean":
         raise ValueError("reduction: expected no 'sequence-mean' with sequence_parallel, which may take rollouts apart")
@@ -82,9 +98,7 @@ def scsdpo_loss(
         weight = weight / _denominator(reduction, mask, weight, denominator, over)
     if token_weight is not None:
         weight = weight * token_weight.detach()
-    return linear_divergence(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, token_weight=weight, **divergence_options
-    )
+    return linear_divergence(student_hidden, student_head, teacher_hidden, teacher_head, token_weight=weight, **options)
 
 
 def step_denominator(
@@ -142,8 +156,10 @@ def _denominator(
 
 
 def _check(student_hidden, mask, question_weight, token_weight, reduction, denominator) -> None:
-    tensors = {"student_hidden": student_hidden, "mask": mask, "question_weight": question_weight}
-    check_types({**tensors, "token_weight": token_weight})
+    check_tensor("student_hidden", student_hidden)
+    for name, tensor in (("mask", mask), ("question_weight", question_weight), ("token_weight", token_weight)):
+        if tensor is not None or name != "token_weight":
+            check_tensor(name, tensor, student_hidden.device)
     if student_hidden.dim() != 3:
         raise ValueError(f"student_hidden: expected shape (B, T, D), got {tuple(student_hidden.shape)}")
     tokens = student_hidden.shape[:2]
@@ -174,7 +190,6 @@ def _check_denominator(reduction: str, denominator: float | Tensor) -> None:
         if denominator.device.type != "cpu" or torch.compiler.is_compiling():
             return
         denominator = denominator.item()
-    if not isinstance(denominator, int | float):
-        raise TypeError(f"denominator: expected a number, got {type(denominator).__name__}")
+    check_number("denominator", denominator)
     if not 0 < denominator < math.inf:
         raise ValueError(f"denominator: expected a finite number above 0, got {denominator}")

@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from scsdpo_kernels import logits_triton, question_weights_triton, row_divergence_triton, tiled
+from scsdpo_kernels.kernels import logits_triton, question_weights_triton, row_divergence_triton
+from scsdpo_kernels.schedules import tiled
 
 # Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
 TARGETS = {

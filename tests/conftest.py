@@ -48,7 +48,7 @@ ON_PROCESSOR = {
 @pytest.fixture
 def untuned(monkeypatch):
     """One configuration a kernel: nothing is timed on the first call of each shape."""
-    from scsdpo_kernels import tiled
+    from scsdpo_kernels.schedules import tiled
 
     for key, choice in tiled.TILES.items():
         monkeypatch.setitem(tiled.TILES, key, choice[:1])

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 
 import pybind11
 
-from scsdpo_kernels import native
+from scsdpo_kernels.kernels import native
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"

@@ -2,7 +2,7 @@
 
 import torch
 
-from scsdpo_kernels import native
+from scsdpo_kernels.kernels import native
 
 
 def main() -> None:

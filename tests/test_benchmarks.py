@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from scsdpo_kernels import linear_divergence, native
+from scsdpo_kernels import TopK, linear_divergence
+from scsdpo_kernels.kernels import native
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -136,7 +137,8 @@ def test_throughput_and_its_report(tiny, monkeypatch, tmp_path):
     """Every kind of case, written, read and shown; a loss that is wrong is said to be, one that raises has no time."""
 
     def wrong(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
-        return 1.01 * linear_divergence(hidden, weight, teacher, beta=beta, token_weight=token_weight, top_k=top_k).loss
+        options = {"token_weight": token_weight, "support": None if top_k is None else TopK(top_k)}
+        return 1.01 * linear_divergence(hidden, weight, teacher, beta=beta, **options).loss
 
     def raising(*_, **__):
         raise RuntimeError("out of luck")

@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from scsdpo_kernels import kernels, native
+from scsdpo_kernels import kernels
+from scsdpo_kernels.kernels import native
 
 CSRC = cuda_on_host.CSRC
 HEADER = 832  # row_geometry.h's kRowHeader
@@ -209,7 +210,7 @@ def test_a_row_kernel_that_cannot_run_raises_and_says_why(monkeypatch):
     for name in ("cuda", "cuda-cluster", "cuda-streaming"):
         with pytest.raises(ValueError, match=f"SCSDPO_ROW_KERNEL={name} cannot run: no compiler"):
             kernels.kernels_of(torch.device("cuda"), name)
-    from scsdpo_kernels import row_divergence_triton
+    from scsdpo_kernels.kernels import row_divergence_triton
 
     assert kernels.kernels_of(torch.device("cuda")).row_divergence is row_divergence_triton.row_divergence
     monkeypatch.setattr(native, "why_not_cuda", lambda device: None)
@@ -256,7 +257,7 @@ import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from types import SimpleNamespace
 import cuda_on_host, test_cuda, torch
-from scsdpo_kernels import native
+from scsdpo_kernels.kernels import native
 patch = SimpleNamespace(setattr=setattr)
 student, teacher = test_cuda.rows(4096)
 exact = torch.empty_like(student)

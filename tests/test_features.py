@@ -1,42 +1,66 @@
-"""The README's table of features: what each schedule has on each device, from what really runs and is right."""
+"""The table of features in docs/objectives.md: what each schedule has on each device, from what runs and is right."""
 
 import itertools
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import cuda_on_host
 import torch
 from conftest import DEVICE
 from test_linear_divergence import problem
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-from scsdpo_kernels import chunked, linear_divergence, linear_divergence_per_token, native
-from scsdpo_kernels.kernels import kernels_of, triton_kernels
+from scsdpo_kernels import (
+    Head,
+    LoRA,
+    SampledToken,
+    TopK,
+    TopLogprobs,
+    linear_divergence,
+    linear_divergence_per_token,
+)
+from scsdpo_kernels.kernels import kernels_of, native, triton_kernels
+from scsdpo_kernels.schedules import chunked
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 ROWS, VOCABULARY, WIDTH = 5, 67, 16
 
 
-def _features():
+class Feature(NamedTuple):
+    """A line of the table: a call that needs the feature, and the word for it in an error message."""
+
+    options: dict = {}  # noqa: RUF012 of linear_divergence
+    head: dict = {}  # noqa: RUF012 what the student's Head has beside its weight, and so the teacher's
+    per_token: bool = False
+    called: str = ""  # "" where every schedule has it
+
+
+def _features() -> dict[str, Feature]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCABULARY, (ROWS,), generator=generator)
     support = torch.stack([torch.randperm(VOCABULARY, generator=generator)[:6] for _ in range(ROWS)])
+    named = TopLogprobs(support, torch.full((ROWS, 6), -3.0))
     lora = torch.randn(2, WIDTH, generator=generator) * 0.3, torch.randn(VOCABULARY, 2, generator=generator), 0.7
+    bias = torch.randn(VOCABULARY, generator=generator)
+    weights = torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0])
     target = {"target_ids": ids, "old_logp": torch.full((ROWS,), -4.0)}
     return {
-        "KL and Jensen-Shannon divergences, `beta`, `temperature`": {"temperature": 0.8},
-        "`token_weight`, rows of weight 0 left out": {"token_weight": torch.tensor([0.0, 1.0, -2.0, 0.5, 0.0])},
-        "`target_ids`, `old_logp`, `importance_clip`": {**target, "importance_clip": 1.5},
-        "`linear_divergence_per_token`": {"per_token": True},
-        "`top_k`, `tail=\"bucket\"`": {"top_k": 6},
-        "`top_k`, `tail=\"renormalize\"`": {"top_k": 6, "tail": "renormalize"},
-        "`support_ids`, `support_logp`": {"support_ids": support, "support_logp": torch.full((ROWS, 6), -3.0)},
-        "`sampled_token`": {**target, "sampled_token": True, "beta": 1.0},
-        "`entry_clip`": {"entry_clip": 0.02, "beta": 0.0},
-        "`student_bias`, `teacher_bias`": {"student_bias": torch.randn(VOCABULARY, generator=generator)},
-        "`student_softcap`, `teacher_softcap`": {"student_softcap": 3.0},
-        "`student_logit_scale`, `teacher_logit_scale`": {"student_logit_scale": 0.4},
-        "`student_lora`, `teacher_lora`": {"student_lora": lora},
-    }  # fmt: skip
+        "KL and Jensen-Shannon divergences, `beta`, `temperature`": Feature({"temperature": 0.8}),
+        "`token_weight`, tokens of weight 0 left out": Feature({"token_weight": weights}),
+        "`target_ids`, `old_logp`, `importance_clip`": Feature({**target, "importance_clip": 1.5}),
+        "`linear_divergence_per_token`": Feature(per_token=True),
+        "`support=TopK(k)`": Feature({"support": TopK(6)}, called="TopK"),
+        '`support=TopK(k, tail="renormalize")`': Feature({"support": TopK(6, "renormalize")}, called="TopK"),
+        "`support=TopLogprobs(ids, logp)`": Feature({"support": named}, called="TopLogprobs"),
+        "`support=SampledToken()`": Feature({**target, "support": SampledToken(), "beta": 1.0}, called="SampledToken"),
+        "`entry_clip`": Feature({"entry_clip": 0.02, "beta": 0.0}, called="entry_clip"),
+        "`Head(bias=...)`": Feature(head={"bias": bias}, called="head.bias"),
+        "`Head(softcap=...)`": Feature(head={"softcap": 3.0}, called="head.softcap"),
+        "`Head(logit_scale=...)`": Feature(head={"logit_scale": 0.4}, called="head.logit_scale"),
+        "`Head(lora=...)`": Feature(head={"lora": LoRA(*lora)}, called="head.lora"),
+    }
 
 
 FEATURES = _features()
@@ -49,43 +73,38 @@ COLUMNS = {  # schedule, row kernel
 }
 
 
-def on_device(options, device):
-    moved = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-    if "student_lora" in moved:
-        moved["student_lora"] = *(x.to(device) for x in moved["student_lora"][:2]), moved["student_lora"][2]
-    return moved
-
-
-def gradients(options, schedule, device, dtype):
+def gradients(feature: Feature, beta: float, schedule: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     """The loss and all gradients of one call."""
     hidden, weight, teacher, _ = problem((ROWS,), WIDTH, VOCABULARY, 0.5)
-    options = on_device(options, device)
-    inputs = [x.detach().to(device, dtype).requires_grad_() for x in (hidden, weight)]
-    if "student_bias" in options:
-        inputs.append(options["student_bias"].detach().to(dtype).requires_grad_())
-        options["student_bias"] = inputs[-1]
-    if "student_lora" in options:
-        inputs += [x.detach().to(dtype).requires_grad_() for x in options["student_lora"][:2]]
-        options["student_lora"] = (*inputs[-2:], options["student_lora"][2])
-    given = None if "support_ids" in options else teacher.to(device, dtype)
-    if options.pop("per_token", False):
-        loss = linear_divergence_per_token(*inputs[:2], given, **options, schedule=schedule).square().sum()
+    options = tree_map_only(Tensor, lambda x: x.to(device), feature.options) | {"beta": beta, "schedule": schedule}
+    inputs: list[Tensor] = []
+
+    def differentiable(x: Tensor) -> Tensor:
+        inputs.append(x.detach().to(device, dtype).requires_grad_())
+        return inputs[-1]
+
+    hidden = differentiable(hidden)
+    head = Head(*tree_map_only(Tensor, differentiable, Head(weight, **feature.head)))
+    given = None if isinstance(options.get("support"), TopLogprobs) else teacher.to(device, dtype)
+    if feature.per_token:
+        loss = linear_divergence_per_token(hidden, head, given, **options).square().sum()
     else:
-        loss = linear_divergence(*inputs[:2], given, **options, schedule=schedule).loss
+        loss = linear_divergence(hidden, head, given, **options).loss
     return [x.detach().double().cpu() for x in (loss, *torch.autograd.grad(loss, inputs))]
 
 
-def has(options, schedule, device):
+def has(feature: Feature, schedule: str, device: str) -> bool:
     """True where the gradients are the reference's in float64, False where the schedule says that it has no such."""
-    betas = {options["beta"]} if "beta" in options else {0.0, 0.5, 1.0}
+    betas = {feature.options["beta"]} if "beta" in feature.options else {0.0, 0.5, 1.0}
     found = set()
     for beta in betas:
-        exact = gradients({**options, "beta": beta}, "reference", "cpu", torch.double)
+        exact = gradients(feature, beta, "reference", "cpu", torch.double)
         try:
-            got = gradients({**options, "beta": beta}, schedule, device, torch.float32)
+            got = gradients(feature, beta, schedule, device, torch.float32)
         except ValueError as error:
+            assert feature.called, error
             assert f"schedule={schedule!r}: it does not have" in str(error)
-            assert any(name in str(error) for name in options), error
+            assert feature.called in str(error)
             found.add(False)
             continue
         for x, y in zip(got, exact, strict=True):
@@ -122,5 +141,5 @@ def test_the_table_of_features(untuned, monkeypatch):
         with monkeypatch.context() as patch:
             device = device_of(patch, *COLUMNS[column])
             found[feature, column] = has(FEATURES[feature], COLUMNS[column][0], device)
-    shown = re.search(r"<!-- tests/test_features.py -->\n(.*?)\n<!-- end -->", README.read_text(), re.DOTALL)
+    shown = re.search(r"<!-- tests/test_features.py -->\n(.*?)\n<!-- end -->", PAGE.read_text(), re.DOTALL)
     assert shown and shown[1] == table(found), "\n" + table(found)

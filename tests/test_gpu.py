@@ -1,6 +1,6 @@
 """On a real GPU, at real sizes: `pytest -m gpu`. Float64 is the GPU's own here.
 
-The kernels' own tests (test_row_divergence.py, test_tiled.py, test_weights.py) run on the GPU too where there is one.
+The kernels' own tests (test_row_divergence.py, test_tiled.py, test_question_weights.py) run there too.
 """
 
 import shutil
@@ -15,7 +15,19 @@ import pytest
 import torch
 from oracle import relative_error
 
-from scsdpo_kernels import chunked, kernels, linear_divergence, native, question_weights, scsdpo_loss, tiled
+from scsdpo_kernels import (
+    Head,
+    LoRA,
+    SampledToken,
+    TopK,
+    TopLogprobs,
+    kernels,
+    linear_divergence,
+    question_weights,
+    scsdpo_loss,
+)
+from scsdpo_kernels.kernels import native
+from scsdpo_kernels.schedules import chunked, tiled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,9 +57,10 @@ def problem(rows, dtype=torch.bfloat16, vocabulary=VOCABULARY, width=WIDTH, dist
     return hidden.to(dtype), weight.to(dtype), teacher.to(dtype), head
 
 
-def fused(hidden, weight, teacher, head=None, **options):
+def fused(hidden, weight, teacher, teacher_head=None, *, head=None, **options):
+    """head: what the student's head has beside its weight."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    result = linear_divergence(hidden, weight, teacher, head, **options)
+    result = linear_divergence(hidden, Head(weight, **(head or {})), teacher, teacher_head, **options)
     return result, *torch.autograd.grad(result.loss, (hidden, weight))
 
 
@@ -422,15 +435,15 @@ def _objectives():
     ids = torch.arange(rows * 12, device="cuda").view(rows, 12)
     ids[3, 4:] = -1
     return {
-        "top_k": {"top_k": 100},
-        "renormalize": {"top_k": 20, "tail": "renormalize", "beta": 1.0, **target},
-        "support": {"support_ids": ids, "support_logp": torch.full((rows, 12), -3.0, device="cuda")},
-        "sampled": {**target, "sampled_token": True, "beta": 1.0, "old_logp": torch.full((rows,), -9.0, device="cuda")},
+        "top_k": {"support": TopK(100)},
+        "renormalize": {"support": TopK(20, "renormalize"), "beta": 1.0, **target},
+        "support": {"support": TopLogprobs(ids, torch.full((rows, 12), -3.0, device="cuda"))},
+        "sampled": {"support": SampledToken(), "beta": 1.0, "old_logp": torch.full((rows,), -9.0).cuda(), **target},
         "clip": {"entry_clip": 0.01, "beta": 0.0},
-        "bias": {"student_bias": randn(vocabulary), "beta": 0.0},
-        "softcap": {"student_softcap": 5.0, "student_logit_scale": 0.7},
-        "softcap, clip": {"student_softcap": 5.0, "entry_clip": 0.01, "beta": 0.0},
-        "lora": {"student_lora": (randn(8, width) * 0.05, randn(vocabulary, 8) * 0.2, 0.5), "top_k": 50},
+        "bias": {"head": {"bias": randn(vocabulary)}, "beta": 0.0},
+        "softcap": {"head": {"softcap": 5.0, "logit_scale": 0.7}},
+        "softcap, clip": {"head": {"softcap": 5.0}, "entry_clip": 0.01, "beta": 0.0},
+        "lora": {"head": {"lora": LoRA(randn(8, width) * 0.05, randn(vocabulary, 8) * 0.2, 0.5)}, "support": TopK(50)},
     }
 
 
@@ -448,7 +461,7 @@ def test_objectives_and_heads(name, dtype, objective, monkeypatch):
     monkeypatch.setitem(chunked.BUFFER_BYTES, "gpu", 0)
     hidden, weight, teacher, _ = problem(64, dtype, 20011, 512, distance=0.3)
     options = _objectives()[objective]
-    own = None if "support_ids" in options else teacher
+    own = None if objective == "support" else teacher
     result, *gradients = fused(hidden, weight, own, **options)
     exact, *expected = fused(hidden.double(), weight.double(), None if own is None else own.double(), **options,
                              schedule="reference")  # fmt: skip

@@ -8,7 +8,8 @@ import pytest
 import torch
 from oracle import relative_error
 
-from scsdpo_kernels import chunked, linear_divergence
+from scsdpo_kernels import Head, LoRA, TopK, linear_divergence
+from scsdpo_kernels.schedules import chunked, products
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,10 +33,10 @@ def problem(leading=(37,), width=48, vocabulary=701, distance=0.3, scale=1.0, dt
     return tuple(x if x is None else x.to(dtype) for x in tensors)
 
 
-def fused(hidden, weight, teacher, teacher_weight=None, **options):
+def fused(hidden, weight, teacher, teacher_head=None, **options):
     """LinearDivergence and the gradients of hidden and weight."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    result = linear_divergence(hidden, weight, teacher, teacher_weight, **options)
+    result = linear_divergence(hidden, weight, teacher, teacher_head, **options)
     return result, *torch.autograd.grad(result.loss, (hidden, weight))
 
 
@@ -245,13 +246,13 @@ def test_rows_of_weight_zero_have_no_influence():
 
 def test_only_kept_rows_are_projected(monkeypatch):
     projected = []
-    project = chunked._project
+    project = products.project
 
     def spy(hidden, weight, logits):
         projected.append(len(hidden))
         project(hidden, weight, logits)
 
-    monkeypatch.setattr(chunked, "_project", spy)
+    monkeypatch.setattr(products, "project", spy)
     hidden, weight, teacher, _ = problem(leading=(40,))
     fused(hidden, weight, teacher, token_weight=(torch.arange(40) % 4 == 0).float())
     assert projected == [10, 10]
@@ -296,7 +297,7 @@ def test_same_bits_from_run_to_run():
 
 
 def test_a_head_given_twice_is_shared():
-    """teacher_weight that is student_weight means None, bit for bit: the gradient is of the student's use only."""
+    """teacher_head that is student_head means None, bit for bit: the gradient is of the student's use only."""
     hidden, weight, teacher, _ = problem()
     assert all(
         torch.equal(x, y)
@@ -403,7 +404,7 @@ def test_importance_ratio_is_a_detached_weight(schedule, beta, clip):
     ratio[token_weight == 0] = 0.0
     got, *gradients = fused(hidden, weight, teacher, **options, token_weight=token_weight, old_logp=old, **clipped)
     expected, *expected_gradients = fused(
-        hidden, weight, teacher, **options, token_weight=(token_weight.double() * ratio).float()
+        hidden, weight, teacher, **options, token_weight=(token_weight.double() * ratio).float(), **clipped
     )
     assert expected.importance_ratio is None and not got.importance_ratio.requires_grad
     torch.testing.assert_close(got.importance_ratio.double(), ratio, rtol=1e-5, atol=0)
@@ -422,7 +423,6 @@ def test_arguments_of_importance_that_clash():
     hidden, weight, teacher, _ = problem(leading=(4,), vocabulary=31)
     ids, old = torch.zeros(4, dtype=torch.int64), torch.zeros(4)
     for error, match, options in (
-        (ValueError, "importance_clip: expected old_logp", {"importance_clip": 2.0}),
         (ValueError, "old_logp: expected target_ids", {"old_logp": old}),
         (ValueError, r"old_logp: expected shape \(4,\)", {"old_logp": old[:3], "target_ids": ids}),
         (TypeError, "old_logp: expected floating-point", {"old_logp": ids, "target_ids": ids}),
@@ -452,12 +452,12 @@ def test_a_token_has_the_same_bits_whichever_tokens_stand_beside_it(dtype, teach
     hidden, weight, teacher, head = problem(
         leading=(41,), width=700, vocabulary=333, teacher_width=teacher_width, dtype=dtype
     )
-    lora = torch.randn(4, 700).to(dtype) * 0.05, torch.randn(333, 4).to(dtype), 0.5
-    options = [{}, {"top_k": 7}, {"student_bias": torch.randn(333), "student_softcap": 20.0}, {"student_lora": lora}]
-    for given in options:
+    lora = LoRA(torch.randn(4, 700).to(dtype) * 0.05, torch.randn(333, 4).to(dtype), 0.5)
+    capped, adapted = Head(weight, bias=torch.randn(333), softcap=20.0), Head(weight, lora=lora)
+    for own, support in ((weight, None), (weight, TopK(7)), (capped, None), (adapted, None)):
         ids = torch.arange(41)
-        together = linear_divergence(hidden, weight, teacher, head, target_ids=ids, **given)
+        together = linear_divergence(hidden, own, teacher, head, target_ids=ids, support=support)
         for some in (slice(0, 1), slice(3, 20), slice(40, 41)):
-            apart = linear_divergence(hidden[some], weight, teacher[some], head, target_ids=ids[some], **given)
+            apart = linear_divergence(hidden[some], own, teacher[some], head, target_ids=ids[some], support=support)
             for x, y in zip(apart[1:-1], together[1:-1], strict=True):
                 assert torch.equal(x, y[some])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scsdpo_kernels import native
+from scsdpo_kernels.kernels import native
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES_OF_GRADIENTS = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))

@@ -13,18 +13,30 @@ import torch.nn.functional as F
 from conftest import DEVICE
 from oracle import relative_error
 from test_linear_divergence import DTYPES, problem
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from scsdpo_kernels import chunked, linear_divergence, linear_divergence_per_token
+from scsdpo_kernels import (
+    Head,
+    LoRA,
+    SampledToken,
+    TopK,
+    TopLogprobs,
+    linear_divergence,
+    linear_divergence_per_token,
+)
 from scsdpo_kernels.kernels import kernels_of, triton_kernels
+from scsdpo_kernels.schedules import chunked, products
+from scsdpo_kernels.schedules import rows as row_choice
 
 BETAS = (0.0, 0.3, 1.0)
 V, D = 307, 24
 
 
-def logits(hidden, weight, *, bias=None, softcap=None, logit_scale=1.0, lora=None):
+def logits(hidden, head):
+    weight, bias, lora, logit_scale, softcap = Head(head) if isinstance(head, torch.Tensor) else head
     z = hidden @ weight.T
     if lora is not None:
-        z = z + lora[2] * (hidden @ lora[0].T) @ lora[1].T
+        z = z + lora.scale * (hidden @ lora.a.T) @ lora.b.T
     if bias is not None:
         z = z + bias
     z = z * logit_scale
@@ -68,16 +80,26 @@ def kernels(request, monkeypatch):
     return request.param
 
 
-def leaves(*tensors, dtype=None):
-    return [x.detach().to(dtype or x.dtype).clone().requires_grad_() for x in tensors]
+def leaves(*given, dtype=None):
+    """Copies of tensors and heads, to differentiate into."""
+    return tree_map_only(torch.Tensor, lambda x: x.detach().to(dtype or x.dtype).clone().requires_grad_(), list(given))
+
+
+def double(given):
+    return tree_map_only(torch.Tensor, torch.Tensor.double, given)
+
+
+def tensors(given):
+    """Those of heads too, in the order of their fields."""
+    return [x for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
 
 
 def check(got, inputs, expected, exact_inputs, limit=2e-5, floor=1e-9):
     """The gradients of all inputs; `floor` is of a gradient's norm. Of the loss the rows, which may cancel in it, say
     how exact it is."""
     torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-5)
-    gradients = torch.autograd.grad(got, inputs)
-    exact = torch.autograd.grad(expected, exact_inputs)
+    gradients = torch.autograd.grad(got, tensors(inputs))
+    exact = torch.autograd.grad(expected, tensors(exact_inputs))
     for x, y in zip(gradients, exact, strict=True):
         assert (x.double() - y).norm() <= limit * y.norm() + floor, relative_error(x, y)
 
@@ -92,7 +114,7 @@ def test_top_k(kernels, tail, beta):
         token_weight = torch.randn(9)
         inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
         result = linear_divergence(*inputs, teacher, head, token_weight=token_weight, beta=beta, temperature=0.8,
-                                   top_k=k, tail=tail)  # fmt: skip
+                                   support=TopK(k, tail))  # fmt: skip
         z_t = logits(teacher.double(), (weight if head is None else head).double()) / 0.8
         z_s = logits(*exact) / 0.8
         expected = top_k(z_s, z_t, k, tail, beta)
@@ -115,7 +137,8 @@ def test_top_k_is_what_trl_computes(beta, add_tail):
     losses = pytest.importorskip("trl.experimental.sdpo.loss_utils")
     hidden, weight, teacher, _ = problem((40,), D, V, 0.7, scale=2.0)
     inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    got = linear_divergence(*inputs, teacher, beta=beta, top_k=20, tail="bucket" if add_tail else "renormalize")
+    support = TopK(20, "bucket" if add_tail else "renormalize")
+    got = linear_divergence(*inputs, teacher, beta=beta, support=support)
     expected = losses.compute_topk_self_distillation_loss(
         logits(*exact), logits(teacher.double(), weight.double()),
         distillation_topk=20, distillation_alpha=beta, distillation_add_tail=add_tail,
@@ -130,7 +153,7 @@ def test_top_k_of_near_equal_sides_keeps_relative_precision(kernels, beta):
     hidden, weight, teacher, _ = problem((9,), D, V, 1e-5, scale=2.0)
     delta = teacher.double() - hidden.double()
     inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    got = linear_divergence(*inputs, teacher, beta=beta, top_k=20)
+    got = linear_divergence(*inputs, teacher, beta=beta, support=TopK(20))
     z_s, d = logits(*exact), delta @ weight.double().T
     ids = z_s.topk(20).indices
     p = z_s.softmax(-1).detach()
@@ -159,7 +182,7 @@ def test_top_k_bounds_the_tail_as_sdpo_does(kernels):
     hidden[3:] *= 60.0
     for beta, tail in itertools.product(BETAS, ("bucket", "renormalize")):
         inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-        got = linear_divergence(*inputs, teacher, beta=beta, top_k=5, tail=tail)
+        got = linear_divergence(*inputs, teacher, beta=beta, support=TopK(5, tail))
         expected = top_k(logits(*exact), logits(teacher.double(), weight.double()), 5, tail, beta)
         torch.testing.assert_close(got.divergence.double(), expected.detach(), rtol=5e-5, atol=3e-7)
         check(got.loss, inputs, expected.sum(), exact, floor=1e-6)
@@ -180,8 +203,8 @@ def test_support_of_the_teacher(kernels, tail, beta):
     token_weight[1, 4] = 0
     ids[1, 4], support_logp[1, 4] = 10**6, torch.nan
     inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    result = linear_divergence(*inputs, support_ids=ids, support_logp=support_logp, token_weight=token_weight,
-                               beta=beta, tail=tail, target_ids=torch.zeros(2, 5, dtype=torch.long))  # fmt: skip
+    result = linear_divergence(*inputs, support=TopLogprobs(ids, support_logp, tail), token_weight=token_weight,
+                               beta=beta, target_ids=torch.zeros(2, 5, dtype=torch.long))  # fmt: skip
     log_p = logits(*exact).log_softmax(-1)
     expected = []
     for r in range(rows):
@@ -206,8 +229,8 @@ def test_support_of_the_teacher_is_top_k_where_both_choose_the_same(kernels):
     log_q = logits(teacher.double(), weight.double()).log_softmax(-1).gather(1, ids)
     for tail in ("bucket", "renormalize"):
         first, second = leaves(hidden, weight), leaves(hidden, weight)
-        a = linear_divergence(*first, teacher, top_k=9, tail=tail)
-        b = linear_divergence(*second, support_ids=ids, support_logp=log_q, tail=tail)
+        a = linear_divergence(*first, teacher, support=TopK(9, tail))
+        b = linear_divergence(*second, support=TopLogprobs(ids, log_q, tail))
         torch.testing.assert_close(a.divergence, b.divergence, rtol=1e-3, atol=1e-9)
         for x, y in zip(torch.autograd.grad(a.loss, first), torch.autograd.grad(b.loss, second), strict=True):
             assert relative_error(x, y) < 1e-3
@@ -217,13 +240,13 @@ def test_wrong_supports_raise():
     hidden, weight, _, _ = problem((4,), D, V)
     ids, logp = torch.arange(12).view(4, 3), torch.full((4, 3), -2.0)
     for wrong in (ids + V, ids - 2, torch.where(ids == 4, 3, ids)):
-        with pytest.raises(ValueError, match=r"support_ids: expected ids in \[0, 307\), each once in a row"):
-            linear_divergence(hidden, weight, support_ids=wrong, support_logp=logp)
+        with pytest.raises(ValueError, match=r"support\.ids: expected ids in \[0, 307\), each once in a row"):
+            linear_divergence(hidden, weight, support=TopLogprobs(wrong, logp))
     repeated = torch.tensor([[3, -1, 3], [-1, -1, -1], [0, 1, 2], [5, 6, -1]])
-    with pytest.raises(ValueError, match="support_ids"):
-        linear_divergence(hidden, weight, support_ids=repeated, support_logp=logp)
-    linear_divergence(hidden, weight, support_ids=repeated, support_logp=logp,
-                      token_weight=torch.tensor([0.0, 1, 1, 1]))  # fmt: skip
+    with pytest.raises(ValueError, match=r"support\.ids"):
+        linear_divergence(hidden, weight, support=TopLogprobs(repeated, logp))
+    token_weight = torch.tensor([0.0, 1, 1, 1])
+    linear_divergence(hidden, weight, support=TopLogprobs(repeated, logp), token_weight=token_weight)
 
 
 @pytest.mark.parametrize("distance", [1e-3, 0.7])
@@ -236,7 +259,7 @@ def test_sampled_token(kernels, distance):
         inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
         options = {"old_logp": old, "importance_clip": 1.5} if importance else {}
         result = linear_divergence(*inputs, teacher, target_ids=ids, token_weight=token_weight, beta=1.0,
-                                   temperature=1.2, sampled_token=True, **options)  # fmt: skip
+                                   temperature=1.2, support=SampledToken(), **options)  # fmt: skip
         log_p = (logits(*exact) / 1.2).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         log_q = (logits(teacher.double(), weight.double()) / 1.2).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
         expected = (log_p - log_q).detach() * log_p
@@ -257,7 +280,7 @@ def test_sampled_token_is_what_trl_computes():
     hidden, weight, teacher, _ = problem((40,), D, V, 0.7, scale=2.0)
     ids = torch.randint(V, (40,))
     inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    got = linear_divergence(*inputs, teacher, beta=1.0, target_ids=ids, sampled_token=True)
+    got = linear_divergence(*inputs, teacher, beta=1.0, target_ids=ids, support=SampledToken())
     loss = losses.compute_sampled_token_self_distillation_loss
     expected = loss(logits(*exact), logits(teacher.double(), weight.double()), ids, distillation_alpha=1.0)
     stick = loss(logits(hidden, weight), logits(teacher, weight), ids, distillation_alpha=1.0)
@@ -298,15 +321,11 @@ def test_entry_clip_of_forbidden_entries(kernels):
     hidden, weight, teacher, _ = problem((5,), D, V, 0.5)
     bias = torch.zeros(V)
     bias[7] = -torch.inf
-    for side in ("student", "teacher", "both"):
-        given = {f"{side}_bias": bias} if side != "both" else {"student_bias": bias}
-        if side == "student":
-            given["teacher_bias"] = torch.zeros(V)
-        got = linear_divergence(hidden, weight, teacher, beta=0.0, entry_clip=0.001, **given).divergence
-        z_s, z_t = logits(hidden.double(), weight.double()), logits(teacher.double(), weight.double())
-        z_s[:, 7] = -torch.inf if side != "teacher" else z_s[:, 7]
-        z_t[:, 7] = -torch.inf if side != "student" else z_t[:, 7]
-        log_p, log_q = z_s.log_softmax(-1), z_t.log_softmax(-1)
+    forbids, allows = Head(weight, bias=bias), Head(weight, bias=torch.zeros(V))
+    for student, of_teacher in ((forbids, allows), (weight, forbids), (forbids, None)):
+        got = linear_divergence(hidden, student, teacher, of_teacher, beta=0.0, entry_clip=0.001).divergence
+        log_p = logits(hidden.double(), double(student)).log_softmax(-1)
+        log_q = logits(teacher.double(), double(of_teacher or student)).log_softmax(-1)
         terms = log_q.exp() * torch.where(log_q > -torch.inf, log_q - log_p, 0.0)
         torch.testing.assert_close(got.double(), terms.clamp(max=0.001).sum(-1), rtol=1e-5, atol=1e-6)
 
@@ -320,31 +339,17 @@ HEADS = {
 }
 
 
-def head_of(kind, width, seed):
-    """Arguments of a side, as tensors that may require grad and numbers."""
+def head_of(kind, weight, seed):
+    """A head of `weight` with what else such a head has."""
     generator = torch.Generator().manual_seed(seed)
     given = dict(HEADS[kind])
     if "bias" in given:
         given["bias"] = torch.randn(V, generator=generator)
     if "lora" in given:
-        rank = given["lora"]
+        rank, width = given["lora"], weight.shape[1]
         a = torch.randn(rank, width, generator=generator) * width**-0.5
-        given["lora"] = a, torch.randn(V, rank, generator=generator), 0.5
-    return given
-
-
-def as_double(given):
-    given = dict(given)
-    if "bias" in given:
-        given["bias"] = given["bias"].detach().double().requires_grad_()
-    if "lora" in given:
-        a, b, scale = given["lora"]
-        given["lora"] = a.detach().double().requires_grad_(), b.detach().double().requires_grad_(), scale
-    return given
-
-
-def own_tensors(given):
-    return [given[name] for name in ("bias",) if name in given] + list(given.get("lora", ())[:2])
+        given["lora"] = LoRA(a, torch.randn(V, rank, generator=generator), 0.5)
+    return Head(weight, **given)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -356,41 +361,35 @@ def test_heads(kernels, beta, kind, monkeypatch):
     schedules = ("chunked", "reference") if kernels == "cpu" else ("chunked",)
     cases = (("s", None), ("t", None), ("st", 16), ("st", None))
     for (sides, teacher_width), schedule in itertools.product(cases, schedules):
-        hidden, weight, teacher, head = problem((13,), D, V, 0.4, scale=2.0, teacher_width=teacher_width)
-        student_head = head_of(kind, D, 1) if "s" in sides else {}
-        teacher_head = head_of(kind, teacher_width or D, 2) if "t" in sides else {}
-        inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-        for x in own_tensors(student_head):
-            x.requires_grad_()
+        hidden, weight, teacher, other = problem((13,), D, V, 0.4, scale=2.0, teacher_width=teacher_width)
+        student_head, teacher_head = weight, weight if other is None else other
+        if "s" in sides:
+            student_head = head_of(kind, student_head, 1)
+        if "t" in sides:
+            teacher_head = head_of(kind, teacher_head, 2)
+        inputs, exact = leaves(hidden, student_head), leaves(hidden, student_head, dtype=torch.double)
         token_weight = torch.randn(13)
-        options = {f"student_{name}": value for name, value in student_head.items()}
-        options |= {f"teacher_{name}": value for name, value in teacher_head.items()}
-        got = linear_divergence(*inputs, teacher, weight if head is None else head, beta=beta, temperature=0.8,
-                                token_weight=token_weight, schedule=schedule, **options)  # fmt: skip
-        exact_head = as_double(student_head)
-        z_s = logits(*exact, **exact_head) / 0.8
-        z_t = logits(teacher.double(), (weight if head is None else head).double(), **as_double(teacher_head)) / 0.8
-        expected = divergence(z_s.log_softmax(-1), z_t.detach().log_softmax(-1), beta)
+        got = linear_divergence(*inputs, teacher, teacher_head, beta=beta, temperature=0.8,
+                                token_weight=token_weight, schedule=schedule)  # fmt: skip
+        z_s, z_t = logits(*exact) / 0.8, logits(teacher.double(), double(teacher_head)) / 0.8
+        expected = divergence(z_s.log_softmax(-1), z_t.log_softmax(-1), beta)
         torch.testing.assert_close(got.divergence.double(), expected, rtol=2e-5, atol=1e-8)
-        check(got.loss, [*inputs, *own_tensors(student_head)], (token_weight * expected).sum(),
-              [*exact, *own_tensors(exact_head)], limit=3e-5)  # fmt: skip
+        check(got.loss, inputs, (token_weight * expected).sum(), exact, limit=3e-5)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_teacher_without_a_head_of_its_own_has_the_students(kind):
     hidden, weight, teacher, _ = problem((7,), D, V, 0.3)
-    own = head_of(kind, D, 1)
-    options = {f"student_{name}": value for name, value in own.items()}
-    twice = {**options, **{f"teacher_{name}": value for name, value in own.items()}}
-    shared = linear_divergence(hidden, weight, teacher, **options)
-    torch.testing.assert_close(shared, linear_divergence(hidden, weight, teacher, weight, **twice))
-    assert (linear_divergence(hidden, weight, hidden, **options).divergence == 0).all()
-    apart = linear_divergence(hidden, weight, teacher, weight, **options)
+    head = head_of(kind, weight, 1)
+    shared = linear_divergence(hidden, head, teacher)
+    torch.testing.assert_close(shared, linear_divergence(hidden, head, teacher, head))
+    assert (linear_divergence(hidden, head, hidden).divergence == 0).all()
+    apart = linear_divergence(hidden, head, teacher, weight)
     assert not torch.allclose(apart.divergence, shared.divergence, rtol=1e-3)
     neutral = {"bias": torch.zeros(V), "softcap": math.inf, "logit_scale": 1.0,
-               "lora": (torch.zeros(1, D), torch.zeros(V, 1), 1.0)}  # fmt: skip
-    overridden = {f"teacher_{name}": neutral[name] for name in own}
-    torch.testing.assert_close(linear_divergence(hidden, weight, teacher, **options, **overridden).divergence,
+               "lora": LoRA(torch.zeros(1, D), torch.zeros(V, 1))}  # fmt: skip
+    replaced = head._replace(**{name: neutral[name] for name in HEADS[kind]})
+    torch.testing.assert_close(linear_divergence(hidden, head, teacher, replaced).divergence,
                                apart.divergence, rtol=1e-4, atol=1e-6)  # fmt: skip
 
 
@@ -398,16 +397,14 @@ def test_a_teacher_without_a_head_of_its_own_has_the_students(kind):
 def test_shared_linear_heads_keep_relative_precision(kernels, beta):
     """With a bias, a scale and an adapter too, the difference of the hidden states is what is projected."""
     hidden, weight, teacher, _ = problem((9,), D, V, 1e-5, scale=2.0)
-    own = head_of("all", D, 1)
-    own.pop("softcap")
-    got = linear_divergence(hidden, weight, teacher, beta=beta, **{f"student_{name}": x for name, x in own.items()})
-    exact = as_double(own)
-    p = logits(hidden.double(), weight.double(), **exact).softmax(-1)
-    exact.pop("bias")
-    d = logits(teacher.double() - hidden.double(), weight.double(), **exact)
+    head = head_of("all", weight, 1)._replace(softcap=None)
+    got = linear_divergence(hidden, head, teacher, beta=beta)
+    exact = double(head)
+    p = logits(hidden.double(), exact).softmax(-1)
+    d = logits(teacher.double() - hidden.double(), exact._replace(bias=None))
     variance = (p * d**2).sum(-1) - (p * d).sum(-1) ** 2
     curvature = 1.0 if beta in (0.0, 1.0) else beta * (1 - beta)
-    assert variance.max() < 1e-8 and relative_error(got.divergence, curvature / 2 * variance.detach()) < 1e-4
+    assert variance.max() < 1e-8 and relative_error(got.divergence, curvature / 2 * variance) < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -415,42 +412,34 @@ def test_shared_linear_heads_keep_relative_precision(kernels, beta):
 def test_heads_in_half_precision(dtype, kind):
     """Values as exact as in fp32; gradients within the rounding of the logit gradient, twice where two products add."""
     hidden, weight, teacher, _ = problem((30,), 64, V, 0.3, dtype=dtype)
-    own = head_of(kind, 64, 1)
-    own = {name: x.to(dtype) if name == "bias" else x for name, x in own.items()}
-    if "lora" in own:
-        own["lora"] = own["lora"][0].to(dtype), own["lora"][1].to(dtype), 0.5
-    inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    for x in own_tensors(own):
-        x.requires_grad_()
-    got = linear_divergence(*inputs, teacher, **{f"student_{name}": x for name, x in own.items()})
-    exact_head = as_double(own)
-    z_t = logits(teacher.double(), weight.double(), **exact_head).detach()
-    expected = divergence(logits(*exact, **exact_head).log_softmax(-1), z_t.log_softmax(-1), 0.5)
+    inputs = leaves(hidden, head_of(kind, weight, 1), dtype=dtype)
+    exact = leaves(*inputs, dtype=torch.double)
+    got = linear_divergence(*inputs, teacher)
+    z_t = logits(teacher.double(), exact[1]).detach()
+    expected = divergence(logits(*exact).log_softmax(-1), z_t.log_softmax(-1), 0.5)
     assert relative_error(got.divergence, expected) < 1e-4
-    gradients = torch.autograd.grad(got.loss, [*inputs, *own_tensors(own)])
-    sought = torch.autograd.grad(expected.sum(), [*exact, *own_tensors(exact_head)])
+    gradients = torch.autograd.grad(got.loss, tensors(inputs))
+    sought = torch.autograd.grad(expected.sum(), tensors(exact))
     for x, y in zip(gradients, sought, strict=True):
         assert x.dtype == dtype and relative_error(x, y) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
 def test_a_frozen_head_under_an_adapter_has_no_gradient_of_its_own(monkeypatch):
     hidden, weight, teacher, _ = problem((9,), D, V)
-    a, b, scale = head_of("lora", D, 1)["lora"]
-    a.requires_grad_()
-    b.requires_grad_()
-    shapes, add = [], chunked._HeadGradient.add
+    (lora,) = leaves(head_of("lora", weight, 1).lora)
+    shapes, add = [], products.HeadGradient.add
     monkeypatch.setattr(
-        chunked._HeadGradient, "add", lambda self, g, h: shapes.append((g.shape[1], h.shape[1])) or add(self, g, h)
+        products.HeadGradient, "add", lambda self, g, h: shapes.append((g.shape[1], h.shape[1])) or add(self, g, h)
     )
-    linear_divergence(hidden, weight, teacher, student_lora=(a, b, scale)).loss.backward()
-    assert shapes == [(3, D), (V, 3)] and a.grad.abs().sum() > 0 and b.grad.abs().sum() > 0
+    linear_divergence(hidden, Head(weight, lora=lora), teacher).loss.backward()
+    assert shapes == [(3, D), (V, 3)] and lora.a.grad.abs().sum() > 0 and lora.b.grad.abs().sum() > 0
     assert weight.grad is None
 
 
 EVERYTHING = {
-    "top_k": {"top_k": 11},
-    "top_k, renormalize": {"top_k": 11, "tail": "renormalize"},
-    "sampled_token": {"sampled_token": True, "beta": 1.0},
+    "top_k": {"support": TopK(11)},
+    "top_k, renormalize": {"support": TopK(11, "renormalize")},
+    "sampled_token": {"support": SampledToken(), "beta": 1.0},
     "entry_clip": {"entry_clip": 0.02, "beta": 0.0},
 }
 
@@ -460,22 +449,18 @@ EVERYTHING = {
 def test_objectives_and_heads_together(kernels, name, kind):
     """Against the reference in float64, per token, with an importance ratio, through a softcap, twice."""
     hidden, weight, teacher, _ = problem((2, 6), D, V, 0.5, scale=2.0)
-    own = {} if kind is None else head_of(kind, D, 1)
+    head = weight if kind is None else head_of(kind, weight, 1)
     options = {**EVERYTHING[name], "target_ids": torch.randint(V, (2, 6)), "old_logp": torch.randn(2, 6) - 5}
     upstream = torch.randn(2, 6)
     upstream[0, 2] = 0
     results = []
     for schedule in ("chunked", "reference"):
         dtype = torch.double if schedule == "reference" else torch.float32
-        head = as_double(own) if schedule == "reference" else own
-        inputs = [*leaves(hidden, weight, dtype=dtype), *(x.requires_grad_() for x in own_tensors(head))]
-        of_head = {f"student_{key}": value for key, value in head.items()}
-        out = linear_divergence_per_token(
-            *inputs[:2], teacher.to(dtype), **options, **of_head, temperature=1.1, schedule=schedule
-        )
+        inputs = leaves(hidden, head, dtype=dtype)
+        out = linear_divergence_per_token(*inputs, teacher.to(dtype), **options, temperature=1.1, schedule=schedule)
         loss = (torch.sin(out) * upstream).sum()
-        results.append((out, *torch.autograd.grad(loss, inputs, retain_graph=True)))
-        for x, y in zip(torch.autograd.grad(loss, inputs), results[-1][1:], strict=True):
+        results.append((out, *torch.autograd.grad(loss, tensors(inputs), retain_graph=True)))
+        for x, y in zip(torch.autograd.grad(loss, tensors(inputs)), results[-1][1:], strict=True):
             torch.testing.assert_close(x, y)
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-6)
@@ -493,14 +478,13 @@ def test_near_equal_peaked_and_forbidden(kernels, name):
 
     forbidden = torch.zeros(V)
     forbidden[10:200] = -torch.inf
-    for given in ({"student_bias": forbidden}, {"student_bias": forbidden, "teacher_bias": torch.zeros(V)}):
-        got = linear_divergence(hidden, weight, hidden + 0.3, **given, **options)
-        expected = linear_divergence(hidden.double(), weight.double(), hidden.double() + 0.3, schedule="reference",
-                                     **{k: v.double() for k, v in given.items()}, **options)  # fmt: skip
+    inputs = leaves(hidden, Head(weight, bias=forbidden))
+    for teacher_head in (None, inputs[1]._replace(bias=torch.zeros(V))):
+        given = [*inputs, hidden + 0.3, teacher_head]
+        got = linear_divergence(*given, **options)
+        expected = linear_divergence(*double(given), **options, schedule="reference")
         torch.testing.assert_close(got.divergence.double(), expected.divergence, rtol=1e-4, atol=1e-6)
-        inputs = leaves(hidden, weight)
-        grads = torch.autograd.grad(linear_divergence(*inputs, hidden + 0.3, **given, **options).loss, inputs)
-        assert all(x.isfinite().all() for x in grads)
+        assert all(x.isfinite().all() for x in torch.autograd.grad(got.loss, tensors(inputs)))
 
     for bad in (torch.nan, torch.inf):
         broken = hidden.clone()
@@ -543,76 +527,83 @@ def test_zero_negative_and_huge_weights(name):
         assert result.divergence[r] == (0 if token_weight[r] == 0 else alone.divergence[0])
 
 
+NAMED = TopLogprobs(torch.arange(8).view(4, 2), torch.full((4, 2), -1.0))
+
+
+def called(options):
+    """linear_divergence on small sides; a head in `options` is what it has beside its weight."""
+    hidden, weight, teacher, _ = problem((4,), D, V)
+    given = {"student_head": {}, "teacher_hidden": teacher, **options}
+    for name in {"student_head", "teacher_head"} & set(given):
+        given[name] = Head(weight, **given[name])
+    return linear_divergence(hidden, **given)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"top_k": 3, "support_ids": True}, "top_k: expected no support_ids"),
-        ({"tail": "bucket"}, "tail: expected top_k or support_ids with it"),
-        ({"tail": "cut", "top_k": 2}, "tail: expected 'bucket' or 'renormalize', got 'cut'"),
-        ({"top_k": 0}, "top_k: expected at least 1, got 0"),
-        ({"importance_clip": 2.0}, "importance_clip: expected old_logp"),
+        ({"support": TopK(2, tail="cut")}, "TopK: expected tail 'bucket' or 'renormalize', got 'cut'"),
+        ({"support": TopK(0)}, "TopK: expected k of at least 1, got 0"),
         ({"old_logp": torch.zeros(4)}, "old_logp: expected target_ids"),
-        ({"support_ids": True, "teacher_hidden": True}, "support_ids: expected no teacher_hidden"),
-        ({"support_ids": True, "teacher_bias": torch.zeros(V)}, "support_ids: expected no teacher_bias"),
-        ({"support_ids": True, "teacher_softcap": 2.0}, "support_ids: expected no teacher_softcap"),
-        ({"support_ids": torch.zeros(4, 2, dtype=torch.long), "teacher_hidden": None},
-         "support_ids: expected support_logp"),
-        ({"support_logp": torch.zeros(4, 2)}, "support_logp: expected support_ids"),
-        ({"teacher_hidden": None}, "teacher_hidden: expected a tensor, or support_ids"),
-        ({"sampled_token": True, "beta": 1.0}, "sampled_token: expected target_ids"),
-        ({"sampled_token": True, "target_ids": torch.zeros(4).long()},
-         "sampled_token: expected beta=1 .* got beta=0.5"),
-        ({"sampled_token": True, "top_k": 3, "beta": 1.0, "target_ids": torch.zeros(4).long()},
-         "sampled_token: expected no top_k"),
+        ({"support": NAMED}, "TopLogprobs: expected no teacher_hidden"),
+        ({"support": NAMED, "teacher_hidden": None, "teacher_head": {}}, "TopLogprobs: expected no teacher_head"),
+        ({"support": NAMED._replace(logp=torch.zeros(4, 3)), "teacher_hidden": None},
+         r"support.logp: expected support.ids' shape \(4, 2\)"),
+        ({"support": NAMED._replace(ids=torch.arange(8)), "teacher_hidden": None},
+         r"support.ids: expected shape \(4, 'K'\)"),
+        ({"teacher_hidden": None}, "teacher_hidden: expected a tensor, or support=TopLogprobs"),
+        ({"support": SampledToken(), "beta": 1.0}, "SampledToken: expected target_ids"),
+        ({"support": SampledToken(), "target_ids": torch.zeros(4).long()},
+         "SampledToken: expected beta=1 .* got beta=0.5"),
         ({"entry_clip": 0.1}, "entry_clip: expected beta=0 .* got beta=0.5"),
-        ({"entry_clip": 0.1, "top_k": 2, "beta": 0.0}, "entry_clip: expected no top_k"),
+        ({"entry_clip": 0.1, "support": TopK(2), "beta": 0.0}, "entry_clip: expected no TopK"),
+        ({"entry_clip": 0.1, "support": NAMED, "teacher_hidden": None, "beta": 0.0},
+         "entry_clip: expected no TopLogprobs"),
+        ({"entry_clip": 0.1, "support": SampledToken(), "target_ids": torch.zeros(4).long(), "beta": 1.0},
+         "entry_clip: expected no SampledToken"),
         ({"entry_clip": 0.0, "beta": 0.0}, "entry_clip: expected a number above 0"),
-        ({"student_softcap": -1.0}, "student_softcap: expected a number above 0"),
-        ({"student_logit_scale": math.inf}, "student_logit_scale: expected a finite number"),
-        ({"student_bias": torch.zeros(V + 1)}, r"student_bias: expected shape \(307,\)"),
-        ({"student_lora": (torch.zeros(2, D + 1), torch.zeros(V, 2), 1.0)}, "student_lora: expected A of shape"),
-        ({"teacher_lora": (torch.zeros(2, D), torch.zeros(V, 3), 1.0)}, "teacher_lora: expected B of shape"),
-        ({"schedule": "tiled", "top_k": 3}, "schedule='tiled': it does not have top_k"),
-        ({"schedule": "tiled", "student_lora": (torch.zeros(2, D), torch.zeros(V, 2), 1.0)},
-         "schedule='tiled': it does not have student_lora, teacher_lora"),
+        ({"student_head": {"softcap": -1.0}}, "student_head.softcap: expected a number above 0"),
+        ({"student_head": {"logit_scale": math.inf}}, "student_head.logit_scale: expected a finite number"),
+        ({"student_head": {"bias": torch.zeros(V + 1)}}, r"student_head.bias: expected shape \(307,\)"),
+        ({"student_head": {"lora": LoRA(torch.zeros(2, D + 1), torch.zeros(V, 2))}},
+         "student_head.lora: expected A of shape"),
+        ({"teacher_head": {"lora": LoRA(torch.zeros(2, D), torch.zeros(V, 3))}},
+         "teacher_head.lora: expected B of shape"),
+        ({"schedule": "tiled", "support": TopK(3)}, "schedule='tiled': it does not have TopK"),
+        ({"schedule": "tiled", "student_head": {"lora": LoRA(torch.zeros(2, D), torch.zeros(V, 2))}},
+         "schedule='tiled': it does not have student_head.lora, teacher_head.lora"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_raises_by_name(options, message):
-    hidden, weight, teacher, _ = problem((4,), D, V)
-    options = dict(options)
-    given = options.pop("teacher_hidden", None if options.get("support_ids") is True else teacher)
-    given = teacher if given is True else given
-    if options.get("support_ids") is True:
-        options |= {"support_ids": torch.arange(8).view(4, 2), "support_logp": torch.full((4, 2), -1.0)}
     with pytest.raises(ValueError, match=message):
-        linear_divergence(hidden, weight, given, **options)
+        called(options)
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"top_k": 2.0}, "top_k: expected an integer, got float"),
-        ({"student_softcap": "30"}, "student_softcap: expected a number, got str"),
-        ({"student_bias": torch.zeros(V).long()}, "student_bias: expected floating-point"),
-        ({"student_lora": torch.zeros(2, D)}, r"student_lora: expected \(A, B, scale\), got Tensor"),
-        ({"support_logp": [0.0]}, "support_logp: expected a tensor, got list"),
+        ({"support": TopK(2.0)}, "TopK: expected an integer as k, got float"),
+        ({"support": 2}, "support: expected TopK, TopLogprobs, SampledToken or None, got int"),
+        ({"student_head": {"softcap": "30"}}, "student_head.softcap: expected a number, got str"),
+        ({"student_head": {"bias": torch.zeros(V).long()}}, "student_head.bias: expected floating-point"),
+        ({"student_head": {"lora": torch.zeros(2, D)}}, "student_head.lora: expected a LoRA, got Tensor"),
+        ({"support": NAMED._replace(logp=[0.0]), "teacher_hidden": None}, "support.logp: expected a tensor, got list"),
     ],
 )
 def test_types(options, message):
-    hidden, weight, teacher, _ = problem((4,), D, V)
     with pytest.raises(TypeError, match=message):
-        linear_divergence(hidden, weight, teacher, **options)
+        called(options)
 
 
 def test_one_row_without_a_leading_axis():
     hidden, weight, teacher, _ = problem((1,), D, V)
-    for options in ({"top_k": 3}, {"student_bias": torch.randn(V)}):
-        one = linear_divergence(hidden[0], weight, teacher[0], **options)
-        many = linear_divergence(hidden, weight, teacher, **options)
+    for head, support in ((weight, TopK(3)), (Head(weight, bias=torch.randn(V)), None)):
+        one = linear_divergence(hidden[0], head, teacher[0], support=support)
+        many = linear_divergence(hidden, head, teacher, support=support)
         assert one.divergence.shape == () and one.divergence == many.divergence[0]
     ids, logp = torch.tensor([3, 4, -1]), torch.tensor([-1.0, -2.0, 0.0])
-    one = linear_divergence(hidden[0], weight, support_ids=ids, support_logp=logp)
-    many = linear_divergence(hidden, weight, support_ids=ids[None], support_logp=logp[None])
+    one = linear_divergence(hidden[0], weight, support=TopLogprobs(ids, logp))
+    many = linear_divergence(hidden, weight, support=TopLogprobs(ids[None], logp[None]))
     assert one.divergence.shape == () and one.divergence == many.divergence[0] and one.teacher_entropy is None
 
 
@@ -632,39 +623,37 @@ def test_listed_rows_of_weight_0_may_hold_anything(kernels):
             results = []
             for listed in (None, rows):
                 inputs = leaves(hidden, weight)
-                out = linear_divergence(*inputs, support_ids=given, support_logp=teacher_logp, beta=beta,
+                out = linear_divergence(*inputs, support=TopLogprobs(given, teacher_logp), beta=beta,
                                         token_weight=token_weight, rows=listed)  # fmt: skip
                 results.append((out.loss, *torch.autograd.grad(out.loss, inputs)))
             for x, y in zip(*results, strict=True):
                 torch.testing.assert_close(x, y)
     forbids = torch.zeros(V)
     forbids[3] = -torch.inf
-    infinite = {"teacher_bias": forbids, "student_bias": torch.zeros(V), "beta": 1.0}
-    inputs = leaves(hidden, weight)
-    result = linear_divergence(*inputs, teacher, token_weight=torch.zeros(4), rows=rows, **infinite)
+    inputs = leaves(hidden, Head(weight, bias=torch.zeros(V)))
+    infinite = *inputs, teacher, inputs[1]._replace(bias=forbids)
+    result = linear_divergence(*infinite, beta=1.0, token_weight=torch.zeros(4), rows=rows)
     assert result.divergence.isinf().all()
-    assert all((x == 0).all() for x in torch.autograd.grad(result.loss, inputs))
-    out = linear_divergence_per_token(*inputs, teacher, rows=rows, **infinite)
-    assert all((x == 0).all() for x in torch.autograd.grad(out, inputs, torch.zeros(4)))
+    assert all((x == 0).all() for x in torch.autograd.grad(result.loss, tensors(inputs)))
+    out = linear_divergence_per_token(*infinite, beta=1.0, rows=rows)
+    assert all((x == 0).all() for x in torch.autograd.grad(out, tensors(inputs), torch.zeros(4)))
 
 
 def test_unchecked_ids_give_nan_in_their_row(kernels, monkeypatch):
     """What a GPU does with `rows=`, where nothing is checked: NaN in the rows of wrong ids, and in no others."""
-    from scsdpo_kernels import ops
-
-    monkeypatch.setattr(ops, "kept_rows", lambda weight, target, rows, *_, **__: (rows, True))
+    monkeypatch.setattr(row_choice, "kept_rows", lambda weight, target, rows, *_, **__: (rows, True))
     hidden, weight, teacher, _ = problem((5,), D, V)
     rows, logp = torch.arange(5), torch.full((5, 3), -2.0)
     ids = torch.tensor([[1, 2, 3], [-5, -7, -100], [-2, 3, 4], [3, 3, 4], [3, 4, V]])
     inputs = leaves(hidden, weight)
-    result = linear_divergence(*inputs, support_ids=ids, support_logp=logp, rows=rows)
+    result = linear_divergence(*inputs, support=TopLogprobs(ids, logp), rows=rows)
     assert result.divergence.isnan().tolist() == [False, True, True, True, True]
     (grad,) = torch.autograd.grad(result.loss, inputs[:1])
     assert grad[0].isfinite().all() and grad[1:].isnan().all()
     targets = torch.tensor([4, -100, V, 3, -100])
     token_weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0])
     inputs = leaves(hidden, weight)
-    result = linear_divergence(*inputs, teacher, beta=1.0, sampled_token=True, target_ids=targets, rows=rows,
+    result = linear_divergence(*inputs, teacher, beta=1.0, support=SampledToken(), target_ids=targets, rows=rows,
                                token_weight=token_weight)  # fmt: skip
     assert result.student_logp.isnan().tolist() == [False, True, True, False, True]
     (grad,) = torch.autograd.grad(result.loss, inputs[:1])
@@ -678,8 +667,8 @@ def test_entry_clip_where_the_teacher_is_sure(kernels):
         bias = torch.zeros(V)
         bias[5] = margin + 7
         inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-        got = linear_divergence(*inputs, teacher, beta=0.0, entry_clip=0.05, teacher_bias=bias)
-        z_t = logits(teacher.double(), weight.double(), bias=bias.double())
+        got = linear_divergence(*inputs, teacher, Head(inputs[1], bias=bias), beta=0.0, entry_clip=0.05)
+        z_t = logits(teacher.double(), Head(weight.double(), bias=bias.double()))
         expected = clipped(logits(*exact), z_t, 0.05)
         assert z_t.softmax(-1)[:, 5].min() > 0.5
         assert relative_error(got.divergence, expected) < 3e-6
@@ -689,11 +678,11 @@ def test_entry_clip_where_the_teacher_is_sure(kernels):
 
 def test_compiled_with_other_numbers():
     hidden, weight, teacher, _ = problem((4,), D, V)
-    lora = torch.randn(2, D), torch.randn(V, 2)
+    a, b = torch.randn(2, D), torch.randn(V, 2)
 
     def step(hidden, cap, scale, clip):
-        return linear_divergence(hidden, weight, teacher, student_softcap=cap, student_logit_scale=scale, beta=0.0,
-                                 entry_clip=clip, student_lora=(*lora, scale)).loss  # fmt: skip
+        head = Head(weight, lora=LoRA(a, b, scale), logit_scale=scale, softcap=cap)
+        return linear_divergence(hidden, head, teacher, beta=0.0, entry_clip=clip).loss
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for numbers in ((30.0, 1.0, 0.1), (20.0, 0.5, 0.2), (5.0, 0.25, 0.3)):

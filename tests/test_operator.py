@@ -8,9 +8,12 @@ import torch
 from test_linear_divergence import DTYPES, fused, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scsdpo_kernels import chunked, linear_divergence, native
-from scsdpo_kernels.linear_divergence import _arguments
-from scsdpo_kernels.rows import complete
+from scsdpo_kernels import Head, LoRA, TopK, TopLogprobs, linear_divergence
+from scsdpo_kernels.kernels import native
+from scsdpo_kernels.linear_divergence import problem_of
+from scsdpo_kernels.problem import flatten
+from scsdpo_kernels.schedules import products
+from scsdpo_kernels.schedules.rows import complete
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -22,36 +25,22 @@ def test_opcheck(dtype, beta, target):
     for wants in ((True, True), (True, False), (False, True)):
         inputs = hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1])
         options = {"token_weight": torch.randn(3, 5), "target_ids": ids, "old_logp": old, "beta": beta}
-        tensors, numbers = _arguments(*inputs, teacher, head, **options)
+        leaves = flatten(problem_of(*inputs, teacher, head, **options))
         torch.library.opcheck(
-            torch.ops.scsdpo_kernels.linear_divergence.default,
-            (*tensors, *numbers, "chunked", [*wants, False, False, False]),
+            torch.ops.scsdpo_kernels.divergence.default, (*leaves, "chunked", [*wants, False, False, False])
         )
 
 
 def test_opcheck_of_every_argument():
     hidden, weight, teacher, head = problem(leading=(7,), width=8, vocabulary=31, teacher_width=6)
-    own = {
-        "student_bias": torch.randn(31, requires_grad=True),
-        "student_lora": (torch.randn(2, 8, requires_grad=True), torch.randn(31, 2, requires_grad=True), 0.5),
-        "student_softcap": 9.0,
-        "student_logit_scale": 0.5,
-    }
-    others = {
-        "teacher_bias": torch.randn(31),
-        "teacher_lora": (torch.randn(3, 6), torch.randn(31, 3), 2.0),
-        "teacher_softcap": 5.0,
-        "teacher_logit_scale": 2.0,
-        "top_k": 4,
-    }
-    support = {"support_ids": torch.arange(21).view(7, 3), "support_logp": torch.full((7, 3), -2.0)}
-    for given, options in (((teacher, head), {**own, **others}), ((None, None), {**own, **support})):
-        inputs = hidden.requires_grad_(), weight.requires_grad_()
-        tensors, numbers = _arguments(*inputs, *given, **options)
-        for operator, rest in (("linear_divergence", ([True] * 5,)), ("linear_divergence_per_token", ())):
-            torch.library.opcheck(
-                getattr(torch.ops.scsdpo_kernels, operator).default, (*tensors, *numbers, "chunked", *rest)
-            )
+    lora = LoRA(torch.randn(2, 8, requires_grad=True), torch.randn(31, 2, requires_grad=True), 0.5)
+    own = Head(weight.requires_grad_(), torch.randn(31, requires_grad=True), lora, logit_scale=0.5, softcap=9.0)
+    other = Head(head, torch.randn(31), LoRA(torch.randn(3, 6), torch.randn(31, 3), 2.0), logit_scale=2.0, softcap=5.0)
+    named = TopLogprobs(torch.arange(21).view(7, 3), torch.full((7, 3), -2.0))
+    for given, support in (((teacher, other), TopK(4)), ((), named)):
+        leaves = flatten(problem_of(hidden.requires_grad_(), own, *given, support=support))
+        for operator, rest in (("divergence", ([True] * 5,)), ("divergence_per_token", ())):
+            torch.library.opcheck(getattr(torch.ops.scsdpo_kernels, operator).default, (*leaves, "chunked", *rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,7 +124,7 @@ class Calls:
     def __init__(self, monkeypatch):
         self.back_projections = self.head_gradients = 0
         self.logit_gradients = []
-        back_project, add, row = chunked._back_project, chunked._HeadGradient.add, native.row_divergence
+        back_project, add, row = products.back_project, products.HeadGradient.add, native.row_divergence
 
         def counted_back_project(*args):
             self.back_projections += 1
@@ -149,8 +138,8 @@ class Calls:
             self.logit_gradients.append(gradient is not None)
             return row(*args, gradient=gradient, **options)
 
-        monkeypatch.setattr(chunked, "_back_project", counted_back_project)
-        monkeypatch.setattr(chunked._HeadGradient, "add", counted_add)
+        monkeypatch.setattr(products, "back_project", counted_back_project)
+        monkeypatch.setattr(products.HeadGradient, "add", counted_add)
         monkeypatch.setattr(native, "row_divergence", counted_row)
 
 
@@ -213,14 +202,14 @@ def test_gradients_accumulate():
 def test_gradients_are_handed_over_without_a_copy(monkeypatch):
     """The head's gradient that backward scales and returns is the one that forward made: no second (V, D)."""
     made = []
-    result = chunked._HeadGradient.result
+    result = products.HeadGradient.result
 
     def noted_result(self):
         gradient = result(self)
         made.append(gradient.data_ptr())
         return gradient
 
-    monkeypatch.setattr(chunked._HeadGradient, "result", noted_result)
+    monkeypatch.setattr(products.HeadGradient, "result", noted_result)
     hidden, weight, teacher, _ = problem()
     weight.requires_grad_()
     (linear_divergence(hidden, weight, teacher).loss * 0.25).backward()
@@ -269,7 +258,7 @@ def test_checkpointing():
 
 def bad_calls():
     hidden, weight, teacher, _ = problem(leading=(4, 5), width=8, vocabulary=31)
-    good = {"student_hidden": hidden, "student_weight": weight, "teacher_hidden": teacher}
+    good = {"student_hidden": hidden, "student_head": weight, "teacher_hidden": teacher}
     ones = torch.ones(4, 5)
     nan, inf = ones.clone(), ones.clone()
     nan[1, 1], inf[0, 0] = torch.nan, -torch.inf
@@ -280,14 +269,14 @@ def bad_calls():
         ("teacher_hidden", TypeError, {"teacher_hidden": teacher.to(torch.float64)}),
         ("student_hidden", ValueError, {"student_hidden": torch.tensor(1.0)}),
         ("teacher_hidden", ValueError, {"teacher_hidden": teacher[:3]}),
-        ("student_weight", ValueError, {"student_weight": weight.t()}),
-        ("student_weight", ValueError, {"student_weight": weight[0]}),
-        ("student_weight", ValueError, {"student_weight": weight[:0]}),
-        ("student_weight", TypeError, {"student_weight": weight.bfloat16()}),
-        ("student_weight", ValueError, {"student_weight": weight.to("meta")}),
+        ("student_head", ValueError, {"student_head": weight.t()}),
+        ("student_head", ValueError, {"student_head": weight[0]}),
+        ("student_head", ValueError, {"student_head": weight[:0]}),
+        ("student_head", TypeError, {"student_head": weight.bfloat16()}),
+        ("student_head", ValueError, {"student_head": weight.to("meta")}),
         ("which the teacher shares", ValueError, {"teacher_hidden": teacher[..., :6]}),
-        ("teacher_weight", ValueError, {"teacher_weight": weight[:30]}),
-        ("teacher_weight", TypeError, {"teacher_weight": weight.half()}),
+        ("teacher_head", ValueError, {"teacher_head": weight[:30]}),
+        ("teacher_head", TypeError, {"teacher_head": weight.half()}),
         ("teacher_hidden", ValueError, {"teacher_hidden": teacher.to("meta")}),
         ("token_weight", ValueError, {"token_weight": ones[:3]}),
         ("token_weight", TypeError, {"token_weight": ones.to(torch.complex64)}),
@@ -301,7 +290,7 @@ def bad_calls():
         ("target_ids", TypeError, {"target_ids": ids.to(torch.complex64)}),
         ("target_ids", TypeError, {"target_ids": ids.to(torch.uint16)}),
         ("student_hidden", TypeError, {"student_hidden": hidden.tolist()}),
-        ("student_weight", TypeError, {"student_weight": None}),
+        ("student_head", TypeError, {"student_head": None}),
         ("teacher_hidden", TypeError, {"teacher_hidden": teacher.numpy()}),
         ("token_weight", TypeError, {"token_weight": 1.0}),
         ("token_weight", ValueError, {"token_weight": ones.double() * 1e39}),

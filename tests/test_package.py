@@ -1,9 +1,11 @@
 """What holds of the package as a whole: the import law, the memory bound, the public names."""
 
 import ast
+import graphlib
 import inspect
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,57 +14,86 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import scsdpo_kernels
-from scsdpo_kernels import chunked, linear_divergence
+from scsdpo_kernels import linear_divergence, linear_divergence_per_token, scsdpo_loss
+from scsdpo_kernels.linear_divergence import DivergenceOptions
+from scsdpo_kernels.schedules import chunked
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "scsdpo_kernels"
+PACKAGES = {"scsdpo": ROOT / "python" / "scsdpo", "scsdpo_kernels": ROOT / "scsdpo_kernels"}
+MODULES = {
+    ".".join((package, *path.relative_to(folder).with_suffix("").parts)).removesuffix(".__init__"): path
+    for package, folder in PACKAGES.items()
+    for path in folder.rglob("*.py")
+}
 
-# Each module imports only from layers below its own.
-LAYERS = [
-    {"__init__"},
-    {"scsdpo_loss"},
-    {"linear_divergence", "weights", "trust_region"},
-    {"ops"},
-    {"chunked", "tiled", "reference"},
-    {"support"},
-    {"shards"},
-    {"kernels"},
-    {"native", "row_divergence_triton", "logits_triton", "question_weights_triton"},
-    {"divergence_triton", "arguments", "rows"},
-    {"_C"},
-]
+# Everything imports only from below; the modules of one package here import each other, in no circle.
+LAW = (
+    "scsdpo",  # of scsdpo_kernels only public names
+    "__init__ > scsdpo_loss > linear_divergence > trust_region, question_weights > ops > checks > vocab_shard",
+    "schedules",  # chunked, tiled and reference know neither each other nor torch.library
+    "kernels",  # native alone knows _C
+    "problem",  # torch only
+)
+DEPTHS = {name: depth for depth, names in enumerate(" > ".join(LAW).split(" > ")) for name in names.split(", ")}
+SCHEDULES = {f"scsdpo_kernels.schedules.{name}" for name in ("chunked", "tiled", "reference")}
 
 
-def imports(path):
-    """(module, name) of the package's own imports in a file, wherever in it they stand."""
+def imports(module):
+    """Dotted names of the modules that a module imports, wherever in it that stands."""
+    path, known = MODULES[module], {*MODULES, "scsdpo_kernels._C"}
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 1:
-            yield from ([node.module] if node.module else [alias.name for alias in node.names])
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scsdpo"):
-            yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("scsdpo"))
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module.split(".")[: None if path.stem == "__init__" else -1]
+            source = [*package[: len(package) - node.level + 1], node.module] if node.level else [node.module]
+            source = ".".join(filter(None, source))
+            for name in (alias.name for alias in node.names):
+                public = source == "scsdpo_kernels" and not node.level and name in scsdpo_kernels.__all__
+                is_module = f"{source}.{name}" in known and not public
+                yield f"{source}.{name}" if is_module else source
+
+
+def in_law(module):
+    """The name that the law has for a module."""
+    package, *rest = module.split(".")
+    return package if package == "scsdpo" else rest[0] if rest else "__init__"
 
 
 def test_import_law():
-    layer = {name: depth for depth, names in enumerate(LAYERS) for name in names}
-    modules = {path.stem: path for path in PACKAGE.glob("*.py")}
-    assert set(modules) == set(layer) - {"_C"}
-    for name, path in modules.items():
-        for imported in imports(path):
-            assert layer[imported] > layer[name], f"{name} imports {imported}"
+    assert set(DEPTHS) == {in_law(module) for module in MODULES}
+    graph = {module: {x for x in imports(module) if x.startswith("scsdpo")} for module in MODULES}
+    for module in MODULES:
+        for imported in graph[module] - {"scsdpo_kernels._C"}:
+            above, below = in_law(module), in_law(imported)
+            assert above == below or DEPTHS[above] < DEPTHS[below], f"{module} imports {imported}"
+            assert not {module, imported} <= SCHEDULES, f"{module} imports {imported}"
+    graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
+
+
+def test_operators_are_defined_above_schedules():
+    for module, path in MODULES.items():
+        if in_law(module) in ("schedules", "kernels", "problem"):
+            used = [ast.unparse(x) for x in ast.walk(ast.parse(path.read_text())) if isinstance(x, ast.Attribute)]
+            assert not [x for x in (*imports(module), *used) if x.startswith("torch.library")], module
+
+
+def test_a_problem_knows_torch_only():
+    others = {name.split(".")[0] for name in imports("scsdpo_kernels.problem")} - sys.stdlib_module_names
+    assert others == {"torch"}
 
 
 def test_only_native_imports_the_compiled_module_and_only_bindings_knows_python():
-    assert [path.stem for path in PACKAGE.glob("*.py") if "_C" in set(imports(path))] == ["native"]
+    assert [x for x in MODULES if "scsdpo_kernels._C" in set(imports(x))] == ["scsdpo_kernels.kernels.native"]
     knows = [path.name for path in (ROOT / "csrc").glob("*.[ch]*") if "pybind11" in path.read_text()]
     assert knows == ["bindings.cpp"]
     assert not any("torch/" in path.read_text() for path in (ROOT / "csrc").glob("*.[ch]*"))
 
 
 def test_trainer_side_imports_only_public_names():
-    for path in (ROOT / "python" / "scsdpo").rglob("*.py"):
-        assert {name for name in imports(path) if name.startswith("scsdpo_kernels")} <= {"scsdpo_kernels"}, path
+    for module in MODULES:
+        if module.split(".")[0] == "scsdpo":
+            assert {x for x in imports(module) if x.startswith("scsdpo_kernels")} <= {"scsdpo_kernels"}, module
 
 
 def test_import_brings_torch_and_nothing_else_heavy():
@@ -78,41 +109,82 @@ def test_import_brings_torch_and_nothing_else_heavy():
 
 def test_public_signatures():
     """The contract that other people's scripts call."""
-    linear = list(inspect.signature(scsdpo_kernels.linear_divergence).parameters)
-    assert linear == [
-        "student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "token_weight", "beta", "temperature",
-        "target_ids", "old_logp", "importance_clip", "top_k", "tail", "support_ids", "support_logp", "sampled_token",
-        "entry_clip", "student_bias", "teacher_bias", "student_softcap", "teacher_softcap", "student_logit_scale",
-        "teacher_logit_scale", "student_lora", "teacher_lora", "schedule", "rows", "shard",
+    heads = ["student_hidden", "student_head", "teacher_hidden", "teacher_head"]
+    options = [
+        "beta", "temperature", "support", "entry_clip", "target_ids", "old_logp", "importance_clip", "schedule", "rows",
+        "shard",
     ]  # fmt: skip
-    weights = list(inspect.signature(scsdpo_kernels.question_weights).parameters)
-    assert weights == ["rewards", "question_ids", "exponent", "success_threshold", "group"]
+    signatures = {
+        function.__name__: inspect.signature(function).parameters
+        for function in (linear_divergence, linear_divergence_per_token, scsdpo_loss, scsdpo_kernels.question_weights)
+    }
+    names = {name: list(parameters) for name, parameters in signatures.items()}
+    assert names == {
+        "linear_divergence": [*heads, "token_weight", *options],
+        "linear_divergence_per_token": [*heads, "options"],
+        "scsdpo_loss": [
+            *heads, "rewards", "question_ids", "question_weight", "mask", "reduction", "denominator", "exponent",
+            "success_threshold", "group", "token_weight", "options",
+        ],
+        "question_weights": ["rewards", "question_ids", "exponent", "success_threshold", "group"],
+    }  # fmt: skip
+    for name in ("linear_divergence", "linear_divergence_per_token", "scsdpo_loss"):
+        kinds = [parameter.kind for parameter in signatures[name].values()]
+        assert {*kinds[:4]} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}, name
+        assert {*kinds[4:]} <= {inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD}, name
+    defaults = {
+        name: parameter.default
+        for parameters in signatures.values()
+        for name, parameter in parameters.items()
+        if parameter.default is not None and parameter.default is not inspect.Parameter.empty
+    }
+    assert defaults == {"beta": 0.5, "temperature": 1.0, "importance_clip": 2.0, "schedule": "auto",
+                        "reduction": "token-mean", "exponent": 0.5}  # fmt: skip
     assert scsdpo_kernels.LinearDivergence._fields == (
         "loss", "divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp",
         "importance_ratio",
     )  # fmt: skip
-    loss = inspect.signature(scsdpo_kernels.scsdpo_loss).parameters
-    assert list(loss)[:4] == linear[:4] and {
-        "rewards",
-        "question_ids",
-        "mask",
-        "reduction",
-        "denominator",
-        "group",
-    } <= set(loss)
-    defaults = {
-        name: parameter.default
-        for function in (scsdpo_kernels.linear_divergence, scsdpo_kernels.scsdpo_loss, scsdpo_kernels.question_weights)
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is not None and parameter.default is not inspect.Parameter.empty
-    }
-    assert defaults == {"beta": 0.5, "temperature": 1.0, "schedule": "auto", "reduction": "token-mean", "exponent": 0.5,
-                        "sampled_token": False}  # fmt: skip
-    shared = inspect.signature(scsdpo_kernels.linear_divergence.__globals__["_checked"]).parameters
-    for name, parameter in inspect.signature(scsdpo_kernels.linear_divergence).parameters.items():
-        assert name in list(linear[:4]) or shared[name].default == parameter.default, name
     for name in scsdpo_kernels.__all__:
         assert getattr(scsdpo_kernels, name).__doc__
+
+
+def test_public_heads_and_supports():
+    """Named tuples that other people's scripts make, in this order."""
+    fields = {
+        name: (getattr(scsdpo_kernels, name)._fields, getattr(scsdpo_kernels, name)._field_defaults)
+        for name in ("Head", "LoRA", "TopK", "TopLogprobs", "SampledToken")
+    }
+    assert fields == {
+        "Head": (
+            ("weight", "bias", "lora", "logit_scale", "softcap"),
+            {"bias": None, "lora": None, "logit_scale": 1.0, "softcap": None},
+        ),
+        "LoRA": (("a", "b", "scale"), {"scale": 1.0}),
+        "TopK": (("k", "tail"), {"tail": "bucket"}),
+        "TopLogprobs": (("ids", "logp", "tail"), {"tail": "bucket"}),
+        "SampledToken": ((), {}),
+    }
+
+
+def test_options_that_are_passed_on_are_linear_divergences():
+    """What a type checker sees of `**options`: names and types as linear_divergence has them."""
+    hints = typing.get_type_hints(linear_divergence)
+    keywords = inspect.signature(linear_divergence).parameters.values()
+    keywords = {x.name: hints[x.name] for x in keywords if x.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert keywords.pop("token_weight") == torch.Tensor | None
+    assert typing.get_type_hints(DivergenceOptions) == keywords
+    assert DivergenceOptions.__required_keys__ == frozenset()
+    for function in (scsdpo_loss, linear_divergence_per_token):
+        assert typing.get_type_hints(function)["options"] == typing.Unpack[DivergenceOptions], function
+
+
+@pytest.mark.parametrize("function", [linear_divergence, linear_divergence_per_token, scsdpo_loss])
+def test_a_typo_names_the_function_that_was_called(function):
+    hidden, head = torch.zeros(2, 4), torch.zeros(8, 4)
+    own = {"mask": torch.ones(2), "question_weight": torch.ones(2)} if function is scsdpo_loss else {}
+    message = rf"^{function.__name__}\(\) got an unexpected keyword argument 'tmperature'"
+    with pytest.raises(TypeError, match=message):
+        function(hidden, head, hidden, **own, tmperature=2.0)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -142,10 +214,11 @@ def test_no_tensor_of_rows_by_vocabulary(monkeypatch, dtype):
 
 PEAK = """
 import sys, torch
-from scsdpo_kernels import linear_divergence, native
+from scsdpo_kernels import Head, TopK, linear_divergence
+from scsdpo_kernels.kernels import native
 rows, dtype, what = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
 bias = torch.zeros(151936, requires_grad=True)
-options = {"plain": {}, "top_k": {"top_k": 100}, "bias": {"student_bias": bias}}[what]
+options = {"support": TopK(100)} if what == "top_k" else {}
 def read(field):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
 hidden = torch.randn(rows, 64).to(dtype).requires_grad_()
@@ -155,7 +228,8 @@ linear_divergence(hidden[:2], weight[:50], teacher[:2]).loss.backward()
 hidden.grad = weight.grad = None
 open("/proc/self/clear_refs", "w").write("5")
 before = read("VmRSS")
-linear_divergence(hidden, weight, teacher, **options).loss.backward()
+head = Head(weight, bias=bias) if what == "bias" else weight
+linear_divergence(hidden, head, teacher, **options).loss.backward()
 print(read("VmHWM") - before - (hidden.grad.nbytes + weight.grad.nbytes) / 2**20)
 """
 

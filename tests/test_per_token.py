@@ -5,7 +5,9 @@ import torch
 from test_linear_divergence import DTYPES, problem
 
 from scsdpo_kernels import linear_divergence, linear_divergence_per_token
-from scsdpo_kernels.linear_divergence import _arguments
+from scsdpo_kernels.linear_divergence import problem_of
+from scsdpo_kernels.problem import flatten
+from scsdpo_kernels.schedules import chunked
 
 SCHEDULES = ("chunked", "tiled", "reference")
 BETAS = (0.0, 0.5, 1.0)
@@ -18,13 +20,8 @@ def leaves(hidden, weight):
 @pytest.fixture
 def computed(monkeypatch):
     """How many rows each call of the fused operator has projected."""
-    from scsdpo_kernels import chunked
-
-    counts, divergence_rows = [], chunked.divergence_rows
-    monkeypatch.setattr(
-        chunked, "divergence_rows",
-        lambda *arguments, **options: counts.append(len(arguments[4].weight)) or divergence_rows(*arguments, **options),
-    )  # fmt: skip
+    counts, run = [], chunked.run
+    monkeypatch.setattr(chunked, "run", lambda plan: counts.append(len(plan.rows.weight)) or run(plan))
     return counts
 
 
@@ -134,8 +131,8 @@ def test_double_backward_raises_but_in_the_reference():
 def test_opcheck(target):
     hidden, weight, teacher, head = problem(leading=(3, 5), width=8, vocabulary=31, teacher_width=6)
     ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
-    tensors, numbers = _arguments(*leaves(hidden, weight), teacher, head, target_ids=ids, old_logp=old)
-    torch.library.opcheck(torch.ops.scsdpo_kernels.linear_divergence_per_token.default, (*tensors, *numbers, "chunked"))
+    operands = flatten(problem_of(*leaves(hidden, weight), teacher, head, target_ids=ids, old_logp=old))
+    torch.library.opcheck(torch.ops.scsdpo_kernels.divergence_per_token.default, (*operands, "chunked"))
 
 
 def test_compiled_has_the_bits_of_eager():
@@ -166,7 +163,7 @@ def test_bad_input_names_the_argument():
         (TypeError, "rows: expected a tensor", {"rows": [0]}),
         (ValueError, "old_logp: expected target_ids", {"old_logp": torch.zeros(4)}),
     ):
-        arguments = {"student_hidden": hidden, "student_weight": weight, "teacher_hidden": teacher, **changed}
+        arguments = {"student_hidden": hidden, "student_head": weight, "teacher_hidden": teacher, **changed}
         with pytest.raises(error, match=match):
             linear_divergence_per_token(**arguments)
     with pytest.raises(TypeError, match=r"token_weight: .* takes none"):

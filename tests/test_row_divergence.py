@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 
-from scsdpo_kernels import native, row_divergence_triton
+from scsdpo_kernels.kernels import contract, native, row_divergence_triton
 
 BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
 VOCABULARIES = (1, 2, 7, 16, 17, 1021, 4999)
@@ -48,7 +48,7 @@ def call(kernel, student, teacher, weight, target, *, gradient, **options):
         scalars = native.row_divergence_cuda(
             student, teacher, weight, target, **options, gradient=gradient, row_schedule=kernel.split()[1]
         )
-    return native.RowDivergence(*(x if x is None else x.cpu() for x in scalars))
+    return contract.Scalars(*(x if x is None else x.cpu() for x in scalars))
 
 
 def device_of(kernel):
@@ -57,7 +57,7 @@ def device_of(kernel):
 
 def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gradient="float32", difference=False,
         kernel=INSTRUCTION_SETS[-1], old_logp=None, importance_clip=2.0, **objective):  # fmt: skip
-    """RowDivergence and the gradient, from logits that stay as they are."""
+    """Scalars and the gradient, from logits that stay as they are."""
     device = device_of(kernel)
     weight = torch.ones(len(student)) if weight is None else weight
     teacher = (teacher.double() - student).to(student.dtype) if difference else teacher.to(student.dtype)
@@ -249,7 +249,7 @@ def test_forbidden_entries_contribute_their_limit(kernel, beta):
         assert (scalars.divergence[:2] == torch.inf).all() and (expected.divergence[:2] == np.inf).all()
     finite = slice(2, None) if beta in (0.0, 1.0) else slice(None)
     assert_rows(
-        native.RowDivergence(*(x if x is None else x[finite] for x in scalars)),
+        contract.Scalars(*(x if x is None else x[finite] for x in scalars)),
         gradient[finite],
         oracle.Rows(*(x[finite] for x in expected)),
     )

@@ -21,8 +21,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from scsdpo.head import base_model, distill, hidden_states, inside_forward, patch_lm_head, teacher_arguments
-from scsdpo_kernels import linear_divergence, question_weights
+from scsdpo.head import base_model, distill, head_of, hidden_states, inside_forward, patch_lm_head
+from scsdpo_kernels import Head, linear_divergence, question_weights
 
 WORLD, ROLLOUTS, TOKENS, BETA = 2, 6, 5, 0.3
 VOCABULARY = 101  # odd: shards of 51 and 50 rows
@@ -150,6 +150,11 @@ def doubled(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Modul
 # One rank of two.
 
 
+def head_of_teacher(teacher: nn.Module, student: nn.Module) -> Head | None:
+    """None: both share one, of which nothing is gathered."""
+    return None if teacher is student else head_of(teacher, in_full=True)
+
+
 def local_loss(student, teacher, batch: dict[str, torch.Tensor], count: torch.Tensor, distil) -> torch.Tensor:
     """This rank's share of the token mean, times the number of ranks, over which DDP, FSDP2 and ZeRO average."""
     with torch.no_grad():
@@ -162,7 +167,7 @@ def local_loss(student, teacher, batch: dict[str, torch.Tensor], count: torch.Te
         teacher_hidden=hidden,
         token_weight=batch["weight"][:, None] * batch["mask"],
         beta=BETA,
-        **teacher_arguments(teacher, student),
+        teacher_head=head_of_teacher(teacher, student),
     )
     return result.loss / count * WORLD
 
@@ -223,7 +228,6 @@ def sharded_step(
     teacher = wrapped if live else LAYOUTS["root" if layout == "ddp" else layout](teacher)
     if patch_after:
         patch_lm_head(wrapped)
-    assert live == (not teacher_arguments(teacher, wrapped))  # nothing is gathered for a head that both share
 
     batch = whole_batch()
     if weight is not None:
@@ -437,23 +441,24 @@ def test_scsdpo_loss_in_the_head(ranks, layout):
     agrees(ranks(sharded_step, layout=layout, distil=by_scsdpo_loss))
 
 
-def gathered_teacher(layout: str, after_forward: bool) -> tuple[bool, bool, bool]:
+def gathered_teacher(layout: str, after_forward: bool) -> tuple[bool, bool]:
     teacher = tiny(2, bias=True, width=48).requires_grad_(False)
     weight, bias = teacher.lm_head.weight.detach().clone(), teacher.lm_head.bias.detach().clone()
     teacher, batch = LAYOUTS[layout](teacher), whole_batch()
     if after_forward:
         with torch.no_grad():
             hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])
-    found = teacher_arguments(teacher)
-    return list(found), torch.equal(found["teacher_weight"], weight), torch.equal(found["teacher_bias"], bias)
+    found = head_of(teacher, in_full=True)
+    assert found == Head(found.weight, found.bias) and not found.weight.requires_grad and not found.bias.requires_grad
+    return torch.equal(found.weight, weight), torch.equal(found.bias, bias)
 
 
 @pytest.mark.parametrize("after_forward", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("layout", FSDP2)
-def test_teacher_arguments_are_in_full(ranks, layout, after_forward):
+def test_a_teachers_head_is_in_full(ranks, layout, after_forward):
     """Before the teacher's forward, when everything is sharded, and after it, when some units are still gathered."""
-    for names, weight, bias in ranks(gathered_teacher, layout=layout, after_forward=after_forward):
-        assert set(names) == {"teacher_weight", "teacher_bias"} and weight and bias
+    for weight, bias in ranks(gathered_teacher, layout=layout, after_forward=after_forward):
+        assert weight and bias
 
 
 def in_bfloat16(layout: str, live: bool) -> tuple[float, float]:
@@ -465,7 +470,7 @@ def in_bfloat16(layout: str, live: bool) -> tuple[float, float]:
     teacher = student if live else LAYOUTS[layout](tiny(2, width=48).requires_grad_(False), **options)
     batch = rows_of(whole_batch(), own_rows())
     weight = batch["weight"][:, None] * batch["mask"] / 3
-    given = teacher_arguments(teacher, student)
+    given = {"teacher_head": head_of_teacher(teacher, student)}
     with torch.no_grad():
         hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])[:, -TOKENS - 1 : -1]
     inputs = student, batch["student_ids"], batch["student_mask"], TOKENS

@@ -20,14 +20,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 import scsdpo_kernels
 from scsdpo_kernels import (
+    Head,
+    LoRA,
+    SampledToken,
+    TopK,
+    TopLogprobs,
     VocabShard,
-    chunked,
     linear_divergence,
     linear_divergence_per_token,
     question_weights,
     scsdpo_loss,
     step_denominator,
 )
+from scsdpo_kernels.schedules import chunked
 
 VOCABULARY, WIDTH, ROWS = 67, 16, 37
 # Where the parts end: uneven, one entry, none.
@@ -83,13 +88,27 @@ PER_VOCABULARY = ("student_weight", "teacher_weight", "student_bias", "teacher_b
 DIFFERENTIABLE = ("student_hidden", "student_weight", "student_bias", "lora_a", "lora_b")
 
 
-def run(given: dict, op=linear_divergence, upstream=None, **options):
+def arguments(given: dict, *, student=None, teacher=None, tail="bucket") -> dict:
+    """The operator's, of tensors as `problem` names them. student, teacher: the numbers of their heads."""
+    given = dict(given)
+    lora = LoRA(given.pop("lora_a"), given.pop("lora_b"), 0.7) if "lora_a" in given else None
+    head = Head(given.pop("student_weight"), given.pop("student_bias", None), lora, **(student or {}))
+    given["student_head"] = head
+    bias = given.pop("teacher_bias", None)
+    if "teacher_weight" in given:
+        given["teacher_head"] = Head(given.pop("teacher_weight"), bias, **(teacher or {}))
+    elif bias is not None:
+        given["teacher_head"] = head._replace(bias=bias)
+    if "support_ids" in given:
+        given["support"] = TopLogprobs(given.pop("support_ids"), given.pop("support_logp"), tail)
+    return given
+
+
+def run(given: dict, op=linear_divergence, upstream=None, *, student=None, teacher=None, tail="bucket", **options):
     """Result and gradients of what is differentiable."""
     given = {name: x.clone() for name, x in given.items()}
     leaves = {name: given[name].requires_grad_() for name in DIFFERENTIABLE if name in given}
-    if "lora_a" in given:
-        options["student_lora"] = (given.pop("lora_a"), given.pop("lora_b"), 0.7)
-    result = op(**given, **options)
+    result = op(**arguments(given, student=student, teacher=teacher, tail=tail), **options)
     loss = result.loss if upstream is None else (result * upstream).sum()
     loss.backward()
     return result, {name: leaf.grad for name, leaf in leaves.items()}
@@ -151,15 +170,16 @@ def targets(process):
 
 
 def heads(process):
-    compare(process, (*OWN_HEAD, "student_bias", "teacher_bias"), student_softcap=2.0, teacher_softcap=3.0)
-    compare(process, (*PLAIN, "student_bias", "lora_a", "lora_b", *TARGETS), student_logit_scale=0.4, beta=1.0)
-    compare(process, (*PLAIN, "lora_a", "lora_b"), student_softcap=2.0, top_k=5)
+    compare(process, (*OWN_HEAD, "student_bias", "teacher_bias"), student={"softcap": 2.0}, teacher={"softcap": 3.0})
+    compare(process, (*PLAIN, "student_bias", "lora_a", "lora_b", *TARGETS), student={"logit_scale": 0.4}, beta=1.0)
+    compare(process, (*PLAIN, "student_bias", "teacher_bias", "lora_a", "lora_b"), student={"softcap": 2.0})
+    compare(process, (*PLAIN, "lora_a", "lora_b"), student={"softcap": 2.0}, support=TopK(5))
 
 
 def supports(process):
     for k, tail in itertools.product((1, 7, 60, 100), ("bucket", "renormalize")):
-        compare(process, (*OWN_HEAD, *TARGETS), top_k=k, tail=tail)
-    compare(process, PLAIN, top_k=9, beta=0.0)
+        compare(process, (*OWN_HEAD, *TARGETS), support=TopK(k, tail))
+    compare(process, PLAIN, support=TopK(9), beta=0.0)
     compare(process, SERVER, beta=0.0)
     compare(process, (*SERVER, *TARGETS), tail="renormalize")
     given = problem()
@@ -169,8 +189,8 @@ def supports(process):
 
 
 def sampled_token(process):
-    compare(process, (*OWN_HEAD, *TARGETS), sampled_token=True, beta=1.0)
-    compare(process, (*PLAIN, *TARGETS), sampled_token=True, beta=1.0)
+    compare(process, (*OWN_HEAD, *TARGETS), support=SampledToken(), beta=1.0)
+    compare(process, (*PLAIN, *TARGETS), support=SampledToken(), beta=1.0)
 
 
 def clipped_entries(process):
@@ -223,7 +243,7 @@ def chunks(process):
     chunked.BUFFER_BYTES, chunked.MIN_ROWS = {"cpu": 4 * 67 * 8, "gpu": 4 * 67 * 8}, 2
     try:
         compare(process, (*OWN_HEAD, *TARGETS))
-        compare(process, (*PLAIN, "lora_a", "lora_b"), top_k=5)
+        compare(process, (*PLAIN, "lora_a", "lora_b"), support=TopK(5))
     finally:
         chunked.BUFFER_BYTES, chunked.MIN_ROWS = kept
 
@@ -231,13 +251,13 @@ def chunks(process):
 def bf16(process):
     given = problem(torch.bfloat16)
     compare(process, (*OWN_HEAD, *TARGETS), given=given, share=1e-2)
-    compare(process, PLAIN, given=given, share=1e-2, top_k=9)
+    compare(process, PLAIN, given=given, share=1e-2, support=TopK(9))
 
 
 def per_token(process):
     names = tuple(name for name in OWN_HEAD if name != "token_weight")
     compare(process, names, op=linear_divergence_per_token, beta=0.4)
-    compare(process, (*names, *TARGETS), op=linear_divergence_per_token, top_k=5)
+    compare(process, (*names, *TARGETS), op=linear_divergence_per_token, support=TopK(5))
 
 
 def frozen(process):
@@ -249,7 +269,7 @@ def frozen(process):
         results = []
         for inputs, options in ((whole, {}), (parts, {"shard": process.shard()})):
             inputs[name] = inputs[name].clone().requires_grad_()
-            linear_divergence(**inputs, **options).loss.backward()
+            linear_divergence(**arguments(inputs), **options).loss.backward()
             results.append(inputs[name].grad)
         exact = process.part(results[0]) if name in PER_VOCABULARY else results[0]
         torch.testing.assert_close(results[1], exact, rtol=1e-4, atol=1e-6)
@@ -282,17 +302,18 @@ def dtensors(process):
             gradient = gradient.full_tensor()
         torch.testing.assert_close(gradient, exact[name], rtol=1e-4, atol=1e-6)
     given["student_hidden"] = distribute_tensor(given["student_hidden"], mesh, [Replicate()])
-    torch.testing.assert_close(linear_divergence(**given).loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(linear_divergence(**arguments(given)).loss, expected.loss, rtol=1e-5, atol=1e-6)
     given["student_hidden"] = given["student_hidden"].to_local()
     whole = {name: problem()[name].to(process.device) for name in ("teacher_weight", "student_bias")}
-    torch.testing.assert_close(linear_divergence(**{**given, **whole}).loss, expected.loss, rtol=1e-5, atol=1e-6)
+    loss = linear_divergence(**arguments({**given, **whole})).loss
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-6)
     if process.world > 1:  # as a parameter of FSDP2 outside of its forward, with rows of each process's own
         other = {**given, "student_hidden": given["student_hidden"] + process.rank}
         with pytest.raises(ValueError, match=r"they differ\. A parameter of FSDP2"):
-            linear_divergence(**other)
+            linear_divergence(**arguments(other))
     given["student_weight"] = distribute_tensor(problem()["student_weight"].to(process.device), mesh, [Shard(1)])
-    with pytest.raises(ValueError, match="student_weight: expected a DTensor with placements"):
-        linear_divergence(**given)
+    with pytest.raises(ValueError, match="student_head: expected a DTensor with placements"):
+        linear_divergence(**arguments(given))
 
 
 def sequence_parallel(process):
@@ -300,7 +321,7 @@ def sequence_parallel(process):
     given = problem()
     ends = [ROWS * r // max(1, process.world - 1) for r in range(process.world)] + [ROWS]
     own = slice(ends[process.rank], ends[process.rank + 1])
-    for options in ({}, {"top_k": 4}):
+    for options in ({}, {"support": TopK(4)}):
         whole, exact = run(
             {name: x.to(process.device) for name, x in given.items() if name in (*OWN_HEAD, *TARGETS)}, **options
         )
@@ -331,7 +352,7 @@ def data_and_vocabulary(process):
     start = 0 if cut == 40 else 40
     shard = VocabShard(start, cut, group=mesh.get_group("vocabulary"), check=True)
 
-    class Head(torch.nn.Module):
+    class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(given["student_weight"][start:cut].clone())
@@ -339,7 +360,7 @@ def data_and_vocabulary(process):
         def forward(self, hidden, **options):
             return linear_divergence(hidden, self.weight, shard=shard, **options).loss
 
-    head = DistributedDataParallel(Head(), process_group=mesh.get_group("data"))
+    head = DistributedDataParallel(Layer(), process_group=mesh.get_group("data"))
     rows = slice(18 * mesh.get_local_rank("data"), 18 * mesh.get_local_rank("data") + 18)
     own = {name: x[rows].clone() for name, x in batch.items()}
     hidden = own.pop("student_hidden").requires_grad_()
@@ -357,7 +378,7 @@ def disagreement(process):
     if process.world == 1:
         return
     given = {name: x.to(process.device) for name, x in problem().items() if name in PLAIN}
-    given["student_weight"] = process.part(given["student_weight"])
+    given["student_head"] = process.part(given.pop("student_weight"))
     shard, last = process.shard(), process.rank == process.world - 1
 
     def raises(message: str, **options):
@@ -365,7 +386,7 @@ def disagreement(process):
             linear_divergence(**{**given, "shard": shard, **options})
 
     raises("beta: 0.5 on process 0, 0.25 on process", beta=0.25 if last else 0.5)
-    raises("top_k", top_k=5 if last else None)
+    raises("support", support=TopK(5) if last else None)
     weight = given["token_weight"].clone()
     weight[-1] = float(not last)
     raises("token_weight's rows", token_weight=weight)
@@ -374,7 +395,7 @@ def disagreement(process):
         raises("temperature: expected", temperature=-1.0)
     else:
         raises(f"refused on other processes, process {process.world - 1}: temperature: expected")
-    short = {name: x[: ROWS - last] for name, x in given.items() if name != "student_weight"}
+    short = {name: x[: ROWS - last] for name, x in given.items() if name != "student_head"}
     raises(r"student_hidden: .*37.* on process 0, .*36", **short)
     with pytest.raises(ValueError, match="expected parts that cover a vocabulary"):
         VocabShard(process.start, process.stop + 1)
@@ -382,7 +403,7 @@ def disagreement(process):
         VocabShard(*((0, 30), (40, 40), (40, 67), (67, 67))[process.rank]) if process.world > 2 else VocabShard(0, 5)
     with pytest.raises(ValueError, match="bounds: expected"):
         VocabShard(process.start, process.stop, bounds=((0, 68),) * process.world)
-    raises("student_weight: expected this process's", student_weight=problem()["student_weight"].to(process.device))
+    raises("student_head: expected this process's", student_head=problem()["student_weight"].to(process.device))
     with pytest.raises(ValueError, match="rows: expected None"):
         rows = torch.arange(ROWS, device=process.device)
         linear_divergence(**given, rows=rows, shard=process.shard(sequence_parallel=True))
@@ -393,7 +414,7 @@ def disagreement(process):
 def compiled(process):
     """torch.compile takes the group with it."""
     given = {name: x.to(process.device) for name, x in problem().items() if name in PLAIN}
-    given["student_weight"] = process.part(given["student_weight"])
+    given["student_head"] = process.part(given.pop("student_weight"))
     shard = VocabShard(process.start, process.stop)
     expected = linear_divergence(**given, shard=shard).loss
     loss = torch.compile(lambda **x: linear_divergence(**x, shard=shard).loss, fullgraph=True, backend="eager")

@@ -10,7 +10,8 @@ from oracle import relative_error
 from test_linear_divergence import DTYPES, fused, problem, row_stick
 from test_package import LargestTensor
 
-from scsdpo_kernels import linear_divergence, tiled
+from scsdpo_kernels import linear_divergence
+from scsdpo_kernels.schedules import tiled
 
 pytestmark = pytest.mark.usefixtures("untuned")
 BETAS = (0.0, 0.3, 1.0)

@@ -3,6 +3,8 @@
 import ast
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,9 +30,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from scsdpo.head import distill, hidden_states, patch_lm_head, teacher_arguments, unpatch_lm_head
+from scsdpo.head import distill, head_of, hidden_states, patch_lm_head, unpatch_lm_head
 
-README = Path(__file__).parents[1] / "README.md"
+TRAINERS = Path(__file__).parents[1] / "docs" / "trainers.md"
 SIZES = {"vocab_size": 151, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}  # fmt: skip
@@ -87,7 +89,7 @@ def test_every_gradient_is_that_of_full_logits(name, checkpointing):
     with torch.no_grad():
         hidden = hidden_states(teacher, ids, attention)
     result = distill(model, ids, attention, tokens, teacher_hidden=hidden[:, -tokens - 1 : -1], token_weight=weight,
-                     beta=0.0, target_ids=ids[:, -tokens:], **teacher_arguments(teacher, model))  # fmt: skip
+                     beta=0.0, target_ids=ids[:, -tokens:], teacher_head=head_of(teacher, in_full=True))  # fmt: skip
     result.loss.backward()
     torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=1e-6)
     of_targets = log_p.gather(-1, ids[:, -tokens:, None])[..., 0]
@@ -106,11 +108,32 @@ def test_a_live_teacher_has_the_students_whole_head(name):
     ids, attention = batch()
     with torch.no_grad():
         hidden = hidden_states(model, ids, attention)[:, -6:-1]
-    assert teacher_arguments(model, model) == {}
     same = distill(model, ids, attention, 5, teacher_hidden=hidden)
     assert (same.divergence == 0).all()
-    other = distill(model, ids, attention, 5, teacher_hidden=hidden, **teacher_arguments(build(name, seed=2)))
+    other = distill(model, ids, attention, 5, teacher_hidden=hidden, teacher_head=head_of(build(name, seed=2)))
     assert (other.divergence > 0).all()
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+def test_a_teacher_comes_in_another_precision(own_head):
+    """Its head is rounded to its hidden states' dtype; hidden states without a head, to the student's."""
+    model, teacher = build("phi, bias").bfloat16(), build("phi, bias", seed=1)
+    patch_lm_head(model)
+    ids, attention = batch()
+    with torch.no_grad():
+        hidden = hidden_states(teacher, ids, attention)[:, -6:-1]
+    head = head_of(teacher, in_full=True) if own_head else None
+    hidden = hidden.half() if own_head else hidden
+    result = distill(model, ids, attention, 5, teacher_hidden=hidden, teacher_head=head)
+    with torch.no_grad():
+        own = hidden_states(model, ids, attention)[:, -6:-1]
+        log_p = F.linear(own.double(), *(x.double() for x in model.lm_head.parameters())).log_softmax(-1)
+        parts = hidden, *(teacher if own_head else model).lm_head.parameters()
+        rounded = (x.to(torch.float16 if own_head else torch.bfloat16).double() for x in parts)
+        log_q = F.linear(*rounded).log_softmax(-1)
+        log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
+    expected = 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
+    torch.testing.assert_close(result.divergence.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_generation_and_logits_are_untouched():
@@ -143,6 +166,15 @@ def test_a_failed_step_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="teacher_hidden"):
         distill(model, ids, attention, 5)
     assert "forward" not in vars(model) and model(ids, attention_mask=attention).logits.shape == (3, 12, 151)
+
+
+def test_public_names_are_here_without_a_trainer():
+    code = (
+        "import sys, scsdpo, scsdpo_kernels;"
+        "assert all(getattr(scsdpo, x) is getattr(scsdpo_kernels, x) for x in scsdpo_kernels.__all__);"
+        "assert set(scsdpo.__all__) == set(scsdpo_kernels.__all__) and not {'transformers', 'trl'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Refused:
@@ -190,7 +222,7 @@ def test_lora_on_the_head_goes_the_operators_way():
     assert any("lm_head.lora_A" in key for key in expected) and not any("base_layer" in key for key in expected)
     model.zero_grad()
     patch_lm_head(model)
-    arguments = {"teacher_hidden": hidden, "beta": 0.0, **teacher_arguments(teacher, model)}
+    arguments = {"teacher_hidden": hidden, "beta": 0.0, "teacher_head": head_of(teacher, in_full=True)}
     distill(model, ids, attention, 5, **arguments).loss.backward()
     got = {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
     assert got.keys() == expected.keys()
@@ -219,11 +251,11 @@ def test_prompt_learning_is_refused():
 
 
 def recipe():
-    """The README's Trainer, as it stands there."""
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    """The Trainer of docs/trainers.md, as it stands there."""
+    snippets = re.findall(r"```python\n(.*?)```", TRAINERS.read_text(), re.DOTALL)
     (code,) = [x for x in snippets if "(Trainer)" in x]
     names: dict = {}
-    exec(compile(ast.parse(code), "README.md", "exec"), names)
+    exec(compile(ast.parse(code), str(TRAINERS), "exec"), names)
     return names["DistillationTrainer"]
 
 

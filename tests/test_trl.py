@@ -29,7 +29,7 @@ from transformers import (
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer, sdpo_trainer
 
 from scsdpo.trl import SCSDPOConfig, SCSDPOTrainer
-from scsdpo_kernels import chunked
+from scsdpo_kernels.schedules import chunked
 
 WORDS = ["<pad>", "<eos>", "<unk>", *map(str, range(60))]
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -225,6 +225,15 @@ def test_flat_groups_have_a_loss_of_0_and_no_gradient(folder):
     assert all(line["loss"] == 0 and line["grad_norm"] == 0 and line["scsdpo/rows_kept"] == 0 for line in lines)
     for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["live", "base"])
+def test_a_head_that_both_share_is_not_gathered(folder, kind):
+    heads = []
+    options = {"teacher_model_kind": kind, "max_steps": 1}
+    train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", lambda run: heads.append(run._head_of_teacher()), **options)
+    (head,) = heads
+    assert head is None if kind == "live" else head.weight.shape == (len(WORDS), SIZES["hidden_size"])
 
 
 def test_evaluation_and_generation_are_untouched(folder):

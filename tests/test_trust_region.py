@@ -1,14 +1,12 @@
 """The trust region's teacher against interpolating full logits, and the teacher's entropy as a weight."""
 
-import re
-
 import pytest
 import torch
 from oracle import relative_error
+from test_docs import ROOT, blocks
 from test_linear_divergence import DTYPES, fused, problem
-from test_readme import README
 
-from scsdpo_kernels import TrustRegionTeacher, linear_divergence
+from scsdpo_kernels import TrustRegionTeacher
 
 
 def full_logits(hidden, weight, teacher_logits, beta):
@@ -70,12 +68,12 @@ def test_what_does_not_fit_raises():
 
 
 def test_weights_of_the_teachers_entropy():
-    """The README's two calls: Σ e^(-c H(q)) D and its gradients are those of full logits."""
+    """The two calls in docs/concepts.md: Σ e^(-c H(q)) D and its gradients are those of full logits."""
     hidden, weight, teacher, _ = problem(leading=(12,), vocabulary=301, distance=0.5)
     inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    names = {"torch": torch, "linear_divergence": linear_divergence, "c": 0.5, "teacher_hidden": teacher}
-    names |= {"hidden": inputs[0], "head": inputs[1]}
-    (recipe,) = (x for x in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "teacher_entropy" in x)
+    names = {"torch": torch, "c": 0.5, "teacher_hidden": teacher}
+    names |= {"student_hidden": inputs[0], "student_weight": inputs[1]}
+    (recipe,) = (x.code for x in blocks(ROOT / "docs" / "concepts.md") if ").teacher_entropy" in x.code)
     exec(recipe, names)
     gradients = torch.autograd.grad(names["loss"], inputs)
 

@@ -8,16 +8,18 @@ afterwards. So the loss has to be computed there, and inside the wrapper's forwa
     result = distill(model, input_ids, attention_mask, tokens, teacher_hidden=teacher[:, -T-1:-1], ...)
 
 `distill` runs the backbone and then `lm_head(hidden, distill_args)`, whose forward is `linear_divergence` on the weight
-that it finds in itself. Without distill_args the head is what it was: generation and evaluation notice nothing.
+that it finds in itself. A teacher whose head is another comes with `teacher_head=head_of(teacher_model, in_full=True)`.
+Without distill_args the head is what it was: generation and evaluation notice nothing.
 """
 
 import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from scsdpo_kernels import LinearDivergence, linear_divergence, scsdpo_loss
+from scsdpo_kernels import Head, LinearDivergence, LoRA, linear_divergence, scsdpo_loss
 
 # What a text config calls them; every other name like these is refused, unless it says that there is none.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -51,20 +53,19 @@ class _HeadForward:
     """A patched head's forward; an object, not a closure, so that a copy of the model has its own head's."""
 
     def __init__(self, base: nn.Module, head: nn.Module):
-        self.base, self.head, self.original = base, head, head.forward
+        self.base, self.original = base, head.forward
 
     def __call__(self, hidden: Tensor, *args: Any, distill_args: "dict | _Opaque | None" = None, **kwargs: Any):
         if distill_args is None:
             return self.original(hidden, *args, **kwargs)
         given = dict(distill_args.content if isinstance(distill_args, _Opaque) else distill_args)
-        weight, teacher = linear_weight(self.head), given.get("teacher_hidden")
-        if teacher is not None and given.get("teacher_weight") is None:  # mixed precision: what this head computes in
-            given["teacher_hidden"] = teacher.to(weight.dtype)
-        for name in ("teacher_weight", "teacher_bias"):
-            if given.get(name) is not None:  # gathered in the precision of the optimiser
-                given[name] = given[name].to(teacher.dtype)
+        head, teacher, teacher_head = head_of(self.base), given.get("teacher_hidden"), given.get("teacher_head")
+        if teacher is not None and teacher_head is None:  # mixed precision: what this head computes in
+            given["teacher_hidden"] = teacher.to(head.weight.dtype)
+        elif teacher is not None:  # gathered in the precision of the optimiser
+            given["teacher_head"] = _in_dtype(teacher_head, teacher.dtype)
         loss = scsdpo_loss if "mask" in given else linear_divergence
-        return loss(hidden, weight, **student_arguments(self.base), **given)
+        return loss(hidden, head, **given)
 
 
 class _Opaque:
@@ -117,24 +118,29 @@ def hidden_states(
     return inside_forward(model, lambda inner: _run_backbone(inner, input_ids, attention_mask, backbone))
 
 
-def teacher_arguments(teacher: nn.Module, student: nn.Module | None = None) -> dict[str, Any]:
-    """The teacher's share of linear_divergence's arguments: its head's weight, in full, and what else the head has.
+def head_of(model: nn.Module, *, in_full: bool = False) -> Head:
+    """What the head of a model, wrapped or not, is to `linear_divergence`: parameters, and numbers of the config.
 
-    Empty for a teacher whose head is the student's own, which the operator then projects with at no further cost.
-    Gather it once a step: of a sharded teacher (FSDP2, ZeRO-3) the weight exists in full for as long as this is held.
+    in_full: for a teacher. Parameters are detached, and gathered where they are sharded (FSDP2, ZeRO-3). They exist in
+    full for as long as this is held: gather once a step. A teacher whose head is the student's own needs none.
     """
-    base = base_model(teacher)
-    head = base.get_output_embeddings()
-    if student is not None and head is base_model(student).get_output_embeddings():
-        return {}
-    given = {"teacher_weight": _in_full(linear_weight(head))}
-    given |= {name.replace("student_", "teacher_", 1): value for name, value in student_arguments(base).items()}
-    if given.get("teacher_bias") is not None:
-        given["teacher_bias"] = _in_full(given["teacher_bias"])
-    if given.get("teacher_lora") is not None:
-        a, b, lora_scale = given["teacher_lora"]
-        given["teacher_lora"] = _in_full(a), _in_full(b), lora_scale
-    return given
+    base = base_model(model)
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    linear, lora, scale = getattr(head, "base_layer", head), None, 1.0  # the layer under an adapter
+    if (active := _active_adapters(head)) and not head.disable_adapters:
+        (adapter,) = active
+        lora = LoRA(head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
+    for name in _SCALES:
+        scale *= _number(config, name)
+    for name in _DIVISORS:
+        scale /= _number(config, name)
+    softcaps = [float(getattr(config, name)) for name in _SOFTCAPS if getattr(config, name, None)]
+    softcap = softcaps[0] if softcaps else None
+    weight, bias = linear.weight, getattr(linear, "bias", None)
+    if in_full:
+        weight, bias = _in_full(weight), None if bias is None else _in_full(bias)
+        lora = None if lora is None else LoRA(_in_full(lora.a), _in_full(lora.b), lora.scale)
+    return Head(weight, bias, lora, logit_scale=scale, softcap=softcap)
 
 
 def inside_forward(model: nn.Module, run: Callable[[nn.Module], Any]) -> Any:
@@ -165,32 +171,10 @@ def base_model(model: nn.Module) -> nn.Module:
     return inner.get_base_model() if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model") else inner
 
 
-def linear_weight(head: nn.Module) -> Tensor:
-    """(V, D), of a linear layer or of the one under an adapter."""
-    return getattr(head, "base_layer", head).weight
-
-
-def student_arguments(base: nn.Module) -> dict[str, Any]:
-    """What a transformers model's head has beside its weight, as linear_divergence's arguments of the student."""
-    head, config = base.get_output_embeddings(), base.config.get_text_config()
-    given: dict[str, Any] = {}
-    bias = getattr(getattr(head, "base_layer", head), "bias", None)
-    if bias is not None:
-        given["student_bias"] = bias
-    softcaps = [getattr(config, name) for name in _SOFTCAPS if getattr(config, name, None)]
-    if softcaps:
-        given["student_softcap"] = float(softcaps[0])
-    scale = 1.0
-    for name in _SCALES:
-        scale *= _number(config, name)
-    for name in _DIVISORS:
-        scale /= _number(config, name)
-    if scale != 1.0:
-        given["student_logit_scale"] = scale
-    if getattr(head, "lora_A", None) and not head.disable_adapters and head.active_adapters:
-        (adapter,) = head.active_adapters
-        given["student_lora"] = head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter]
-    return given
+def _active_adapters(head: nn.Module) -> list[str]:
+    """Those that are on the head."""
+    adapters = getattr(head, "lora_A", None)
+    return [] if adapters is None else [name for name in head.active_adapters if name in adapters]
 
 
 def _number(config: Any, name: str) -> float:
@@ -211,6 +195,12 @@ def _run_backbone(inner: nn.Module, input_ids, attention_mask, backbone) -> Tens
         raise ValueError(f"{type(base).__name__}: expected a model whose backbone get_decoder() returns")
     options = {"use_cache": False, **(backbone or {})}
     return decoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+
+
+def _in_dtype(head: Head | Tensor, dtype: torch.dtype) -> Head:
+    """With weight and bias in it."""
+    head = head if isinstance(head, Head) else Head(head)
+    return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
 
 
 def _in_full(parameter: Tensor) -> Tensor:
@@ -241,8 +231,7 @@ def _refuse(model: nn.Module, base: nn.Module, head: nn.Module | None) -> None:
             f"{name}: the head is in modules_to_save, a copy beside the head that is patched; train it in full, or put "
             "'lm_head' into LoRA's target_modules"
         )
-    if getattr(head, "lora_A", None) is not None:
-        active = [x for x in head.active_adapters if x in head.lora_A]
+    if active := _active_adapters(head):
         dropout = [x for x in active if not isinstance(head.lora_dropout[x], nn.Identity)]
         variant = [x for x in active if getattr(head, "use_dora", {}).get(x)]
         if len(active) > 1 or dropout or variant:
@@ -263,4 +252,4 @@ def _refuse(model: nn.Module, base: nn.Module, head: nn.Module | None) -> None:
             )
 
 
-__all__ = ["distill", "hidden_states", "patch_lm_head", "teacher_arguments", "unpatch_lm_head"]
+__all__ = ["distill", "head_of", "hidden_states", "patch_lm_head", "unpatch_lm_head"]

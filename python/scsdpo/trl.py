@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scsdpo_kernels import LinearDivergence, question_weights
+from scsdpo_kernels import Head, LinearDivergence, SampledToken, TopK, TopLogprobs, question_weights
 
-from .head import distill, hidden_states, patch_lm_head, teacher_arguments
+from .head import base_model, distill, head_of, hidden_states, patch_lm_head
 
 TESTED = ">=1.16,<1.17"
 _SEAMS = ("_prepare_training_batch", "_compute_rollout_logps", "_get_teacher_context_for_self_distillation",
@@ -85,7 +85,7 @@ class SCSDPOTrainer(SDPOTrainer):
                 "teacher_model_kind: expected 'live' where LoRA adapts the head, got "
                 f"{self.args.teacher_model_kind!r}; or leave 'lm_head' out of target_modules"
             )
-        self._teacher_head: tuple[int, dict[str, Any]] = (-1, {})
+        self._teacher_head: tuple[int, Head | None] = (-1, None)
 
     def _prepare_training_batch(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._prepare_training_batch(inputs)
@@ -122,8 +122,9 @@ class SCSDPOTrainer(SDPOTrainer):
                 temperature=self.temperature,
                 target_ids=completion_ids,
                 # A teacher who has said one token: the student alone is projected.
-                support_ids=completion_ids.unsqueeze(-1),
-                support_logp=torch.zeros_like(completion_ids, dtype=torch.float32).unsqueeze(-1),
+                support=TopLogprobs(
+                    completion_ids.unsqueeze(-1), torch.zeros_like(completion_ids, dtype=torch.float32).unsqueeze(-1)
+                ),
             ).student_logp
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -150,6 +151,7 @@ class SCSDPOTrainer(SDPOTrainer):
                 torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
                 tokens,
                 teacher_hidden=teacher[:, -tokens - 1 : -1],
+                teacher_head=self._head_of_teacher(),
                 mask=mask,
                 question_weight=inputs["question_weight"],
                 reduction="sequence-mean",
@@ -157,7 +159,6 @@ class SCSDPOTrainer(SDPOTrainer):
                 target_ids=inputs["completion_ids"],
                 temperature=self.temperature,
                 **self._objective(inputs.get("old_per_token_logps")),
-                **self._teacher_arguments(),
             )
         self._log_distillation(result, mask * (inputs["question_weight"] != 0).unsqueeze(1), rollouts * tokens)
         return result.loss
@@ -167,17 +168,19 @@ class SCSDPOTrainer(SDPOTrainer):
         objective: dict[str, Any] = {"beta": self.args.distillation_alpha}
         if self.args.distillation_mode == "topk_logits":
             tail = "bucket" if self.args.distillation_add_tail else "renormalize"
-            objective |= {"top_k": self.args.distillation_topk, "tail": tail}
+            objective["support"] = TopK(self.args.distillation_topk, tail=tail)
         elif self.args.distillation_mode == "sampled_token":
-            objective |= {"sampled_token": True}
+            objective["support"] = SampledToken()
         if self.args.distillation_is_clip is not None and old_logp is not None:
             objective |= {"old_logp": old_logp, "importance_clip": self.args.distillation_is_clip}
         return objective
 
-    def _teacher_arguments(self) -> dict[str, Any]:
-        """The teacher's head, gathered once an optimiser step."""
+    def _head_of_teacher(self) -> Head | None:
+        """Gathered once an optimiser step; None of a teacher whose head is the student's own."""
         if self._teacher_head[0] != self.state.global_step:
-            self._teacher_head = (self.state.global_step, teacher_arguments(self.teacher_model, self.model))
+            own, other = (base_model(x).get_output_embeddings() for x in (self.model, self.teacher_model))
+            head = None if other is own else head_of(self.teacher_model, in_full=True)
+            self._teacher_head = (self.state.global_step, head)
         return self._teacher_head[1]
 
     def _log_distillation(self, result: LinearDivergence, kept: Tensor, rows: int) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scsdpo_kernels import question_weights
+from scsdpo_kernels import TopLogprobs, question_weights
 
 from .head import distill, hidden_states, patch_lm_head
 
@@ -161,8 +161,9 @@ class SCSDPOEngine(FSDPEngineWithLMHead):
                 distill_args["teacher_hidden"] = self._teacher(batch, responses, kept & has_prompt, rows)
             else:
                 position = responses.position[rows]
-                distill_args["support_ids"] = batch["teacher_ids"].values()[position]
-                distill_args["support_logp"] = batch["teacher_logprobs"].values()[position]
+                distill_args["support"] = TopLogprobs(
+                    ids=batch["teacher_ids"].values()[position], logp=batch["teacher_logprobs"].values()[position]
+                )
             sequences = _jagged(batch["input_ids"], kept)
             inputs = self._model_inputs(batch, sequences, _jagged(batch["position_ids"], kept))
             position = _predicting(sequences.offsets().diff(), responses.length[kept], inputs["input_ids"])

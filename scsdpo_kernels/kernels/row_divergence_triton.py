@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .contract import RowStatistics
 from .divergence_triton import (
     CLIPPED,
     JENSEN_SHANNON,
@@ -37,7 +38,6 @@ from .divergence_triton import (
     top_score,
     value,
 )
-from .rows import RowStatistics
 
 # Entries of a row at a time, warps, and, in the passes that only read, stages of the loads' pipeline. 16 entries a
 # thread; three programs of 33 KiB fit a multiprocessor's registers. Without a cap on these, ptxas spills to fit four.

@@ -9,41 +9,49 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import Head, Numbers, Tensors, student_head, teacher_head
-from .rows import as_matrix, complete, valid_support
+from ..kernels.contract import Scalars
+from ..problem import Head, Problem, Support
+from .rows import as_matrix, complete, kept_rows, valid_support
 
 
-def linear_divergence(
-    tensors: Tensors,
-    numbers: Numbers,
-    kept: Tensor,  # (R,) int64 flat indices of the rows that are computed
-):
-    """loss, (...,) importance ratio · divergence, and the other fields of LinearDivergence: fp32, or float64's own."""
-    token_weight, temperature = tensors.token_weight, numbers.temperature
+def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
+    """Loss, (...,) importance ratio · divergence, and the divergence and what else is known of tokens, detached.
+
+    All are fp32, or float64 for float64 hidden states.
+    """
+    student, teacher, target, support = problem.student, problem.teacher, problem.target, problem.support
+    token_weight, temperature = problem.token_weight, problem.objective.temperature
+    kept, _ = kept_rows(
+        token_weight,
+        None if target is None else target.ids,
+        problem.rows,
+        None if support is None else support.ids,
+        vocabulary=student.head.weight.shape[0],
+        summed_head=None,
+    )
     weight = token_weight.reshape(-1)[kept].double()
     weight = torch.where(complete(kept, token_weight.reshape(-1)), weight, torch.nan)
-    log_p = _log_probabilities(_rows(tensors.student_hidden, kept), student_head(tensors, numbers), temperature)
+    log_p = _log_probabilities(_rows(student.hidden, kept), student.head, temperature)
     log_q = None
-    if tensors.teacher_hidden is not None:
-        log_q = _log_probabilities(_rows(tensors.teacher_hidden, kept), teacher_head(tensors, numbers), temperature)
-        log_q = log_q.detach()
+    if teacher is not None:
+        log_q = _log_probabilities(_rows(teacher.hidden, kept), teacher.head, temperature).detach()
 
     def at_target(log: Tensor) -> Tensor:  # (R, V) to (R,)
-        return log.gather(-1, tensors.target_ids.reshape(-1)[kept].long().unsqueeze(-1)).squeeze(-1)
+        return log.gather(-1, target.ids.reshape(-1)[kept].long().unsqueeze(-1)).squeeze(-1)
 
-    if numbers.sampled_token:
+    if support is not None and support.sampled:
         divergence = (at_target(log_p) - at_target(log_q)).detach() * at_target(log_p)
-    elif numbers.entry_clip:
+    elif problem.objective.entry_clip:
         terms = log_q.exp() * torch.where(log_q > -torch.inf, log_q - log_p, 0.0)
-        divergence = terms.clamp(max=numbers.entry_clip).sum(-1)
+        divergence = terms.clamp(max=problem.objective.entry_clip).sum(-1)
     else:
-        divergence = _divergence(*_on_support(log_p, log_q, tensors, numbers, kept), numbers.beta)
-    dtype = torch.float64 if tensors.student_hidden.dtype == torch.float64 else torch.float32
+        divergence = _divergence(*_on_support(log_p, log_q, support, token_weight, kept), problem.objective.beta)
+    dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
     ratio = None
-    if tensors.old_logp is not None:
-        old = torch.where(weight == 0, 0.0, tensors.old_logp.reshape(-1)[kept].double())
+    if target is not None and target.old_logp is not None:
+        old = torch.where(weight == 0, 0.0, target.old_logp.reshape(-1)[kept].double())
         log_ratio = at_target(log_p).detach() - old
-        ratio = log_ratio.clamp(-20, 20).exp().clamp(max=numbers.importance_clip)
+        ratio = log_ratio.clamp(-20, 20).exp().clamp(max=target.importance_clip)
         weight = weight * ratio
     loss = (weight * torch.where(weight == 0, 0.0, divergence)).sum().to(dtype)
 
@@ -55,21 +63,22 @@ def linear_divergence(
 
     sides = (log_p, log_q)
     entropies = (None if log is None else -_expectation(log, log) for log in sides)
-    logps = (None if log is None or tensors.target_ids is None else at_target(log) for log in sides)
-    per_token = divergence if ratio is None else ratio * divergence
-    return loss, *(scattered(x) for x in (per_token, divergence, *entropies, *logps, ratio))
+    logps = (None if log is None or target is None else at_target(log) for log in sides)
+    per_token = scattered(divergence if ratio is None else ratio * divergence)
+    fields = (scattered(x) for x in (divergence, *entropies, *logps, ratio))
+    return loss, per_token, Scalars(*(x if x is None else x.detach() for x in fields))
 
 
 def _rows(hidden: Tensor, kept: Tensor) -> Tensor:
-    matrix, numbers = as_matrix(hidden, kept)
-    return matrix[numbers]
+    matrix, index = as_matrix(hidden, kept)
+    return matrix[index]
 
 
 def _log_probabilities(hidden: Tensor, head: Head, temperature: float) -> Tensor:
     hidden = hidden.double()
     logits = hidden @ head.weight.double().T
-    if head.lora_a is not None:
-        logits = logits + head.lora_scale * (hidden @ head.lora_a.double().T @ head.lora_b.double().T)
+    if head.lora is not None:
+        logits = logits + head.lora.scale * (hidden @ head.lora.a.double().T @ head.lora.b.double().T)
     if head.bias is not None:
         logits = logits + head.bias.double()
     logits = logits * head.logit_scale
@@ -78,22 +87,22 @@ def _log_probabilities(hidden: Tensor, head: Head, temperature: float) -> Tensor
     return torch.log_softmax(logits / temperature, dim=-1)
 
 
-def _on_support(log_p: Tensor, log_q: Tensor | None, tensors: Tensors, numbers: Numbers, kept: Tensor):
+def _on_support(log_p: Tensor, log_q: Tensor | None, support: Support | None, token_weight: Tensor, kept: Tensor):
     """Log-probabilities of both sides on the support and its tail; the whole vocabulary's where there is no support."""
-    if tensors.support_ids is not None:
-        ids, log_q = (x.flatten(0, -2)[kept] for x in (tensors.support_ids.long(), tensors.support_logp.double()))
-        computed = tensors.token_weight.reshape(-1)[kept, None] != 0  # a list may have others, which may hold anything
+    if support is None:
+        return log_p, log_q
+    if support.k:
+        ids = log_p.topk(min(support.k, log_p.shape[1])).indices
+        log_p, log_q = log_p.gather(1, ids), log_q.gather(1, ids)
+    else:
+        ids, log_q = (x.flatten(0, -2)[kept] for x in (support.ids.long(), support.logp.double()))
+        computed = token_weight.reshape(-1)[kept, None] != 0  # a list may have others, which may hold anything
         ids = torch.where(computed, ids, -1)
         exists = ids >= 0
         log_q = torch.where(exists, log_q, -torch.inf)
         log_q = torch.where(valid_support(ids, log_p.shape[1])[:, None], log_q, torch.nan)
         log_p = torch.where(exists, log_p.gather(1, ids.clamp(0, log_p.shape[1] - 1)), -torch.inf)
-    elif numbers.top_k:
-        ids = log_p.topk(min(numbers.top_k, log_p.shape[1])).indices
-        log_p, log_q = log_p.gather(1, ids), log_q.gather(1, ids)
-    else:
-        return log_p, log_q
-    if numbers.renormalize:
+    if support.renormalize:
         nothing = (log_p == -torch.inf).all(-1, keepdim=True) & (log_q == -torch.inf).all(-1, keepdim=True)
         return tuple(torch.log_softmax(torch.where(nothing, 0.0, x), dim=-1) for x in (log_p, log_q))
     return tuple(torch.log_softmax(torch.cat([x, _log_tail(x)], dim=-1), dim=-1) for x in (log_p, log_q))

@@ -20,37 +20,34 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import Numbers
-from .kernels import Kernels
+from ..kernels import Kernels
+from ..kernels.contract import Logits
+from ..problem import Objective, Support
 from .rows import Rows
-from .shards import Shard, importance_ratio, logits_at, target_logits
+from .shards import Shard, importance_ratio, logits_at
 
 LEAST_LOG_TAIL = math.log(-math.expm1(-1e-7))
 
 
 def divergence_on_support(
-    student: Tensor,  # (C, V) fp32 logits; changed
-    teacher: Tensor | None,  # (C, V) the teacher's, or teacher - student; changed. None: rows.support_logp
+    logits: Logits,  # changed
     rows: Rows,  # of the chunk; their weights are the gradient's
-    numbers: Numbers,
+    objective: Objective,
+    support: Support,
     kernels: Kernels,
     shard: Shard,  # the part of the vocabulary that the logits are of
-    *,
-    teacher_is_difference: bool,
-    gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over student. None: values only
+    gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over logits.student. None: values only
 ) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target, 6 with old_logp, as the row kernels'
-    """Row scalars on a support and the dense weighted gradient. What the teacher has not said of itself is 0."""
-    temperature = numbers.temperature
-    targets = target_logits(student, teacher, rows, shard, teacher_is_difference)
+    """Row scalars on a support and the dense weighted gradient. What is not known of the teacher is 0."""
+    temperature, (student, teacher, difference, softcap) = objective.temperature, logits
+    targets = shard.target_logits(logits, rows.target)
     target, other_target = (None, None) if targets is None else (targets[0], targets[-1])
-    ids, exists, own, other = _support(student, teacher, teacher_is_difference, rows, numbers, shard)
+    ids, exists, own, other = _support(logits, rows, support, shard)
     columns, here = shard.local(ids, exists)
     _mask(student, columns, here, -torch.inf)
     if teacher is not None:
-        _mask(teacher, columns, here, 0.0 if teacher_is_difference else -torch.inf)
-    of_tail = shard.statistics(
-        kernels, student, student if teacher is None else teacher, temperature, teacher_is_difference
-    )
+        _mask(teacher, columns, here, 0.0 if difference else -torch.inf)
+    of_tail = shard.statistics(kernels, logits, temperature)
 
     tail, tail_t = of_tail.student_lse, of_tail.teacher_lse
     log_p, log_tail, lse = _normalised(own / temperature, tail)
@@ -67,27 +64,28 @@ def divergence_on_support(
         fields += [logp, torch.zeros_like(logp) if teacher is None else other_target / temperature - lse_t]
     weight = rows.weight
     if rows.old_logp is not None:
-        fields.append(importance_ratio(logp, rows.old_logp, numbers.importance_clip))
+        fields.append(importance_ratio(logp, rows.old_logp, rows.importance_clip))
         weight = (weight * fields[-1]).float()
 
     # g: of the logits in A, and of the tail's log-sum-exp
-    if numbers.sampled_token:
+    if support.sampled:
         ratio = log_p - log_q + 0.0 * target[:, None]  # NaN for a target that is none
         divergence = (ratio * log_p).squeeze(-1)
         g = weight[:, None] * ratio * log_tail.exp()
         g = torch.cat([g, -g], dim=-1)
     else:
-        divergence, g = _few_entries(log_p, log_tail, log_q, log_tail_t, exists, weight, numbers, kernels)
+        divergence, g = _few_entries(
+            log_p, log_tail, log_q, log_tail_t, exists, weight, objective.beta, support, kernels
+        )
     if gradient is not None:
         g = torch.where(weight[:, None] == 0, 0.0, g)  # whatever the row holds
-        bounded = (log_tail < LEAST_LOG_TAIL).squeeze(-1) & (not numbers.sampled_token)
+        bounded = (log_tail < LEAST_LOG_TAIL).squeeze(-1) & (not support.sampled)
         g, g_tail = g[:, :-1], g[:, -1]
         g = g + (bounded * g_tail)[:, None] * log_p.exp()
         g_tail = torch.where(bounded, 0.0, g_tail) / temperature
         base = torch.where(tail.isfinite(), tail * temperature, 0.0).float()
         factor = torch.where(tail == -torch.inf, 0.0 * g_tail, g_tail * (base.double() / temperature - tail).exp())
         factor = torch.where(weight == 0, 0.0, factor)
-        softcap = numbers.student_softcap
         kernels.tail_gradient(student, base, factor.float(), gradient, temperature=temperature, softcap=softcap)
         if softcap:
             g = g * (1 - (own / softcap) ** 2).clamp(min=0)
@@ -96,36 +94,35 @@ def divergence_on_support(
 
 
 def _support(
-    student: Tensor, teacher: Tensor | None, difference: bool, rows: Rows, numbers: Numbers, shard: Shard
+    logits: Logits, rows: Rows, support: Support, shard: Shard
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # (C, K) int64, bool, float64, float64
     """Ids, which of the slots exist, and both sides' logits at them; of a slot that does not exist -inf."""
-    sides = (student,) if teacher is None else (student, teacher)
-    if numbers.top_k:
-        ids, logits = _likeliest(sides, numbers.top_k, shard, difference)
+    if support.k:
+        ids, values = _likeliest(logits, support.k, shard)
         exists = torch.ones_like(ids, dtype=torch.bool)
     else:
         ids = rows.target[:, None] if rows.support_ids is None else rows.support_ids
         exists = torch.ones_like(ids, dtype=torch.bool) if rows.support_ids is None else ids >= 0
-        logits = shard.values(sides, ids, exists, difference)
-    own, other = logits[0], None if teacher is None else logits[1]
+        values = shard.values(logits, ids, exists)
+    own, other = values[0], None if logits.teacher is None else values[1]
     own, other = (None if x is None else torch.where(exists, x, -torch.inf) for x in (own, other))
     return ids, exists, own, other
 
 
-def _likeliest(sides: tuple[Tensor, ...], top_k: int, shard: Shard, difference: bool) -> tuple[Tensor, Tensor]:
+def _likeliest(logits: Logits, k: int, shard: Shard) -> tuple[Tensor, Tensor]:
     """(C, K) ids of the student's likeliest entries, ascending, and (sides, C, K) logits: of all parts' candidates."""
-    most = min(top_k, shard.longest)
-    values, columns = sides[0].topk(min(most, shard.size), sorted=False)
-    candidates = torch.full((1 + len(sides), len(values), most), -torch.inf, dtype=torch.float64, device=values.device)
+    sides, most = 1 if logits.teacher is None else 2, min(k, shard.longest)
+    values, columns = logits.student.topk(min(most, shard.size), sorted=False)
+    candidates = torch.full((1 + sides, len(values), most), -torch.inf, dtype=torch.float64, device=values.device)
     candidates[0] = -1  # a slot that a part has nothing for
-    found = torch.cat([(columns + shard.start).double().unsqueeze(0), logits_at(sides, columns, difference)])
+    found = torch.cat([(columns + shard.start).double().unsqueeze(0), logits_at(logits, columns)])
     candidates[:, :, : columns.shape[1]] = found
     candidates = shard.gather(candidates).movedim(0, 2).flatten(2)  # (1 + sides, C, parts · most)
     ids, student = candidates[0], candidates[1]
     order = torch.where(ids < 0, -torch.inf, student.clamp(min=torch.finfo(torch.float64).min))
-    best = order.topk(min(top_k, shard.vocabulary), sorted=False).indices
+    best = order.topk(min(k, shard.vocabulary), sorted=False).indices
     best = best.gather(1, ids.gather(1, best).argsort(1))  # one order, whichever the part
-    return ids.gather(1, best).long(), candidates[1:].gather(2, best.expand(len(sides), -1, -1))
+    return ids.gather(1, best).long(), candidates[1:].gather(2, best.expand(sides, -1, -1))
 
 
 def _mask(logits: Tensor, ids: Tensor, exists: Tensor, value: float) -> None:
@@ -158,9 +155,11 @@ def _entropy(log_p: Tensor, log_tail: Tensor, tail_entropy: Tensor) -> Tensor:  
     return torch.special.entr(p).sum(-1) + torch.special.entr(tail) + of_tail
 
 
-def _few_entries(log_p, log_tail, log_q, log_tail_t, exists, weight, numbers: Numbers, kernels: Kernels):
+def _few_entries(
+    log_p, log_tail, log_q, log_tail_t, exists, weight, beta: float, support: Support, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
     """(C,) divergence and (C, K + 1) its weighted gradient, by the row kernel."""
-    if numbers.renormalize:
+    if support.renormalize:
         student, teacher = log_p, log_q
         some = exists.any(1, keepdim=True)  # a row without any has the divergence of nothing from nothing
         student, teacher = (torch.where(some, x, 0.0) for x in (student, teacher))
@@ -169,9 +168,9 @@ def _few_entries(log_p, log_tail, log_q, log_tail_t, exists, weight, numbers: Nu
         teacher = torch.cat([log_q, log_tail_t.clamp(min=LEAST_LOG_TAIL)], dim=-1)
     g = torch.empty_like(student, dtype=torch.float32)
     scalars = kernels.short_row_divergence(
-        student.contiguous(), teacher.contiguous(), weight, None, beta=numbers.beta, temperature=1.0,
+        student.contiguous(), teacher.contiguous(), weight, None, beta=beta, temperature=1.0,
         teacher_is_difference=False, gradient=g,
     )  # fmt: skip
-    if numbers.renormalize:  # nothing outside of A; but a NaN row is NaN throughout
+    if support.renormalize:  # nothing outside of A; but a NaN row is NaN throughout
         g = torch.cat([g, 0.0 * scalars[0][:, None]], dim=-1)
     return scalars[0], g

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Rows(NamedTuple):
-    """K rows, by number in three matrices, and what they carry."""
+    """The K rows to compute: indices into the outputs and both sides' hidden states, and what is given per row."""
 
     kept: Tensor  # (K,) int64 among all rows: of the outputs and of the hidden gradient
     student: Tensor  # (K,) int64 of the student's hidden states
@@ -15,6 +15,7 @@ class Rows(NamedTuple):
     weight: Tensor  # (K,) fp32
     target: Tensor | None  # (K,) int64
     old_logp: Tensor | None  # (K,) fp32
+    importance_clip: float
     support_ids: Tensor | None  # (K, S) int64, -1: an empty slot
     support_logp: Tensor | None  # (K, S)
     are_all: bool  # the rows are all rows, in order
@@ -26,21 +27,6 @@ class Rows(NamedTuple):
 
     def chunk(self, which: slice) -> "Rows":
         return Rows(*(x[which] if isinstance(x, Tensor) else x for x in self))
-
-
-class RowStatistics(NamedTuple):
-    """What is known of each row, (C,), of logits / temperature: enough to know every entry's probabilities.
-
-    teacher_lse - student_lse = centre / temperature + log_ratio, the latter with all its digits as teacher -> student.
-    """
-
-    student_lse: Tensor  # float64
-    teacher_lse: Tensor  # float64
-    student_max: Tensor  # fp32, as the others: the largest logit
-    centre: Tensor  # teacher's minus student's logit there
-    log_ratio: Tensor
-    student_entropy: Tensor  # nats
-    teacher_entropy: Tensor
 
 
 def as_matrix(
@@ -93,7 +79,7 @@ def kept_rows(
     if not 0 <= lowest <= highest < vocabulary:
         raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {lowest} to {highest}")
     if not support:
-        raise ValueError(f"support_ids: expected ids in [0, {vocabulary}), each once in a row, or -1 for an empty slot")
+        raise ValueError(f"support.ids: expected ids in [0, {vocabulary}), each once in a row, or -1 for an empty slot")
     if rows is not None:
         if not complete(rows, weight):
             raise ValueError("rows: expected every row whose token_weight is not 0, once")

@@ -12,7 +12,8 @@ from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scsdpo_kernels import question_weights, question_weights_triton
+from scsdpo_kernels import question_weights
+from scsdpo_kernels.kernels import question_weights_triton
 
 
 def by_hand(rewards, ids, exponent=0.5):

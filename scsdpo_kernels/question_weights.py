@@ -48,7 +48,7 @@ def question_weights(
         rewards = rewards.to(torch.uint8)
     own, rewards, question_ids = _gather(rewards.detach(), question_ids.long(), group)
     if rewards.device.type != "cpu":
-        from .question_weights_triton import question_weights
+        from .kernels.question_weights_triton import question_weights
 
         with torch.get_device_module(rewards.device).device(rewards.device):  # Triton launches on the current one
             return question_weights(rewards, question_ids, exponent, success_threshold)[own]

@@ -2,15 +2,14 @@
 
 import functools
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .rows import RowStatistics
+from .contract import RowStatistics, Scalars
 
 try:
-    from . import _C
+    from .. import _C
 except ImportError as error:  # a source tree that was never built, or a build for another Python
     raise ImportError(
         "scsdpo_kernels._C, the compiled part of this package, cannot be imported; build it with `pip install .` "
@@ -23,17 +22,6 @@ _DTYPES = {
     torch.float16: _C.DType.float16,
     torch.float64: _C.DType.float64,
 }
-
-
-class RowDivergence(NamedTuple):
-    """One chunk's row scalars, each (C,) fp32 in nats. csrc/row_divergence.h has the contract."""
-
-    divergence: Tensor
-    student_entropy: Tensor
-    teacher_entropy: Tensor
-    student_logp: Tensor | None
-    teacher_logp: Tensor | None
-    importance_ratio: Tensor | None = None
 
 
 # The widest instruction set that kernels may use: "" is all that the processor has. ATEN_CPU_CAPABILITY,
@@ -81,7 +69,7 @@ def row_divergence(
     student_softcap: float = 0.0,  # 0: none
     gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
     instruction_set: str | None = None,  # None: the widest
-) -> RowDivergence:
+) -> Scalars:
     """Divergence, entropies and log-probabilities of each row of logits, and its weighted gradient into `gradient`.
 
     csrc/row_divergence.h has the contract, csrc/divergence.h the equations.
@@ -280,7 +268,7 @@ def row_divergence_cuda(
     student_softcap: float = 0.0,
     gradient: Tensor | None = None,
     row_schedule: str = "auto",  # "cluster" | "streaming": csrc/row_divergence_cuda.cu
-) -> RowDivergence:
+) -> Scalars:
     """The same on an NVIDIA GPU, on its current stream, of fp32 or bf16 logits; it does not wait."""
     assert student.dtype != torch.float64
     task, result = _row_task(
@@ -297,9 +285,7 @@ def _stream(device: torch.device) -> tuple[int, int]:
     return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _row_task(
-    student, teacher, weight, target, old_logp, gradient, **options
-) -> tuple[_C.RowDivergence, RowDivergence]:
+def _row_task(student, teacher, weight, target, old_logp, gradient, **options) -> tuple[_C.RowDivergence, Scalars]:
     """The C++ struct of a call, and the tensors that it fills."""
     rows, vocabulary = student.shape
     for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
@@ -315,7 +301,7 @@ def _row_task(
 
     count = 3 if target is None else 5 if old_logp is None else 6
     scalars = torch.empty(count, rows, dtype=torch.float32, device=student.device).unbind()
-    result = RowDivergence(*scalars, *[None] * (6 - count))
+    result = Scalars(*scalars, *[None] * (6 - count))
     task = _C.RowDivergence(
         rows=rows,
         vocabulary=vocabulary,

@@ -19,8 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Head, Numbers
-from .divergence_triton import (
+from ..kernels.divergence_triton import (
     JENSEN_SHANNON,
     concluded,
     divergence_terms,
@@ -34,8 +33,8 @@ from .divergence_triton import (
     top_score,
     value,
 )
-from .rows import Rows
-from .shards import Shard
+from ..problem import Gradients
+from .plan import Plan
 
 # Bytes of G, the slab of weighted scores.
 SLAB_BYTES = 16 * 2**20
@@ -552,25 +551,15 @@ def grad_hidden_kernel(
 # The schedule.
 
 
-def divergence_rows(
-    student: Tensor,  # (M, D) hidden states
-    student_head: Head,
-    teacher: Tensor,  # (M_t, D_t)
-    teacher_head: Head,
-    rows: Rows,
-    numbers: Numbers,
-    *,
-    shard: Shard,  # the whole vocabulary: this schedule has no other
-    teacher_is_difference: bool,  # which of shared fp32 heads are projected so
-    grad_hidden: Tensor | None,  # (N, D) out: its kept rows are written. None: not wanted
-    grad_head: tuple[torch.dtype | None, ...],  # of the head's weight, bias, A and B. None: not wanted
-) -> tuple[Tensor, list[Tensor | None]]:  # (rows.scalars, K) fp32; gradients of weight, bias, A, B
+def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (rows.scalars, K) fp32
     """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
-    assert shard.group is None
+    assert plan.shard.group is None and plan.support is None
+    (student, student_head), (teacher, teacher_head), rows = plan.student, plan.teacher, plan.rows
     shared = teacher_head.weight is student_head.weight
     student_weight = _unit_stride(student_head.weight)
     teacher_weight = student_weight if shared else _unit_stride(teacher_head.weight)
-    grad_weight_dtype = grad_head[0]
+    grad_hidden, grad_weight_dtype = plan.grad_hidden, plan.wanted.weight
+    nothing = Gradients(grad_hidden, None, None, None, None)
     count, vocabulary, device = len(rows.weight), student_weight.shape[0], student.device
     scalars = torch.empty(rows.scalars, count, dtype=torch.float32, device=device)
     if count == 0:
@@ -579,7 +568,7 @@ def divergence_rows(
             if grad_weight_dtype is None
             else torch.zeros(student_weight.shape, dtype=grad_weight_dtype, device=device)
         )
-        return scalars, [empty, None, None, None]
+        return scalars, nothing._replace(weight=empty)
     choice = tiles(student, teacher, student.shape[1], teacher.shape[1])
     tile = choice[0]
     blocks = triton.cdiv(count, tile.ROWS)
@@ -588,7 +577,8 @@ def divergence_rows(
     processors, cache = _processors(device)
     resident = cache // 2 // (tile.ROWS * (student.shape[1] + teacher.shape[1]) * student.element_size())
     splits, each = splits_of(triton.cdiv(vocabulary, tile.COLUMNS), blocks, processors, resident)
-    which, constants = objective(numbers.beta), (1.0 / numbers.temperature, 1.0 - numbers.beta, numbers.beta)
+    beta = plan.objective.beta
+    which, constants = objective(beta), (1.0 / plan.objective.temperature, 1.0 - beta, beta)
     problem = (
         student, student.stride(0), student_weight, student_weight.stride(0), student.shape[1],
         teacher, teacher.stride(0), teacher_weight, teacher_weight.stride(0), teacher.shape[1],
@@ -598,7 +588,7 @@ def divergence_rows(
     magnitude = min(blocks.bit_length(), 7)
     variant = {
         "shared": shared,
-        "difference": teacher_is_difference,
+        "difference": plan.difference,
         "descriptors": tile in TILES[target(device), 2] and _has_descriptors(student_weight, teacher_weight),
         "EVEN": all(x.shape[1] % tile.WIDTH == 0 for x in (student, teacher) for tile in choice),
         "precision": _precision(student.dtype),
@@ -619,7 +609,7 @@ def divergence_rows(
         target_kernel[count,](*problem, rows.target, target_logits, WIDTH=1024)
     by_row = {"ROWS": 128, "enable_fp_fusion": True}
     conclude_kernel[triton.cdiv(count, 128),](
-        partial, splits, count, target_logits, rows.old_logp, scalars, row, *constants, numbers.importance_clip,
+        partial, splits, count, target_logits, rows.old_logp, scalars, row, *constants, rows.importance_clip,
         objective=which, has_target=rows.target is not None, has_old_logp=rows.old_logp is not None, **by_row,
     )  # fmt: skip
     if which == JENSEN_SHANNON.value:
@@ -627,9 +617,12 @@ def divergence_rows(
         value_kernel[triton.cdiv(count, 128),](scratch, PARTS * splits, count, scalars, row, *constants[1:], **by_row)
     del partial, scratch
     if grad_hidden is None and grad_weight_dtype is None:
-        return scalars, [None] * 4
+        return scalars, nothing
 
-    weight = rows.weight if rows.old_logp is None else rows.weight * scalars[5]
+    weight = rows.weight
+    if rows.old_logp is not None:
+        *_, importance_ratio_of_rows = scalars
+        weight = weight * importance_ratio_of_rows
     gradient_dtype = torch.bfloat16 if student_weight.dtype == torch.bfloat16 else torch.float32
     columns = slab_columns(count, vocabulary, gradient_dtype.itemsize, tile.COLUMNS)
     slab = torch.empty(count, columns, dtype=gradient_dtype, device=device)
@@ -652,7 +645,7 @@ def divergence_rows(
                 slab, here, student_weight[first:], rows.kept, grad_hidden, low, first == 0,
                 first + here == vocabulary,
             )  # fmt: skip
-    return scalars, [grad_weight, None, None, None]
+    return scalars, nothing._replace(weight=grad_weight)
 
 
 def _add_grad_hidden(slab, columns, head, rows, grad_hidden, low, first: bool, last: bool) -> None:

@@ -1,0 +1,304 @@
+"""Every error that a caller's arguments can raise, by the name of the argument: what was expected and what came."""
+
+import importlib.util
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .problem import Head, LoRA, Problem, SampledToken, TopK, TopLogprobs
+from .vocab_shard import VocabShard
+
+SCHEDULES = ("auto", "chunked", "tiled", "reference")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_LEAST, _MOST = 2.0**-126, 2.0**126  # normal in fp32, and their inverses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types, before anything of an argument is read.
+
+
+def check_tensor(name: str, tensor: Any, device: torch.device | None = None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected student_hidden's device {device}, got {tensor.device}")
+
+
+def check_number(name: str, number: Any) -> None:
+    if not isinstance(number, int | float) or isinstance(number, bool):
+        raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+
+
+def _check_above_0(name: str, number: Any) -> None:
+    check_number(name, number)
+    if not (_LEAST <= number <= _MOST or number == math.inf):
+        raise ValueError(f"{name}: expected a number above 0, normal in fp32, got {number}")
+
+
+def _check_finite(name: str, number: Any) -> None:
+    check_number(name, number)
+    if not -_MOST <= number <= _MOST:
+        raise ValueError(f"{name}: expected a finite number, normal in fp32, got {number}")
+
+
+def as_head(name: str, head: Tensor | Head) -> Head:
+    """A head whose parts are of the right types."""
+    if isinstance(head, Tensor):
+        return Head(head)
+    if not isinstance(head, Head):
+        raise TypeError(f"{name}: expected a tensor or a Head, got {type(head).__name__}")
+    check_tensor(name, head.weight)
+    if head.bias is not None:
+        _check_floats(f"{name}.bias", head.bias)
+    if head.lora is not None:
+        if not isinstance(head.lora, LoRA):
+            raise TypeError(f"{name}.lora: expected a LoRA, got {type(head.lora).__name__}")
+        _check_floats(f"{name}.lora.a", head.lora.a)
+        _check_floats(f"{name}.lora.b", head.lora.b)
+        _check_finite(f"{name}.lora.scale", head.lora.scale)
+        head = head._replace(lora=head.lora._replace(scale=float(head.lora.scale)))
+    _check_finite(f"{name}.logit_scale", head.logit_scale)
+    if head.softcap is not None:
+        _check_above_0(f"{name}.softcap", head.softcap)
+    softcap = None if head.softcap in (None, math.inf) else float(head.softcap)
+    return head._replace(logit_scale=float(head.logit_scale), softcap=softcap)
+
+
+def _check_floats(name: str, tensor: Any) -> None:
+    check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}")
+
+
+def check_support(support: Any) -> None:
+    if support is None or isinstance(support, SampledToken):
+        return
+    if not isinstance(support, TopK | TopLogprobs):
+        got = type(support).__name__
+        raise TypeError(f"support: expected TopK, TopLogprobs, SampledToken or None, got {got}")
+    name = type(support).__name__
+    if support.tail not in ("bucket", "renormalize"):
+        raise ValueError(f"{name}: expected tail 'bucket' or 'renormalize', got {support.tail!r}")
+    if isinstance(support, TopLogprobs):
+        check_tensor("support.ids", support.ids)
+        check_tensor("support.logp", support.logp)
+        if support.ids.dtype not in _INTEGERS:
+            raise TypeError(f"support.ids: expected integers, got {support.ids.dtype}")
+        _check_floats("support.logp", support.logp)
+        return
+    if not isinstance(support.k, int) or isinstance(support.k, bool):
+        raise TypeError(f"TopK: expected an integer as k, got {type(support.k).__name__}")
+    if support.k < 1:
+        raise ValueError(f"TopK: expected k of at least 1, got {support.k}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes together.
+
+
+def check_options(
+    beta: Any,
+    temperature: Any,
+    support: TopK | TopLogprobs | SampledToken | None,
+    entry_clip: Any,
+    target_ids: Any,
+    old_logp: Any,
+    importance_clip: Any,
+) -> None:
+    """Numbers, and which objectives exist."""
+    check_number("beta", beta)
+    check_number("temperature", temperature)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+    if not _LEAST <= temperature <= _MOST:
+        raise ValueError(
+            f"temperature: expected a number above 0, it and its inverse normal in fp32, got {temperature}"
+        )
+    _check_above_0("importance_clip", importance_clip)
+    if old_logp is not None and target_ids is None:
+        raise ValueError("old_logp: expected target_ids with it, whose log-probabilities these were")
+    check_support(support)
+    if isinstance(support, SampledToken):
+        if target_ids is None:
+            raise ValueError("SampledToken: expected target_ids with it, which were sampled")
+        if beta != 1:
+            raise ValueError(f"SampledToken: expected beta=1 with it, got beta={beta}")
+    if entry_clip is None:
+        return
+    _check_above_0("entry_clip", entry_clip)
+    if support is not None:
+        name = type(support).__name__
+        raise ValueError(f"entry_clip: expected no {name} with it, since it clips the entries of the whole vocabulary")
+    if beta != 0:
+        raise ValueError(f"entry_clip: expected beta=0 with it, got beta={beta}")
+
+
+def check_teacher(teacher_hidden: Any, teacher_head: Any, support: Any) -> None:
+    """One of hidden states and a support that the teacher has named."""
+    given = isinstance(support, TopLogprobs)
+    if teacher_hidden is None and not given:
+        raise ValueError("teacher_hidden: expected a tensor, or support=TopLogprobs(...) in place of it, got None")
+    for name, value in (("teacher_hidden", teacher_hidden), ("teacher_head", teacher_head)):
+        if given and value is not None:
+            raise ValueError(f"TopLogprobs: expected no {name} with it, whose logits it stands for")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes and dtypes.
+
+
+def check_problem(problem: Problem, shares_head: bool, schedule: str, shard: VocabShard | None) -> None:
+    """Everything that needs tensors. `shares_head`: the teacher has the student's head, which errors then name."""
+    dtypes = (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES
+    student, teacher, support, target = problem.student, problem.teacher, problem.support, problem.target
+    device, leading = student.hidden.device, student.hidden.shape[:-1]
+    _check_side("student", student, problem, "student_head", dtypes, shard)
+    if teacher is not None:
+        head = "student_head (which the teacher shares)" if shares_head else "teacher_head"
+        _check_side("teacher", teacher, problem, head, dtypes, shard)
+    per_token = {"token_weight": problem.token_weight}
+    if target is not None:
+        per_token |= {"target_ids": target.ids, "old_logp": target.old_logp}
+    for name, tensor in per_token.items():
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, device)
+        if tensor.shape != leading:
+            raise ValueError(f"{name}: expected shape {tuple(leading)}, got {tuple(tensor.shape)}")
+    if problem.token_weight.is_complex():
+        raise TypeError(f"token_weight: expected real numbers, got {problem.token_weight.dtype}")
+    if target is not None and target.ids.dtype not in _INTEGERS:
+        raise TypeError(f"target_ids: expected integers, got {target.ids.dtype}")
+    if target is not None and target.old_logp is not None:
+        _check_floats("old_logp", target.old_logp)
+    if support is not None and support.ids is not None:
+        ids, logp = support.ids, support.logp
+        check_tensor("support.ids", ids, device)
+        check_tensor("support.logp", logp, device)
+        if ids.shape[:-1] != leading or ids.dim() != student.hidden.dim() or ids.shape[-1] == 0:
+            raise ValueError(f"support.ids: expected shape {(*leading, 'K')}, got {tuple(ids.shape)}")
+        if logp.shape != ids.shape:
+            raise ValueError(f"support.logp: expected support.ids' shape {tuple(ids.shape)}, got {tuple(logp.shape)}")
+    _check_rows(problem, device)
+
+
+def _check_rows(problem: Problem, device: torch.device) -> None:
+    rows, count = problem.rows, problem.token_weight.numel()
+    if rows is None:
+        return
+    check_tensor("rows", rows, device)
+    if rows.dim() != 1 or rows.dtype != torch.int64:
+        raise ValueError(f"rows: expected shape (R,) and dtype int64, got {tuple(rows.shape)} and {rows.dtype}")
+    if rows.numel() > count:
+        raise ValueError(f"rows: expected at most the {count} rows that there are, got {rows.numel()}")
+
+
+def _check_side(
+    side: str, given, problem: Problem, name: str, dtypes: tuple[torch.dtype, ...], shard: VocabShard | None
+) -> None:
+    hidden, (weight, bias, lora, _, _) = given
+    device, leading = problem.student.hidden.device, problem.student.hidden.shape[:-1]
+    vocabulary = problem.student.head.weight.shape[0]
+    check_tensor(f"{side}_hidden", hidden, device)
+    check_tensor(name, weight, device)
+    if hidden.dtype not in dtypes:
+        raise TypeError(f"{side}_hidden: expected one of {_names(dtypes)}, got {hidden.dtype}")
+    if hidden.dim() < 1 or hidden.shape[:-1] != leading:
+        raise ValueError(
+            f"{side}_hidden: expected shape (..., D) with the leading shape of student_hidden {tuple(leading)}, "
+            f"got {tuple(hidden.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] != vocabulary:
+        raise ValueError(
+            f"{name}: expected shape (V, {hidden.shape[-1]}) after {side}_hidden {tuple(hidden.shape)}"
+            f"{f' and V = {vocabulary} of student_head' if side == 'teacher' else ''}, got {tuple(weight.shape)}"
+        )
+    if shard is not None and vocabulary != shard.stop - shard.start:
+        raise ValueError(
+            f"{name}: expected the {shard.stop - shard.start} rows of {shard.start} to {shard.stop}, or more that are "
+            f"padding, got shape {tuple(weight.shape)}"
+        )
+    if vocabulary == 0 and shard is None:
+        raise ValueError(f"{name}: expected a vocabulary of at least one entry, got shape {tuple(weight.shape)}")
+    if weight.dtype not in dtypes or (weight.dtype != hidden.dtype and not in_autocast(hidden.device.type)):
+        raise TypeError(f"{name}: expected {side}_hidden's dtype {hidden.dtype}, got {weight.dtype}")
+    if bias is not None:
+        check_tensor(f"{name}.bias", bias, device)
+        if bias.shape != (vocabulary,):
+            raise ValueError(f"{name}.bias: expected shape {(vocabulary,)}, got {tuple(bias.shape)}")
+    if lora is None:
+        return
+    check_tensor(f"{name}.lora.a", lora.a, device)
+    check_tensor(f"{name}.lora.b", lora.b, device)
+    if lora.a.dim() != 2 or lora.a.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{name}.lora: expected A of shape (r, {hidden.shape[-1]}), got {tuple(lora.a.shape)}")
+    if lora.b.shape != (vocabulary, lora.a.shape[0]):
+        raise ValueError(
+            f"{name}.lora: expected B of shape ({vocabulary}, {lora.a.shape[0]}) after A {tuple(lora.a.shape)}, "
+            f"got {tuple(lora.b.shape)}"
+        )
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def in_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules.
+
+
+def check_schedule(name: str, problem: Problem) -> None:
+    """ValueError, with the reason, where a schedule does not exist or cannot do what is asked for."""
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {name!r}")
+    reason = why_not(name, problem.student.hidden.device)
+    if reason:
+        raise ValueError(f"schedule={name!r}: {reason}")
+    lacking = {"tiled": features(problem), "reference": ["shard"] if problem.part is not None else []}.get(name)
+    if lacking:
+        raise ValueError(f"schedule={name!r}: it does not have {', '.join(lacking)}; schedule='chunked' does")
+
+
+def features(problem: Problem) -> list[str]:
+    """Names of what is in use that not every schedule has."""
+    names = [] if problem.support is None else [problem.support.name]
+    names += ["entry_clip"] * bool(problem.objective.entry_clip)
+    names += ["shard"] * (problem.part is not None)
+    for side, given in (("student", problem.student), ("teacher", problem.teacher)):
+        head = None if given is None else given.head
+        if head is not None:
+            used = {
+                "bias": head.bias is not None,
+                "softcap": bool(head.softcap),
+                "logit_scale": head.logit_scale != 1.0,
+                "lora": head.lora is not None,
+            }
+            names += [f"{side}_head.{name}" for name, is_used in used.items() if is_used]
+    return names
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a schedule does not run on a device; None: it does."""
+    if name == "reference" or (name in ("auto", "chunked") and device.type == "cpu"):
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return f"its kernels for device {device.type!r} need Triton, which is not installed"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "it runs on GPUs, and on a CPU in Triton's interpreter only (TRITON_INTERPRET=1)"
+    if device.type not in ("cuda", "xpu"):
+        return f"it has no kernels for device {device.type!r}, only for 'cuda', 'xpu' and 'cpu'"
+    if name == "tiled" and device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"its products need compute capability 8.0 or newer, this device has {major}.{minor}"
+    return None

@@ -1,0 +1,40 @@
+"""What is said to row kernels, and what they return: a chunk of C rows of logits."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Logits(NamedTuple):
+    """One chunk, (C, V) with unit stride along V; -inf: an entry that does not count."""
+
+    student: Tensor
+    teacher: Tensor | None  # the teacher's, or teacher - student; None: only the support's are known
+    difference: bool  # which of the two
+    softcap: float  # c, where the student's are c tanh(x / c): gradients are those of x. 0: none
+
+
+class Scalars(NamedTuple):
+    """Per row, (C,) fp32, in nats. csrc/row_divergence.h has the contract."""
+
+    divergence: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    student_logp: Tensor | None  # at the row's target
+    teacher_logp: Tensor | None
+    importance_ratio: Tensor | None = None
+
+
+class RowStatistics(NamedTuple):
+    """What is known of each row, (C,), of logits / temperature: enough to know every entry's probabilities.
+
+    teacher_lse - student_lse = centre / temperature + log_ratio, the latter with all its digits as teacher -> student.
+    """
+
+    student_lse: Tensor  # float64
+    teacher_lse: Tensor  # float64
+    student_max: Tensor  # fp32, as the others: the largest logit
+    centre: Tensor  # teacher's minus student's logit there
+    log_ratio: Tensor
+    student_entropy: Tensor  # nats
+    teacher_entropy: Tensor

@@ -1,0 +1,224 @@
+"""What one call consists of: a tree of named tuples, of which every layer takes a branch whole, and its flat form.
+
+torch.library takes no trees, so the operators' arguments are the leaves of a `Problem`, in one order: `SCHEMA` declares
+them, `flatten` lists them, `unflatten` puts them together again.
+"""
+
+import functools
+from collections.abc import Iterator
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from torch import Tensor
+
+
+class LoRA(NamedTuple):
+    """A low-rank adapter of an LM head, which adds λ (h Aᵀ) Bᵀ to the logits (arXiv 2106.09685).
+
+    Args:
+        a: A, (r, D), floating point.
+        b: B, (V, r), floating point.
+        scale: λ.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+
+class Head(NamedTuple):
+    """An LM head: z = c tanh(s (h Wᵀ + b + λ (h Aᵀ) Bᵀ) / c).
+
+    Args:
+        weight: W, (V, D), bf16, fp16 or fp32.
+        bias: b, (V,), floating point. -inf forbids a token.
+        lora: a low-rank adapter.
+        logit_scale: s, as in Cohere's models; Granite's divide by 1/s.
+        softcap: c > 0, as in Gemma's models. None or inf: none.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora: LoRA | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class TopK(NamedTuple):
+    """The divergence on the student's k likeliest tokens, with their true probabilities (SDPO, arXiv 2601.20802).
+
+    The choice of the k has no gradient of its own.
+
+    Args:
+        k: at least 1.
+        tail: what the divergence sees of the other tokens. "bucket": one more token with their total probability, at
+            least 1e-7. "renormalize": nothing; the k probabilities are divided by their sum.
+    """
+
+    k: int
+    tail: str = "bucket"
+
+
+class TopLogprobs(NamedTuple):
+    """The divergence on tokens that the teacher has named, as a server's top-K, in place of its hidden states.
+
+    Args:
+        ids: (..., K) integers in [0, V), each once in a row; -1 is an empty slot.
+        logp: (..., K) floating point, nats: the teacher's own log-probabilities at this temperature.
+        tail: as of `TopK`.
+    """
+
+    ids: Tensor
+    logp: Tensor
+    tail: str = "bucket"
+
+
+class SampledToken(NamedTuple):
+    """At beta=1, stop(log p - log q) · log p of `target_ids` in place of the divergence.
+
+    Its expectation over tokens that p samples has the reverse KL's gradient (SDPO, arXiv 2601.20802).
+    """
+
+
+class Side(NamedTuple):
+    """Student or teacher."""
+
+    hidden: Tensor  # (..., D)
+    head: Head
+
+
+class Objective(NamedTuple):
+    """What is computed of whole rows of logits."""
+
+    beta: float
+    temperature: float
+    entry_clip: float  # nats; 0: none
+
+
+class Support(NamedTuple):
+    """The tokens that the divergence knows one by one: the student's likeliest k, the sampled one, or those given."""
+
+    k: int  # 0: those given, or the sampled one
+    renormalize: bool  # the other tokens are left out; otherwise they are one bucket
+    sampled: bool
+    ids: Tensor | None  # (..., K)
+    logp: Tensor | None  # (..., K)
+
+    @property
+    def name(self) -> str:
+        return "TopK" if self.k else "SampledToken" if self.sampled else "TopLogprobs"
+
+
+class Target(NamedTuple):
+    """Sampled tokens, whose log-probabilities are wanted."""
+
+    ids: Tensor  # (...,)
+    old_logp: Tensor | None  # (...,) at the time they were sampled
+    importance_clip: float
+
+
+class Part(NamedTuple):
+    """This process's part of a vocabulary that is spread over a process group."""
+
+    group: str
+    start: int  # of the heads' first row in the vocabulary
+    longest: int  # the most entries that any process has
+    vocabulary: int  # all entries
+    sequence_parallel: bool  # hidden states and all else per token are this process's own
+
+
+class Problem(NamedTuple):
+    student: Side
+    teacher: Side | None  # None: support.logp is all that is known of it
+    token_weight: Tensor  # (...,)
+    rows: Tensor | None  # (R,) flat indices
+    objective: Objective
+    support: Support | None  # None: the whole vocabulary
+    target: Target | None
+    part: Part | None  # None: the whole vocabulary is here
+
+
+class Gradients(NamedTuple):
+    """One thing for each tensor that takes gradients."""
+
+    hidden: Any
+    weight: Any
+    bias: Any
+    lora_a: Any
+    lora_b: Any
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flat form.
+
+_KINDS = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"}
+
+
+def _leaves(tree: type, before: tuple[str, ...] = (), optional: bool = False) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Path and torch.library's type of every value in a tree; those of a group that may be None may be None."""
+    for name, (plain, may_be_none) in _fields(tree).items():
+        may_be_none = may_be_none or optional
+        if plain in _KINDS:
+            yield (*before, name), _KINDS[plain] + ("?" if may_be_none else "")
+        else:
+            yield from _leaves(plain, (*before, name), may_be_none)
+
+
+@functools.cache
+def _fields(tree: type) -> dict[str, tuple[Any, bool]]:
+    """Type of each field without None, and whether it may be None."""
+    fields = {}
+    for name, kind in get_type_hints(tree).items():
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        (plain,) = (x for x in kinds if x is not NoneType)
+        fields[name] = plain, NoneType in kinds
+    return fields
+
+
+PATHS, _TYPES = zip(*_leaves(Problem), strict=True)
+SCHEMA = ", ".join(f"{kind} {'_'.join(path)}" for path, kind in zip(PATHS, _TYPES, strict=True))
+# What takes gradients, in the order of `Gradients`.
+WRT = tuple(
+    PATHS.index(path)
+    for path in (
+        ("student", "hidden"),
+        ("student", "head", "weight"),
+        ("student", "head", "bias"),
+        ("student", "head", "lora", "a"),
+        ("student", "head", "lora", "b"),
+    )
+)
+
+
+def flatten(problem: Problem) -> list:
+    return [_at(problem, path) for path in PATHS]
+
+
+def _at(value: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def unflatten(values: Iterator, tree: type = Problem) -> Any:
+    """Takes a tree's leaves from `values`. A group that may be None is None where its first value is."""
+    fields = []
+    for plain, may_be_none in _fields(tree).values():
+        if plain in _KINDS:
+            fields.append(next(values))
+            continue
+        group = unflatten(values, plain)
+        first = group
+        while isinstance(first, tuple):
+            first = first[0]
+        fields.append(None if may_be_none and first is None else group)
+    return tree(*fields)
+
+
+def mapped(function: Any, value: Any, path: tuple[str, ...] = ()) -> Any:
+    """The same tree with function(path, tensor) in place of every tensor."""
+    if isinstance(value, Tensor):
+        return function(path, value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(function, x, (*path, name)) for name, x in value._asdict().items()))
+    return value

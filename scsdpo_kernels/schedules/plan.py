@@ -1,0 +1,257 @@
+"""From a problem to what a schedule computes, the kept rows of it, and from there to what the operator returns."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.contract import Scalars
+from ..problem import Gradients, Head, Objective, Problem, Side, Support
+from . import rows as row_choice
+from .rows import Rows, as_matrix, complete, valid_support
+from .shards import Shard
+
+
+class Plan(NamedTuple):
+    student: Side  # hidden: (M, D), of which `rows` are computed
+    teacher: Side | None
+    rows: Rows
+    objective: Objective
+    support: Support | None
+    shard: Shard
+    difference: bool  # one fp32 head, which is applied to the difference of hidden states in place of the teacher's
+    grad_hidden: Tensor | None  # out: rows.kept of it are written. None: not wanted
+    wanted: Gradients  # dtype of each gradient, None where it is not wanted
+
+
+# (rows.scalars, K) fp32 of the kept rows, and the gradients of Σ weight · importance ratio · divergence.
+Schedule = Callable[[Plan], tuple[Tensor, Gradients]]
+
+
+class Outcome(NamedTuple):
+    loss: Tensor  # () fp32
+    scalars: Scalars  # (...,) fp32, None where it was not asked for
+    gradients: Gradients
+
+
+class Kept(NamedTuple):
+    """The rows of this process, before those of others join them."""
+
+    index: Tensor  # (K,) int64 among all rows
+    right: Tensor | None  # () bool: whether a list that nobody has checked is complete. None: it was checked
+    head_is_finite: bool
+
+
+def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
+    """What the operator returns, by the `run` of a schedule's module."""
+    shard = Shard(problem.part, problem.student.head.weight.shape[0])
+    problem = _with_shared_head(problem)
+    may_subtract = _may_subtract(problem)
+    kept = _keep(problem, shard, may_subtract)
+    student, teacher, rows = _sides(problem, kept, shard)
+    counts = None
+    if problem.part is not None and problem.part.sequence_parallel:
+        student, teacher, rows, counts = _gather_rows(student, teacher, rows, shard)
+
+    wanted = _dtypes(problem.student, wanted)
+    hidden = problem.student.hidden
+    grad_hidden = None
+    if wanted.hidden is not None:
+        grad_hidden = torch.zeros(hidden.shape, dtype=wanted.hidden, device=hidden.device)
+    partial, computed = grad_hidden, rows
+    if partial is not None and shard.group is None:
+        partial = partial.view(-1, hidden.shape[-1])
+    elif partial is not None:  # of the computed rows, in fp32: what is summed over processes
+        partial = torch.zeros(len(rows.weight), hidden.shape[-1], device=hidden.device)
+        computed = rows._replace(kept=torch.arange(len(partial), device=hidden.device))
+    plan = Plan(
+        student=student,
+        teacher=teacher,
+        rows=computed,
+        objective=problem.objective,
+        support=problem.support,
+        shard=shard,
+        difference=may_subtract and kept.head_is_finite,
+        grad_hidden=partial,
+        wanted=wanted,
+    )
+    scalars, gradients = schedule(plan)
+    if shard.group is not None:
+        _reduce_gradients(shard, counts, partial, grad_hidden, kept.index, gradients)
+    return _outcome(problem, kept, rows, scalars, gradients._replace(hidden=grad_hidden), counts, shard)
+
+
+def _with_shared_head(problem: Problem) -> Problem:
+    """One tensor for a weight that both sides have: what schedules tell a shared head by."""
+    if problem.teacher is None or not _same_storage(problem.student.head.weight, problem.teacher.head.weight):
+        return problem
+    head = problem.teacher.head._replace(weight=problem.student.head.weight)
+    return problem._replace(teacher=problem.teacher._replace(head=head))
+
+
+def _may_subtract(problem: Problem) -> bool:
+    """Whether both sides have one linear fp32 head, so that it may be applied to their difference."""
+    student, teacher = problem.student, problem.teacher
+    return (
+        teacher is not None
+        and student.head.weight.dtype == teacher.hidden.dtype == torch.float32
+        and not student.head.softcap
+        and _is_same(student.head, teacher.head)
+    )
+
+
+def _is_same(a: Head, b: Head) -> bool:
+    """Whether two heads are one: the same storage and numbers."""
+    if a.lora is None or b.lora is None:
+        adapters = a.lora is b.lora
+    else:
+        adapters = all(map(_same_storage, a.lora[:2], b.lora[:2])) and a.lora.scale == b.lora.scale
+    biases = a.bias is b.bias if a.bias is None or b.bias is None else _same_storage(a.bias, b.bias)
+    numbers = (a.logit_scale, a.softcap) == (b.logit_scale, b.softcap)
+    return adapters and biases and numbers and _same_storage(a.weight, b.weight)
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def _keep(problem: Problem, shard: Shard, may_subtract: bool) -> Kept:
+    """Chooses and checks the rows to compute: the one wait for a GPU, and none with the caller's own list."""
+    token_weight, target, support = problem.token_weight, problem.target, problem.support
+    unchecked = problem.rows is not None and token_weight.device.type != "cpu"
+    index, head_is_finite = row_choice.kept_rows(
+        token_weight,
+        None if target is None else target.ids,
+        problem.rows,
+        None if support is None else support.ids,
+        vocabulary=shard.vocabulary,
+        # An infinite entry, which forbids a token, would meet a difference of 0: 0 · inf is no logit.
+        summed_head=problem.student.head.weight.sum() if may_subtract and not unchecked else None,
+    )
+    right = complete(problem.rows, token_weight.reshape(-1)) if unchecked else None
+    return Kept(index, right, head_is_finite)
+
+
+def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | None, Rows]:
+    """Both sides' hidden states as matrices, and the kept rows in them."""
+    student_states, student_rows = as_matrix(problem.student.hidden, kept.index)
+    teacher, teacher_rows = problem.teacher, None
+    if teacher is not None:
+        teacher_states, teacher_rows = as_matrix(teacher.hidden, kept.index)
+        teacher = teacher._replace(hidden=teacher_states)
+    weight = problem.token_weight.reshape(-1)[kept.index].float()
+    if kept.right is not None:  # the list was not checked: if it is wrong, poison the result with NaN
+        weight = torch.where(kept.right, weight, torch.nan)
+    ids = old_logp = None
+    importance_clip = 0.0
+    if problem.target is not None:
+        ids = problem.target.ids.reshape(-1)[kept.index].long()
+        importance_clip = problem.target.importance_clip
+        if problem.target.old_logp is not None:  # it may hold garbage where the weight is 0
+            old_logp = torch.where(weight == 0, 0.0, problem.target.old_logp.reshape(-1)[kept.index].float())
+    support_ids, support_logp = _support(problem, kept.index, shard.vocabulary)
+    rows = Rows(
+        kept=kept.index,
+        student=student_rows,
+        teacher=teacher_rows,
+        weight=weight,
+        target=ids,
+        old_logp=old_logp,
+        importance_clip=importance_clip,
+        support_ids=support_ids,
+        support_logp=support_logp,
+        are_all=problem.rows is None and len(kept.index) == problem.token_weight.numel(),
+    )
+    return problem.student._replace(hidden=student_states), teacher, rows
+
+
+def _support(problem: Problem, kept: Tensor, vocabulary: int) -> tuple[Tensor | None, Tensor | None]:
+    """Ids and log-probabilities of the kept rows' supports. A row of wrong ids, if nothing was checked, becomes NaN."""
+    support = problem.support
+    if support is None or support.ids is None:
+        return None, None
+    ids, logp = (x.flatten(0, -2)[kept] for x in (support.ids.long(), support.logp.float()))
+    valid = valid_support(ids, vocabulary)[:, None]
+    ids, logp = torch.where(valid, ids, 0), torch.where(valid, logp, torch.nan)
+    computed = problem.token_weight.reshape(-1)[kept, None] != 0  # a list may have others, which may hold anything
+    return torch.where(computed, ids, -1), torch.where(computed, logp, -torch.inf)
+
+
+def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) -> tuple:
+    """Hidden states and rows of all processes, where each has its own, and how many rows each has."""
+    own = student.hidden[rows.student], None if teacher is None else teacher.hidden[rows.teacher]
+    carried = rows.weight, rows.target, rows.old_logp, rows.support_ids, rows.support_logp
+    (states, teacher_states, *carried), counts = shard.gather_rows((*own, *carried))
+    index = torch.arange(len(states), device=states.device)
+    weight, target, old_logp, support_ids, support_logp = carried
+    rows = Rows(
+        kept=index,
+        student=index,
+        teacher=None if teacher is None else index,
+        weight=weight,
+        target=target,
+        old_logp=old_logp,
+        importance_clip=rows.importance_clip,
+        support_ids=support_ids,
+        support_logp=support_logp,
+        are_all=True,
+    )
+    teacher = None if teacher is None else teacher._replace(hidden=teacher_states)
+    return student._replace(hidden=states), teacher, rows, counts
+
+
+def _dtypes(student: Side, wanted: list[bool]) -> Gradients:
+    lora_a, lora_b = (None, None) if student.head.lora is None else student.head.lora[:2]
+    tensors = (student.hidden, student.head.weight, student.head.bias, lora_a, lora_b)
+    dtypes = (gradient_dtype(x) if x is not None and want else None for x, want in zip(tensors, wanted, strict=True))
+    return Gradients(*dtypes)
+
+
+def gradient_dtype(tensor: Tensor) -> torch.dtype:
+    """dtype in which a gradient waits for backward: fp16 would underflow before the loss scale reaches it."""
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
+def _reduce_gradients(
+    shard: Shard,
+    counts: list[int] | None,
+    partial: Tensor | None,  # (R, D) fp32
+    grad_hidden: Tensor | None,  # (..., D) out
+    kept: Tensor,
+    gradients: Gradients,
+) -> None:
+    """Adds up the gradients that every process has a part of: of hidden states and of LoRA's A."""
+    if partial is not None:
+        whole = shard.add_up(partial) if counts is None else shard.scatter_rows(partial, counts)
+        grad_hidden.view(-1, partial.shape[1])[kept] = whole.to(grad_hidden.dtype)
+    if gradients.lora_a is not None:
+        gradients.lora_a.copy_(shard.add_up(gradients.lora_a.float()))
+
+
+def _outcome(
+    problem: Problem,
+    kept: Kept,
+    rows: Rows,
+    scalars: Tensor,  # (rows.scalars, R)
+    gradients: Gradients,
+    counts: list[int] | None,
+    shard: Shard,
+) -> Outcome:
+    """The loss of all computed rows, and this process's in the shape of token_weight."""
+    divergence, *_ = scalars
+    factor = rows.weight.double()
+    if rows.old_logp is not None:
+        *_, importance_ratio = scalars
+        factor = factor * importance_ratio.double()
+    loss = torch.where(rows.weight == 0, 0.0, factor * divergence.double()).sum().float()
+    if counts is not None:
+        scalars = scalars.split(counts, dim=1)[shard.rank]
+    if kept.right is not None and len(kept.index) == 0:  # nothing above has become NaN
+        for result in (loss, *gradients):
+            _ = result is None or result.masked_fill_(~kept.right, torch.nan)
+    token_weight = problem.token_weight
+    per_token = torch.zeros(len(scalars), token_weight.numel(), dtype=torch.float32, device=token_weight.device)
+    per_token[:, kept.index] = scalars
+    fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
+    return Outcome(loss, Scalars(*fields, *[None] * (len(Scalars._fields) - len(fields))), gradients)

@@ -1,0 +1,183 @@
+"""Matrix products of a chunk of tokens with fp32 sums, and the sums over chunks of an LM head's gradients."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..kernels import Kernels, native
+from ..problem import Gradients, Head
+
+# Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.
+SLAB_ROWS = 8192
+
+
+def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return native.empty(*shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The head in fp32: itself, or slab by slab a copy."""
+    size = weight.shape[0] if weight.dtype == torch.float32 else SLAB_ROWS
+    for start in range(0, weight.shape[0], max(1, size)):
+        slab = slice(start, start + size)
+        yield slab, weight[slab].float()
+
+
+def project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
+    """logits = hidden weightᵀ with fp32 sums, never rounded to the inputs' dtype."""
+    if len(weight) == 0:  # a process without a part of the vocabulary
+        return
+    if hidden.device.type == "cpu":
+        native.matmul(hidden, weight.t(), logits)
+    elif hidden.dtype == weight.dtype:
+        product = torch.mm if hidden.dtype == torch.float32 else mm_fp32
+        product(hidden, weight.t(), out=logits)
+    else:
+        hidden = hidden.float()
+        for slab, weight_slab in slabs(weight):
+            torch.mm(hidden, weight_slab.t(), out=logits[:, slab])
+
+
+# The accelerators' products of 16-bit numbers with an fp32 result.
+mm_fp32 = partial(torch.mm, out_dtype=torch.float32)
+addmm_fp32 = partial(torch.addmm, out_dtype=torch.float32)
+
+
+def back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
+    """logit_gradient weight, (C, D)."""
+    if weight.dtype == logit_gradient.dtype:
+        return torch.mm(logit_gradient, weight)
+    if logit_gradient.device.type == "cpu":
+        grad_hidden = logit_gradient.new_empty(logit_gradient.shape[0], weight.shape[1])
+        native.matmul(logit_gradient, weight, grad_hidden)
+        return grad_hidden
+    grad_hidden = logit_gradient.new_zeros(logit_gradient.shape[0], weight.shape[1])
+    for slab, weight_slab in slabs(weight):
+        grad_hidden.addmm_(logit_gradient[:, slab], weight_slab)
+    return grad_hidden
+
+
+def apply_head(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> Tensor | None:
+    """Adds what a head has beside its weight, in place. Returns h Aᵀ (C, r) in fp32, if the head has an adapter."""
+    adapted = None
+    if head.lora is not None:
+        adapted = torch.empty(len(hidden), len(head.lora.a), dtype=torch.float32, device=hidden.device)
+        project(hidden, head.lora.a, adapted)
+        if hidden.device.type == "cpu":
+            native.matmul(adapted * head.lora.scale, head.lora.b.t(), logits, add=True)
+        else:
+            for slab, lora_b in slabs(head.lora.b):
+                logits[:, slab].addmm_(adapted, lora_b.t(), alpha=head.lora.scale)
+    if head.bias is not None or head.logit_scale != 1.0 or head.softcap:
+        bias = None if head.bias is None else head.bias.float().contiguous()
+        kernels.head_logits(logits, bias, scale=head.logit_scale, softcap=head.softcap or 0.0)
+    return adapted
+
+
+def add_gradients(
+    logit_gradient: Tensor,  # (C, V)
+    hidden: Tensor,  # (C, D)
+    adapted: Tensor | None,  # (C, r) of apply_head
+    head: Head,
+    kept: Tensor,  # (C,) where sums.hidden has these tokens
+    sums: Gradients,  # of head_sums
+) -> None:
+    """Adds a chunk's gradients to those of its hidden states and of the head."""
+    grad_adapted = None
+    if head.lora is not None and (sums.hidden is not None or sums.lora_a is not None):
+        grad_adapted = back_project(logit_gradient, head.lora.b.to(logit_gradient.dtype)).float() * head.lora.scale
+    if sums.hidden is not None:
+        grad_hidden = back_project(logit_gradient, head.weight)
+        if grad_adapted is not None:
+            grad_hidden = grad_hidden.float().addmm_(grad_adapted, head.lora.a.float())
+        sums.hidden[kept] = grad_hidden.to(sums.hidden.dtype)
+    if sums.weight is not None:
+        sums.weight.add(logit_gradient, hidden)
+    if sums.bias is not None:
+        sums.bias.add(logit_gradient)
+    if sums.lora_a is not None:
+        sums.lora_a.add(grad_adapted, hidden)
+    if sums.lora_b is not None:
+        sums.lora_b.add(logit_gradient, adapted * head.lora.scale)
+
+
+def head_sums(head: Head, wanted: Gradients, grad_hidden: Tensor | None, chunks: int) -> Gradients:
+    """Where gradients are summed over chunks: grad_hidden, and a sum of each wanted dtype for a part of the head."""
+    lora_a, lora_b = (None, None) if head.lora is None else head.lora[:2]
+
+    def sum_of(kind: type, tensor: Tensor | None, dtype: torch.dtype | None):
+        return None if dtype is None else kind(tensor, dtype, chunks)
+
+    return Gradients(
+        hidden=grad_hidden,
+        weight=sum_of(HeadGradient, head.weight, wanted.weight),
+        bias=sum_of(BiasGradient, head.bias, wanted.bias),
+        lora_a=sum_of(HeadGradient, lora_a, wanted.lora_a),
+        lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b),
+    )
+
+
+class BiasGradient:
+    """Σ over rows of G, in fp32, rounded at the end."""
+
+    def __init__(self, bias: Tensor, dtype: torch.dtype, chunks: int):
+        self.dtype = dtype
+        self.sum = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+
+    def add(self, logit_gradient: Tensor) -> None:
+        for start in range(0, len(self.sum), SLAB_ROWS):  # a sum in fp32 copies what it sums
+            slab = slice(start, start + SLAB_ROWS)
+            self.sum[slab] += logit_gradient[:, slab].sum(0, dtype=torch.float32)
+
+    def result(self) -> Tensor:
+        return self.sum.to(self.dtype)
+
+
+class HeadGradient:
+    """Σ over chunks of Gᵀ h. More than one chunk's are summed in fp32 and rounded at the end."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int):
+        self.dtype = dtype
+        self.chunks = 0
+        if chunks == 0:
+            self.sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        else:
+            accumulator = dtype if chunks == 1 and dtype != torch.float64 else torch.float32
+            self.sum = empty(*weight.shape, dtype=accumulator, device=weight.device)
+
+    def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
+        beta = min(self.chunks, 1)
+        self.chunks += 1
+        widened = hidden.device.type == "cpu" and hidden.dtype != logit_gradient.dtype == torch.float32
+        if widened and self.sum.dtype == torch.float32:
+            native.matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
+            return
+        if not widened:
+            hidden = hidden.to(logit_gradient.dtype)
+        same = self.sum.dtype == logit_gradient.dtype
+        if not same and hidden.device.type != "cpu" and hidden.dtype != torch.float32:
+            addmm_fp32(self.sum, logit_gradient.t(), hidden, beta=beta, out=self.sum)
+            return
+        size = self.sum.shape[0] if same else SLAB_ROWS  # what is added in another dtype exists a slab at a time
+        for start in range(0, self.sum.shape[0], max(1, size)):
+            slab = slice(start, start + size)
+            transposed = logit_gradient[:, slab].t()
+            if same:
+                self.sum[slab].addmm_(transposed, hidden, beta=beta)
+                continue
+            product = logit_gradient.new_empty(len(transposed), hidden.shape[1])
+            if widened:
+                native.matmul(transposed, hidden, product)
+            else:
+                torch.mm(transposed, hidden, out=product)
+            if beta == 0:
+                self.sum[slab] = product
+            else:
+                self.sum[slab] += product
+
+    def result(self) -> Tensor:
+        return self.sum.to(self.dtype)

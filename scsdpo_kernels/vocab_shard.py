@@ -1,0 +1,229 @@
+"""A vocabulary that is spread over processes, as the caller says it: parts, DTensors, agreement of all processes."""
+
+import dataclasses
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .problem import PATHS, Part, Problem, flatten, mapped
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabShard:
+    """This process's part of the vocabulary: entries start to stop, rows of both heads (and of bias and LoRA's B).
+
+    Make it once, on every process of the group at the same time: they tell each other their parts, which have to cover
+    the vocabulary without overlap, in any order. A part may be empty, and parts need not have one size. Rows of a head
+    beyond stop - start are padding: they do not count, and have no gradient.
+
+    Args:
+        group: the process group over which the vocabulary is spread. None: all processes.
+        sequence_parallel: hidden states, and all else that is per row, are this process's own rows, as many as it has.
+            They are gathered on entry (those of weight other than 0) and the hidden gradient is reduced to its owners;
+            `loss` is that of all. False: every process has all rows, the same.
+        check: every call first compares shapes, dtypes, options and weights over the group, and raises on every
+            process where they differ; one that is refused alone raises everywhere too. For tests and the first steps
+            of a run: without it such calls wait for each other until the group's time-out.
+
+    Raises:
+        ValueError: on every process, where the parts do not cover a vocabulary from 0 without overlap.
+    """
+
+    start: int
+    stop: int
+    group: "dist.ProcessGroup | None" = None
+    sequence_parallel: bool = False
+    check: bool = False
+    bounds: "tuple[tuple[int, int], ...] | None" = None  # of every process, where they are known; else they are asked
+
+    def __post_init__(self):
+        if self.group is None:
+            object.__setattr__(self, "group", dist.group.WORLD)
+        if self.bounds is None:
+            every: list = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(every, (self.start, self.stop), group=self.group)
+            object.__setattr__(self, "bounds", tuple(every))
+        elif self.bounds[dist.get_rank(self.group)] != (self.start, self.stop):
+            raise ValueError(f"bounds: expected {(self.start, self.stop)} for this process, got {self.bounds}")
+        end = 0
+        for start, stop in sorted(self.bounds):
+            if start == stop:
+                continue
+            if start != end or stop < start:
+                raise ValueError(f"shard: expected parts that cover a vocabulary without overlap, got {self.bounds}")
+            end = stop
+        if end == 0:
+            raise ValueError(f"shard: expected a vocabulary of at least one entry, got parts {self.bounds}")
+
+    @property
+    def part(self) -> Part:
+        return Part(
+            group=self.group.group_name,
+            start=self.start,
+            longest=max(stop - start for start, stop in self.bounds),
+            vocabulary=max(stop for _, stop in self.bounds),
+            sequence_parallel=self.sequence_parallel,
+        )
+
+
+def local_part(problem: Problem, shard: VocabShard | None) -> tuple[Problem, VocabShard | None]:
+    """A problem with this process's part of each tensor, and which part that is.
+
+    Beside a DTensor, a plain tensor of the whole vocabulary is taken apart alike.
+
+    Raises:
+        ValueError: a DTensor that is not sharded as `shard` says, or in a way that is not known; without `shard`,
+            hidden states that are not the same on every process.
+    """
+    weight = problem.student.head.weight
+    apart = _is_dtensor(weight)
+    if apart:
+        _expect_placement("student_head", weight, 0)
+        length, processes = weight.shape[0], weight.device_mesh.size()
+        size = -(-length // processes)
+        bounds = tuple((min(r * size, length), min((r + 1) * size, length)) for r in range(processes))
+        own = bounds[weight.device_mesh.get_local_rank()]
+        if shard is None:
+            shard = VocabShard(*own, group=weight.device_mesh.get_group(), bounds=bounds)
+            _expect_same_rows(problem.student.hidden, shard)
+        elif (shard.start, shard.stop) != own:
+            raise ValueError(
+                f"shard: expected entries {own[0]} to {own[1]} as student_head, a DTensor, has them, got "
+                f"{shard.start} to {shard.stop}"
+            )
+    if shard is None:
+        return problem, None
+
+    def local(path: tuple[str, ...], tensor: Tensor) -> Tensor:
+        spread = _is_spread(path)
+        name = name_of(path)
+        if _is_dtensor(tensor):
+            _expect_placement(name, tensor, 0 if spread else None)
+            tensor = tensor.to_local()
+        if not spread or tensor.dim() == 0:
+            return tensor
+        length, vocabulary, size = len(tensor), shard.part.vocabulary, shard.stop - shard.start
+        if apart and length == vocabulary:
+            return tensor[shard.start : shard.stop]
+        if length <= size:
+            return tensor
+        if apart or (length >= vocabulary and size < vocabulary):
+            raise ValueError(
+                f"{name}: expected this process's {size} of {vocabulary} rows, got shape {tuple(tensor.shape)}"
+            )
+        return tensor[:size]  # without padding
+
+    parts = mapped(local, problem)
+    if problem.teacher is not None and problem.teacher.head.weight is weight:
+        head = parts.teacher.head._replace(weight=parts.student.head.weight)
+        parts = parts._replace(teacher=parts.teacher._replace(head=head))
+    return parts, shard
+
+
+def _is_spread(path: tuple[str, ...]) -> bool:
+    """Whether a tensor has a row for each entry of the vocabulary."""
+    return "head" in path and path[-1] in ("weight", "bias", "b")
+
+
+def name_of(path: tuple[str, ...]) -> str:
+    """What a user calls a leaf of a problem."""
+    if path[0] in ("student", "teacher"):
+        side, part, *rest = path
+        rest = [] if rest == ["weight"] else rest
+        return ".".join([f"{side}_{part}", *rest])
+    if path[0] == "target":
+        return "target_ids" if path[-1] == "ids" else path[-1]
+    return path[-1] if path[0] == "objective" else ".".join(path)
+
+
+def agreed(shard: VocabShard, check: Callable[[], Problem], schedule: str) -> Problem:
+    """What `check` returns, where every process would go on to compute the same.
+
+    Raises:
+        TypeError, ValueError: on every process, what `check` raised, or what the processes differ in.
+    """
+    error, described, result = None, {}, None
+    try:
+        result = check()
+        described = _described(result, schedule)
+    except (TypeError, ValueError) as raised:
+        error = raised
+    every: list = [None] * dist.get_world_size(shard.group)
+    dist.all_gather_object(every, (described, None if error is None else str(error)), group=shard.group)
+    if error is not None:
+        raise error
+    refused = [f"process {rank}: {message}" for rank, (_, message) in enumerate(every) if message is not None]
+    if refused:
+        raise ValueError(f"shard: arguments were refused on other processes, {'; '.join(refused)}")
+    first = every[0][0]
+    for rank, (other, _) in enumerate(every):
+        apart = [name for name in first if first[name] != other[name]]
+        if apart:
+            differences = (f"{name}: {first[name]} on process 0, {other[name]} on process {rank}" for name in apart)
+            raise ValueError(f"shard: expected the same on every process, got {'; '.join(differences)}")
+    return result
+
+
+# Tensors whose gradients are summed over processes.
+_SUMMED = (("student", "hidden"), ("student", "head", "lora", "a"))
+
+
+def _described(problem: Problem, schedule: str) -> dict[str, Any]:
+    own_rows = problem.part.sequence_parallel
+    described: dict[str, Any] = {"schedule": schedule, "grad mode": torch.is_grad_enabled()}
+    for path, value in zip(PATHS, flatten(problem), strict=True):
+        if path == ("part", "start"):
+            continue
+        if not isinstance(value, Tensor):
+            described[name_of(path)] = value
+            continue
+        shape = list(value.shape)
+        if _is_spread(path):
+            shape[0] = "part"
+        elif own_rows and "head" not in path:  # per token
+            shape = shape[-1:] if path[-1] == "hidden" or path[0] == "support" else []
+        needs = value.requires_grad and path in (
+            ("student", "hidden"),
+            ("student", "head", "lora", "a"),
+        )  # what crosses
+        described[name_of(path)] = (shape, str(value.dtype), needs)
+    if not own_rows:
+        described["token_weight's rows"] = zlib.crc32(bytes((problem.token_weight != 0).flatten().tolist()))
+    return described
+
+
+def _expect_same_rows(hidden: Tensor, shard: VocabShard) -> None:
+    """FSDP2's parameters are DTensors too, and sharded alike, over processes with rows of their own."""
+    if torch.compiler.is_compiling():
+        raise ValueError("shard: expected a VocabShard under torch.compile, where a DTensor head is not enough")
+    hidden = hidden.detach()
+    hidden = hidden.to_local() if _is_dtensor(hidden) else hidden
+    size = torch.tensor(hidden.numel(), dtype=torch.float64, device=hidden.device)
+    own = torch.stack([size, hidden.double().sum(), hidden.double().square().sum()]).unsqueeze(0)
+    every = torch.empty(len(shard.bounds), 3, dtype=torch.float64, device=hidden.device)
+    dist.all_gather(list(every.split(1)), own, group=shard.group)
+    if not torch.equal(every.nan_to_num(), own.nan_to_num().expand_as(every)):
+        raise ValueError(
+            "student_head: a DTensor that is sharded on dim 0 is one part of a vocabulary for every process, whose "
+            "student_hidden have to be the same; they differ. A parameter of FSDP2 is whole only inside the forward of "
+            "its module: run linear_divergence there (scsdpo.head)"
+        )
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _expect_placement(name: str, tensor: Tensor, dim: int | None) -> None:
+    """On a mesh of one dimension, sharded on `dim`, or replicated."""
+    placements = tensor.placements
+    right = len(placements) == 1 and (placements[0].is_replicate() if dim is None else placements[0].is_shard(dim))
+    if not right or "Strided" in type(placements[0]).__name__:
+        expected = "Replicate()" if dim is None else f"Shard({dim})"
+        raise ValueError(f"{name}: expected a DTensor with placements ({expected},), got {tuple(placements)}")
