@@ -175,7 +175,7 @@ def test_options_that_are_passed_on_are_linear_divergences():
     assert typing.get_type_hints(DivergenceOptions) == keywords
     assert DivergenceOptions.__required_keys__ == frozenset()
     for function in (scsdpo_loss, linear_divergence_per_token):
-        assert typing.get_type_hints(function)["options"] == typing.Unpack[DivergenceOptions], function
+        assert function.__annotations__["options"] == "Unpack[DivergenceOptions]", function
 
 
 @pytest.mark.parametrize("function", [linear_divergence, linear_divergence_per_token, scsdpo_loss])

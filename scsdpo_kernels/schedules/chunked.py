@@ -76,6 +76,8 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (plan.rows.scalars, K) fp32
         values = row_values(logits, rows, plan.objective, plan.support, kernels, plan.shard, gradient)
         scalars[:, chunk] = torch.stack(values[: len(scalars)])
         if want_gradient:
+            if gradient_dtype != torch.float32 and device.type == "cpu":
+                _behind(logits.student, gradient_dtype).zero_()
             products.add_gradients(gradient, student_chunk, adapted, head, rows.kept, sums)
 
     buffers = logits = gradient = None  # result() may copy the head's gradient
@@ -94,3 +96,9 @@ def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]
 def view_as(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """A (C, V) of `dtype` whose rows start where the rows of fp32 logits start."""
     return logits.view(dtype)[:, : logits.shape[1]]
+
+
+def _behind(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """What stands behind the rows of `view_as`: oneDNN's bf16 matmul reads it, and multiplies it by 0."""
+    vocabulary = logits.shape[1]
+    return logits.view(dtype)[:, vocabulary : vocabulary + ALIGNMENT]
