@@ -14,19 +14,21 @@ from torch import Tensor
 
 
 def question_weights(
-    rewards: Tensor,  # (B,) one per rollout
-    question_ids: Tensor,  # (B,) any integers; rollouts of a question share one
+    rewards: Tensor,
+    question_ids: Tensor,
     *,
     exponent: float = 0.5,
     success_threshold: float | None = None,
     group: "dist.ProcessGroup | None" = None,
-) -> Tensor:  # (B,) fp32
-    """The normalised weight w̄ of each rollout's question, without gradient.
+) -> Tensor:
+    """The normalised weight w̄ of each rollout's question, (B,) fp32, without gradient (eq. 15-16).
 
     Call it once per step on the whole training batch, before any split into micro-batches: normalised per micro-batch
     the weights would cancel themselves.
 
     Args:
+        rewards: (B,) numbers, one per rollout.
+        question_ids: (B,) any integers; rollouts of a question share one.
         exponent: α; the paper's is 1/2.
         success_threshold: a rollout succeeds where its reward is at least this. None: rewards are in [0, 1] and p̂ is
             their mean.

@@ -102,19 +102,23 @@ def scsdpo_loss(
 
 
 def step_denominator(
-    mask: Tensor,  # (B, T) of all micro-batches of this process's step
-    question_weight: Tensor | None = None,  # (B,) of them; needed for "weighted-token-mean"
+    mask: Tensor,
+    question_weight: Tensor | None = None,
     *,
     reduction: str = "token-mean",
     group: "dist.ProcessGroup | None" = None,
-) -> Tensor:  # () fp32, above 0
+) -> Tensor:
     """`scsdpo_loss`'s denominator of a whole optimiser step, over micro-batches and processes: call it once a step.
+
+    A scalar in fp32, above 0.
 
     Then Σ over micro-batches and processes of scsdpo_loss(..., denominator=it).loss is the loss of the whole batch,
     however that is split. Gradients that are averaged over processes, as DDP and FSDP do, want the loss times their
     number.
 
     Args:
+        mask: (B, T) of all micro-batches of this process's step.
+        question_weight: (B,) of their rollouts; "weighted-token-mean" needs it.
         reduction: as of `scsdpo_loss`: Σ m, Σ w̄ m or B. "sum" has no denominator.
         group: process group over whose ranks the batch is spread: with `VocabShard.sequence_parallel` those of the
             vocabulary too, whose rows are their own. Collective: one number a rank. None: this process.

@@ -51,10 +51,15 @@ class TrustRegionTeacher:
 
     def hidden(
         self,
-        reference_hidden: Tensor,  # (..., D_ref) of the reference model
-        own_hidden: Tensor,  # (..., D) of the student model, same dtype
-    ) -> Tensor:  # (..., D_ref + D), or (..., D) where the head is shared; rounded once
-        """The hidden states that belong to `weight`."""
+        reference_hidden: Tensor,
+        own_hidden: Tensor,
+    ) -> Tensor:
+        """The hidden states that belong to `weight`: (..., D_ref + D), or (..., D) where the head is shared.
+
+        Args:
+            reference_hidden: (..., D_ref) of the reference model.
+            own_hidden: (..., D) of the student model, same dtype; the result is rounded to it once.
+        """
         hidden = {"reference_hidden": reference_hidden, "own_hidden": own_hidden}
         for (name, tensor), width in zip(hidden.items(), self._widths, strict=True):
             expected = (*own_hidden.shape[:-1], width)

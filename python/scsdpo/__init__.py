@@ -3,34 +3,5 @@
 Its public names are here, too. Trainers are imported where they are asked for: scsdpo.head, scsdpo.trl, scsdpo.verl.
 """
 
-from scsdpo_kernels import (
-    Head,
-    LinearDivergence,
-    LoRA,
-    SampledToken,
-    TopK,
-    TopLogprobs,
-    TrustRegionTeacher,
-    VocabShard,
-    linear_divergence,
-    linear_divergence_per_token,
-    question_weights,
-    scsdpo_loss,
-    step_denominator,
-)
-
-__all__ = [
-    "Head",
-    "LinearDivergence",
-    "LoRA",
-    "SampledToken",
-    "TopK",
-    "TopLogprobs",
-    "TrustRegionTeacher",
-    "VocabShard",
-    "linear_divergence",
-    "linear_divergence_per_token",
-    "question_weights",
-    "scsdpo_loss",
-    "step_denominator",
-]
+from scsdpo_kernels import *  # noqa: F403
+from scsdpo_kernels import __all__ as __all__
