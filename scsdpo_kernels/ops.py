@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .kernels.contract import Scalars
 from .problem import PATHS, SCHEMA, WRT, Gradients, Problem, flatten, unflatten
-from .schedules import chunked, plan
+from .schedules import plan
 from .schedules.plan import Outcome, gradient_dtype
 from .schedules.shards import Shard
 
@@ -36,10 +36,13 @@ def _operator(*values):
 
 
 def _schedule(name: str) -> plan.Schedule:
+    """Imported at the first call: it brings the compiled module or Triton."""
     if name == "tiled":
-        from .schedules import tiled  # which imports Triton
+        from .schedules import tiled
 
         return tiled.run
+    from .schedules import chunked
+
     return chunked.run
 
 

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from . import native
-
 # Which kernel takes the rows on a GPU, and what CUDA's is told: a cluster of blocks to a row or one that streams it.
 # auto is CUDA's where this package was built with it, on NVIDIA GPUs from compute capability 8.0, else Triton's.
 ROW_KERNELS = {"auto": "auto", "cuda": "auto", "cuda-cluster": "cluster", "cuda-streaming": "streaming", "triton": None}
@@ -27,6 +25,8 @@ class Kernels(NamedTuple):
 
 def kernels_of(device: torch.device, name: str | None = None) -> Kernels:
     """A device's kernels; the rows' is of the name in ROW_KERNELS, or what ROW_KERNEL says."""
+    from . import native
+
     name = name or ROW_KERNEL
     if name not in ROW_KERNELS:
         raise ValueError(f"SCSDPO_ROW_KERNEL: expected one of {', '.join(ROW_KERNELS)}, got {name!r}")
