@@ -47,7 +47,7 @@ tests() {                                                        # name, seconds
 tests rows 80 $workers tests/test_row_divergence.py -k "triton or cuda"
 tests cuda 20 tests/test_cuda.py
 tests tiled 90 $workers tests/test_tiled.py
-tests weights 40 tests/test_weights.py
+tests weights 40 tests/test_question_weights.py
 tests features 60 tests/test_features.py
 tests gpu 200 -m gpu tests/test_gpu.py
 [[ $what == tests ]] && exit $failed
