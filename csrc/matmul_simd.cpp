@@ -2,10 +2,9 @@
 //
 // A tile of kTileRows × 2 vectors of columns keeps its sums in registers; each step of the depth loads two vectors and
 // broadcasts kTileRows numbers. Both factors are packed before, as fp32, in the order in which tiles read them: kDepth
-// steps of a panel of columns fit the L1 cache, where all tiles of the block meet it. A block packs its own factors, so
-// that blocks share nothing, and its sums take the order of the depth alone.
+// steps of a panel of columns are 64 KiB, which stay in cache while all tiles of the block meet them. A block packs its
+// own factors, so that blocks share nothing, and its sums take the order of the depth alone.
 #include <algorithm>
-#include <cstdlib>
 #include <utility>
 
 #include "matmul.h"

@@ -61,13 +61,19 @@ struct Half {
 };
 
 SCSDPO_INLINE Floats load(const Half* from, int count, float padding) {
-  if (count != kLanes && padding != 0.0f) __builtin_unreachable();
+  Floats lanes = splat<Floats>(padding);
   Halves y{};
-  memcpy(&y, from, count == kLanes ? sizeof y : 2 * count);
+  if (count == kLanes)
+    memcpy(&y, from, sizeof y);
+  else
+    memcpy(&y, from, 2 * count);
   Ints bits = __builtin_convertvector(y, Ints);
   Floats magnitude = from_bits<Floats>((bits & 0x7fff) << 13) * 0x1p112f;  // another exponent bias, subnormals too
   Ints special = (bits & 0x7c00) == 0x7c00 ? Ints{} + 0x7f800000 : Ints{};
-  return from_bits<Floats>(to_bits(magnitude) | special | (bits & 0x8000) << 16);
+  Floats numbers = from_bits<Floats>(to_bits(magnitude) | special | (bits & 0x8000) << 16);
+  if (count == kLanes) return numbers;
+  memcpy(&lanes, &numbers, 4 * count);
+  return lanes;
 }
 
 typedef double Doubles __attribute__((vector_size(8 * kLanes)));

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import inspect
+import re
 import subprocess
 import sys
 import typing
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import scsdpo_kernels
 from scsdpo_kernels import linear_divergence, linear_divergence_per_token, scsdpo_loss
+from scsdpo_kernels.kernels import native
 from scsdpo_kernels.linear_divergence import DivergenceOptions
 from scsdpo_kernels.schedules import chunked
 
@@ -81,6 +83,13 @@ def test_operators_are_defined_above_schedules():
 def test_a_problem_knows_torch_only():
     others = {name.split(".")[0] for name in imports("scsdpo_kernels.problem")} - sys.stdlib_module_names
     assert others == {"torch"}
+
+
+def test_the_python_in_dev_runs():
+    """It names the lesser instruction sets, at which `./dev test` runs what depends on them."""
+    (code,) = re.findall(r"-c '(.*?)'", (ROOT / "dev").read_text())
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert printed.split() == list(native.instruction_sets()[:-1])
 
 
 def test_only_native_imports_the_compiled_module_and_only_bindings_knows_python():
