@@ -21,18 +21,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "processor: its results depend on the processor's instruction set")
-
-
-def pytest_collection_modifyitems(items):
-    """Marks what runs the CPU's own kernels, except tests that choose the instruction set themselves."""
-    for item in items:
-        interpreted = any(name in item.name for name in ("triton", "tiled"))
-        if item.path.stem in ON_PROCESSOR and not interpreted:
-            item.add_marker("processor")
-
-
+# Files that run the CPU's own kernels, and do not choose the instruction set themselves.
 ON_PROCESSOR = {
     "test_linear_divergence",
     "test_objectives",
@@ -43,6 +32,14 @@ ON_PROCESSOR = {
     "test_transformers",
     "test_trust_region",
 }
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what `./dev test` runs again at every lesser instruction set."""
+    for item in items:
+        interpreted = any(name in item.name for name in ("triton", "tiled"))
+        if item.path.stem in ON_PROCESSOR and not interpreted:
+            item.add_marker("processor")
 
 
 @pytest.fixture
