@@ -1,71 +1,97 @@
 #!/usr/bin/env bash
-# Everything there is to know of this package on a GPU, in one command of less than nine minutes, or in several, which
-# leaves a measurement the time that all else takes:
+# Everything there is to know of this package on a GPU, in one command of less than nine minutes, or in several:
 #
-#   benchmarks/run_gpu.sh OUT [all | tests | measure | throughput | row_kernels | scaling | objectives | accuracy]
+#   benchmarks/run_gpu.sh OUT [STEP ...]
 #
-# for a machine whose python3 holds torch >= 2.10, triton >= 3.6, pybind11, scikit-build-core and pytest, and which needs no
-# package registry. Builds in place, runs the kernels' tests and the GPU tests, then measures; results are in OUT as they come.
-# Peers are measured too where they are installed, or lie as wheels in .whl/.
+# without steps all of them, in the order of `steps` below. For a machine whose python3 holds torch >= 2.10, triton >= 3.6,
+# pybind11, scikit-build-core, pytest and pytest-xdist, and which needs no package registry; it fails where nvcc is missing.
+# Peers are measured too where they are installed, or lie as wheels in .whl/. SECONDS_LEFT (530) is what it may take: a step
+# that is cut leaves what it has found by then. Results are in OUT as they come, a summary in OUT/summary.txt.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-choices="all tests measure throughput row_kernels scaling objectives accuracy"
-usage="usage: benchmarks/run_gpu.sh OUT [${choices// / | }]"
-out=${1:?$usage}
-what=${2:-all}
-[[ " $choices " == *" $what "* ]] || { echo "$usage" >&2 && exit 2; }
+steps="matmuls contract rows row_kernels throughput kernels gpu scaling objectives accuracy"
+out=${1:?usage: benchmarks/run_gpu.sh OUT [${steps// / | }]}
+shift
+for step in "$@"; do
+  [[ " $steps " == *" $step "* ]] || { echo "run_gpu.sh: expected steps of: $steps, got $step" >&2 && exit 2; }
+done
+chosen=" ${*:-$steps} "
 mkdir -p "$out"
 python=${PYTHON:-python3}
-begun=$SECONDS
-left() { echo $((530 - (SECONDS - begun) > 60 ? 530 - (SECONDS - begun) : 60)); } # seconds of the nine minutes
+deadline=$((SECONDS + ${SECONDS_LEFT:-530}))
+failed=0
+trap 'cat "$out/summary.txt"' EXIT
+
+say() { echo "[$SECONDS s] $*" | tee -a "$out/summary.txt"; }
+limit() { # the lesser of some seconds and of all that are left
+  local left=$((deadline - SECONDS))
+  echo $(($1 < left ? $1 : left))
+}
 
 {
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv 2>/dev/null
   "$python" -c 'import sys, torch, triton; print(sys.version, torch.__version__, triton.__version__, torch.cuda.get_device_name())'
 } | tee "$out/machine.txt"
 
-echo "== build"
-if ! "$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --editable . >"$out/build.log" 2>&1; then
-  tail -n 30 "$out/build.log"
-  exit 1
-fi
 for wheel in .whl/*.whl; do
   [[ -e $wheel ]] && "$python" -m pip install --quiet --no-deps --no-index "$wheel" >>"$out/build.log" 2>&1
 done
+"$python" -m pip install --quiet --no-build-isolation --no-deps --no-index --editable . \
+  -C cmake.define.SCSDPO_CUDA=ON -C cmake.define.SCSDPO_CUDA_ARCHITECTURES=native >>"$out/build.log" 2>&1 &
+build=$!
+if [[ $chosen == *" matmuls "* ]]; then # needs PyTorch alone, and a GPU that waits for the compiler
+  timeout -k 5 "$(limit 90)" "$python" -W ignore benchmarks/matmuls.py --output "$out" >"$out/matmuls.log" 2>&1 || failed=1
+  say "matmuls"
+  tail -n 40 "$out/matmuls.log"
+fi
+if ! wait $build; then
+  tail -n 30 "$out/build.log"
+  say "the build failed"
+  exit 1
+fi
+say "built"
+why=$("$python" -c 'import torch; from scsdpo_kernels.kernels import native; print(native.why_not_cuda(torch.device("cuda", 0)))')
+say "CUDA rows cannot run: $why"
+[[ $why == None ]] || exit 1
 
-failed=0
-workers=$("$python" -c 'import xdist' 2>/dev/null && echo "-n 8") # most of the small tests' time is Triton's compiler
-tests() {                                                        # name, seconds, arguments of pytest
-  local name=$1 limit=$2
-  shift 2
-  [[ $what == all || $what == tests ]] || return
-  echo "== tests: $name"
-  timeout -k 5 "$limit" "$python" -m pytest -q --maxfail=12 -p no:cacheprovider -o timeout=0 -W ignore "$@" >"$out/tests-$name.log" 2>&1 || failed=1
-  tail -n 15 "$out/tests-$name.log"
+tests() { # step, name, seconds, arguments of pytest
+  local name=$2 log="$out/tests-$2.log"
+  [[ $chosen == *" $1 "* ]] || return
+  [[ $(limit "$3") -gt 5 ]] || { say "tests $name: no time left" && return; }
+  timeout -s INT -k 10 "$(limit "$3")" "$python" -m pytest -v --tb=short -p no:cacheprovider -p no:benchmark -o timeout=0 \
+    -W ignore "${@:4}" >"$log" 2>&1
+  local status=$?
+  [[ $status == 0 ]] || failed=1
+  say "tests $name: status $status, $(grep -c ' PASSED' "$log") passed, $(grep -c ' FAILED' "$log") failed," \
+    "$(grep -c ' SKIPPED' "$log") skipped, $(grep -c ' ERROR' "$log") errors$([[ $status -ge 124 ]] && echo ", cut")"
+  grep ' FAILED' "$log" | head -n 20
+  grep -E '^E  ' "$log" | sort | uniq -c | sort -rn | head -n 15
 }
-# The row kernel first: what everything else rests on.
-tests rows 80 $workers tests/test_row_divergence.py -k "triton or cuda"
-tests cuda 20 tests/test_cuda.py
-tests tiled 90 $workers tests/test_tiled.py
-tests weights 40 tests/test_question_weights.py
-tests features 60 tests/test_features.py
-tests gpu 200 -m gpu tests/test_gpu.py
-[[ $what == tests ]] && exit $failed
 
-measure() { # name, per cent of the seconds that are left, or all for one alone, arguments; what is written by then counts
-  local name=$1 limit=$(($(left) * $2 / 100))
-  shift 2
-  [[ $what == "$name" ]] && limit=$(left)
-  [[ $what == all || $what == measure || $what == "$name" ]] || return
-  [[ $name == throughput || $name == row_kernels ]] && set -- "$@" --seconds $((limit * 7 / 10)) # and starts nothing then
-  echo "== measure: $name"
-  timeout -k 5 "$limit" "$python" -W ignore "benchmarks/$name.py" --device cuda --output "$out" "$@" >"$out/$name.log" 2>&1 || failed=1
-  tail -n 40 "$out/$name.log"
+measure() { # name, seconds, arguments
+  [[ $chosen == *" $1 "* ]] || return
+  local seconds
+  seconds=$(limit "$2")
+  [[ $seconds -gt 20 ]] || { say "$1: no time left" && return; }
+  [[ $1 == throughput || $1 == row_kernels ]] && set -- "$@" --seconds $((seconds * 7 / 10)) # and starts nothing then
+  timeout -k 5 "$seconds" "$python" -W ignore "benchmarks/$1.py" --device cuda --output "$out" "${@:3}" >"$out/$1.log" 2>&1 || failed=1
+  say "$1"
+  tail -n 60 "$out/$1.log"
 }
-measure throughput 50
-measure row_kernels 35
-measure scaling 35 --rows 1024 --width 4096 --vocabulary 151936
-measure objectives 40
+
+# What everything rests on, at real size; then every row kernel; then times.
+tests contract contract 120 -n 3 tests/test_gpu.py -k "bf16_contract or several_chunks or 2_to_the_31"
+tests rows rows 100 -n 12 --dist worksteal tests/test_gpu.py \
+  -k "long_double or agrees_with_triton or in_place or calls_of_their_own or streams_at_once"
+measure row_kernels 100
+measure throughput 240 ${THROUGHPUT:-}
+tests kernels kernels 100 -n 12 --dist worksteal tests/test_row_divergence.py tests/test_tiled.py tests/test_question_weights.py \
+  -k "triton or cuda or tiled or weights"
+tests gpu gpu 120 -n 4 tests/test_gpu.py -k "not bf16_contract and not several_chunks and not 2_to_the_31 and not long_double and
+  not agrees_with_triton and not in_place and not calls_of_their_own and not streams_at_once and not sanitizer"
+tests gpu features 60 -n 4 tests/test_features.py
+measure scaling 120 --rows 1024 --width 4096 --vocabulary 151936
+measure objectives 60
 measure accuracy 90
-"$python" benchmarks/report.py --output "$out" >"$out/report.md" || failed=1
+"$python" benchmarks/report.py --output "$out" >"$out/report.md" 2>/dev/null
 exit $failed

@@ -1,7 +1,7 @@
 """Time of the fused loss beside its own matrix products and every peer, in one run on one machine.
 
-    python benchmarks/throughput.py [--device cpu] [--cases TEXT ...] [--add] [--seconds S] [--repeats 3]
-                                    [--output FOLDER]
+    python benchmarks/throughput.py [--device cpu] [--cases TEXT ...] [--implementations NAME ...] [--add]
+                                    [--seconds S] [--repeats 3] [--output FOLDER]
 
 Forward and backward of Σ_n w_n D(p_n, q_n) by every implementation on the same inputs (`reasoning` of inputs.py), in
 turns: medians, warm-up excluded. Ratios hold between machines, absolute times do not. "products" are the library's, in
@@ -20,7 +20,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -255,24 +255,24 @@ def record(name: str, given: Problem, exact: dict[str, Tensor], device: torch.de
     }  # fmt: skip
 
 
-def check(given: Problem, device: torch.device) -> dict[str, dict]:
-    """The record of every implementation."""
-    records = {}
+def check(given: Problem, device: torch.device, names: Collection[str] | None = None) -> dict[str, dict]:
+    """The record of every implementation, or of those that are named."""
+    names, records = names or IMPLEMENTATIONS, {}
     for weighted in (True, False):
         exact = gradients(REFERENCE, given, weighted, torch.float64)
-        of = [name for name, implementation in IMPLEMENTATIONS.items() if implementation.token_weights == weighted]
+        of = [name for name in names if IMPLEMENTATIONS[name].token_weights == weighted]
         records |= {name: record(name, given, exact, device) for name in of}
         del exact  # a head's is gigabytes
-    return {name: records[name] for name in IMPLEMENTATIONS}
+    return {name: records[name] for name in names}
 
 
 def check_case(case: Case, device: torch.device) -> dict[str, dict]:
     return check(problem(case, device), device)
 
 
-def measure(case: Case, device: torch.device, repeats: int) -> dict:
+def measure(case: Case, device: torch.device, repeats: int, names: Collection[str] | None = None) -> dict:
     given = problem(case, device)
-    records = check(given, device)
+    records = check(given, device, names)
     runs = {"products": given.products()}
     runs |= {name: partial(given.step, IMPLEMENTATIONS[name].loss) for name, x in records.items() if "why_not" not in x}
     times = interleaved(runs, repeats, device)
@@ -291,7 +291,7 @@ def table(result: dict) -> str:
     """One result file as Markdown."""
     names = [name for name in IMPLEMENTATIONS if name not in ("chunked", "reference")]
     records = [x["implementations"] for x in result["cases"]]
-    labels = {name: next((x[name]["label"] for x in records if "seconds" in x[name]), None) for name in names}
+    labels = {name: next((x[name]["label"] for x in records if "seconds" in x.get(name, {})), None) for name in names}
     names = [name for name in names if labels[name]]
     lines = [
         f"{timed(result['machine'])}; forward and backward of the Jensen-Shannon divergence where nothing "
@@ -306,7 +306,7 @@ def table(result: dict) -> str:
         ours = of["chunked"]["seconds"]
         cells = [f"{1e3 * ours:.0f} ({of['chunked']['peak_mib']:.0f})", f"{of['products']['seconds'] / ours:.2f}"]
         for name in names:
-            record = of[name]
+            record = of.get(name, {})
             if "seconds" not in record:
                 cells.append("—")
                 continue
@@ -360,6 +360,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+", default=[""], help="those whose name has one of these texts in it")
+    parser.add_argument("--implementations", nargs="+", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS))
     parser.add_argument("--add", action="store_true", help="to the cases of the file that is there, or in their place")
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after so long")
     parser.add_argument("--repeats", type=int, default=3)
@@ -379,9 +380,9 @@ def main() -> None:
             print(f"time is up after {count} of {len(chosen)} cases", flush=True)
             break
         if device.type == "cpu":
-            measured = alone(measure, case, device, arguments.repeats)
+            measured = alone(measure, case, device, arguments.repeats, arguments.implementations)
         else:
-            measured = measure(case, device, arguments.repeats)
+            measured = measure(case, device, arguments.repeats, arguments.implementations)
             torch.cuda.empty_cache()
         others = [x for x in result["cases"] if x["name"] != case.name]
         result["cases"] = sorted([*others, measured], key=lambda x: order.index(x["name"]))

@@ -48,9 +48,10 @@ addmm_fp32 = partial(torch.addmm, out_dtype=torch.float32)
 
 
 def back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
-    """logit_gradient weight, (C, D)."""
+    """logit_gradient weight, (C, D). In fp32 on a GPU, whose library may sum up parts in the result's dtype."""
     if weight.dtype == logit_gradient.dtype:
-        return torch.mm(logit_gradient, weight)
+        product = torch.mm if weight.device.type == "cpu" or weight.dtype == torch.float32 else mm_fp32
+        return product(logit_gradient, weight)
     if logit_gradient.device.type == "cpu":
         grad_hidden = logit_gradient.new_empty(logit_gradient.shape[0], weight.shape[1])
         native.matmul(logit_gradient, weight, grad_hidden)
@@ -102,22 +103,27 @@ def add_gradients(
     if sums.lora_a is not None:
         sums.lora_a.add(grad_adapted, hidden)
     if sums.lora_b is not None:
-        sums.lora_b.add(logit_gradient, adapted * head.lora.scale)
+        # In two parts, so that a bf16 product keeps the 16 bits of them that count.
+        scaled = adapted * head.lora.scale
+        upper = scaled.to(logit_gradient.dtype)
+        sums.lora_b.add(logit_gradient, upper)
+        if upper.dtype != scaled.dtype:
+            sums.lora_b.add(logit_gradient, scaled - upper)
 
 
 def head_sums(head: Head, wanted: Gradients, grad_hidden: Tensor | None, chunks: int) -> Gradients:
     """Where gradients are summed over chunks: grad_hidden, and a sum of each wanted dtype for a part of the head."""
     lora_a, lora_b = (None, None) if head.lora is None else head.lora[:2]
 
-    def sum_of(kind: type, tensor: Tensor | None, dtype: torch.dtype | None):
-        return None if dtype is None else kind(tensor, dtype, chunks)
+    def sum_of(kind: type, tensor: Tensor | None, dtype: torch.dtype | None, terms: int = chunks):
+        return None if dtype is None else kind(tensor, dtype, terms)
 
     return Gradients(
         hidden=grad_hidden,
         weight=sum_of(HeadGradient, head.weight, wanted.weight),
         bias=sum_of(BiasGradient, head.bias, wanted.bias),
         lora_a=sum_of(HeadGradient, lora_a, wanted.lora_a),
-        lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b),
+        lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b, 2 * chunks),
     )
 
 
