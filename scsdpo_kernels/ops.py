@@ -4,10 +4,14 @@ Gradients are made in the forward pass and wait in the autograd node: dD/d(hidde
 backward multiplies by the loss's own gradient and hands over, once.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKeySet
+from torch._ops import OpOverload
 
 from .kernels.contract import Scalars
 from .problem import PATHS, SCHEMA, WRT, Gradients, Problem, flatten, unflatten
@@ -15,16 +19,36 @@ from .schedules import plan
 from .schedules.plan import Outcome, gradient_dtype
 from .schedules.shards import Shard
 
+_LIBRARY = torch.library.Library("scsdpo_kernels", "DEF")
 _RESULTS = 1 + len(Scalars._fields) + len(Gradients._fields)
 
 
-# Returns the leaves of an Outcome, empty where they were not asked for.
-@torch.library.custom_op(
-    "scsdpo_kernels::divergence",
-    mutates_args=(),
-    schema=f"({SCHEMA}, str schedule, bool[] wanted) -> ({', '.join(['Tensor'] * _RESULTS)})",
-)
-def _operator(*values):
+def _define(name: str, signature: str, forward: Callable, fake: Callable, function: type) -> OpOverload:
+    """An operator, its fake, and the autograd function that stands above it.
+
+    torch.library.custom_op and register_autograd do the same, and take longer for it than a small problem: they search
+    every call's arguments and results for aliases, and for defaults.
+    """
+    _LIBRARY.define(f"{name}{signature}", tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"scsdpo_kernels::{name}", fake, lib=_LIBRARY)
+    operator = getattr(torch.ops.scsdpo_kernels, name).default
+
+    def below(keyset: DispatchKeySet, *values):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *values)
+
+    def above(keyset: DispatchKeySet, *values):
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in values):
+            return function.apply(partial(below, keyset), *values)
+        return below(keyset, *values)
+
+    _LIBRARY.impl(name, above, "Autograd", with_keyset=True)
+    return operator
+
+
+def _operator_forward(*values) -> tuple[Tensor, ...]:
+    """The leaves of an Outcome, empty where they were not asked for."""
     leaves = iter(values)
     problem: Problem = unflatten(leaves)
     schedule, wanted = leaves
@@ -57,8 +81,7 @@ def _outcome(results: tuple) -> Outcome:
     return Outcome(loss, Scalars(*rest[:count]), Gradients(*rest[count:]))
 
 
-@_operator.register_fake
-def _(*values):
+def _operator_fake(*values) -> tuple[Tensor, ...]:
     leaves = iter(values)
     problem: Problem = unflatten(leaves)
     _, wanted = leaves
@@ -84,33 +107,37 @@ def _(*values):
     return empty(True), *scalars, *gradients
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # no (V, D) of zeros for outputs that nothing differentiates
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.dtypes = [None if inputs[i] is None else inputs[i].dtype for i in WRT]
-    ctx.gradients = _outcome(output).gradients
-    ctx.sole_holder = False
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, operator: Callable, *values):
+        output = operator(*values)
+        ctx.set_materialize_grads(False)  # no (V, D) of zeros for outputs that nothing differentiates
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.dtypes = [None if values[i] is None else values[i].dtype for i in WRT]
+        ctx.gradients = _outcome(output).gradients
+        ctx.sole_holder = False
+        return output
 
-
-def _backward(ctx, grad_loss: Tensor | None, *_):
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_divergence: double backward (create_graph=True) is not supported; schedule='reference' has it"
-        )
-    if ctx.gradients is None:
-        raise RuntimeError(
-            "linear_divergence: this loss was differentiated before, and its gradients were handed over then; "
-            "call linear_divergence again, or add the losses and differentiate their sum once"
-        )
-    gradients, ctx.gradients = ctx.gradients, None
-    needed = ctx.needs_input_grad
-    if grad_loss is None:
-        return (None,) * len(needed)
-    given = [
-        _scaled(gradient, grad_loss, ctx.sole_holder).to(dtype) if needed[i] else None
-        for i, gradient, dtype in zip(WRT, gradients, ctx.dtypes, strict=True)
-    ]
-    return _at_inputs(given, len(needed))
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor | None, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_divergence: double backward (create_graph=True) is not supported; schedule='reference' has it"
+            )
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "linear_divergence: this loss was differentiated before, and its gradients were handed over then; "
+                "call linear_divergence again, or add the losses and differentiate their sum once"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        _, *needed = ctx.needs_input_grad
+        if grad_loss is None:
+            return (None,) * (1 + len(needed))
+        given = [
+            _scaled(gradient, grad_loss, ctx.sole_holder).to(dtype) if needed[i] else None
+            for i, gradient, dtype in zip(WRT, gradients, ctx.dtypes, strict=True)
+        ]
+        return None, *_at_inputs(given, len(needed))
 
 
 def _at_inputs(gradients: list[Tensor | None], count: int) -> tuple[Tensor | None, ...]:
@@ -122,68 +149,75 @@ def _at_inputs(gradients: list[Tensor | None], count: int) -> tuple[Tensor | Non
 
 
 def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
-    if not in_place:
+    """gradient · by: not another pass over (V, D) where `by` is 1, as in plain loss.backward()."""
+    if not in_place or gradient.dtype == torch.float64:
         return gradient * by
-    if by.device.type == "cpu" and by.item() == 1.0:  # plain loss.backward(): not another pass over (V, D)
-        return gradient
-    return gradient.mul_(by)
+    if by.device.type == "cpu":
+        return gradient if by.item() == 1.0 else gradient.mul_(by)
+    from .kernels import scaling_triton  # the device decides: nobody waits for it
 
-
-_operator.register_autograd(_backward, setup_context=_setup_context)
+    return scaling_triton.multiply(gradient, by)
 
 
 # token_weight is 1 at the rows that are wanted, else 0. Nothing waits for backward but the inputs.
-@torch.library.custom_op(
-    "scsdpo_kernels::divergence_per_token",
-    mutates_args=(),
-    schema=f"({SCHEMA}, str schedule) -> Tensor",
-)
-def _per_token_operator(*values):
+def _per_token_forward(*values) -> Tensor:
     """Importance ratio · divergence of each row."""
     scalars = _outcome(_operator(*values, [False] * len(WRT))).scalars
     has_ratio = values[PATHS.index(("target", "old_logp"))] is not None
     return scalars.divergence * scalars.importance_ratio if has_ratio else scalars.divergence
 
 
-@_per_token_operator.register_fake
-def _(*values):
+def _per_token_fake(*values) -> Tensor:
     hidden = values[WRT[0]]
     return hidden.new_empty(hidden.shape[:-1], dtype=torch.float32)
 
 
-def _setup_per_token(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
-    ctx.options = [None if isinstance(x, Tensor) else x for x in inputs]
+class _PerToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, operator: Callable, *values):
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values))
+        ctx.options = [None if isinstance(x, Tensor) else x for x in values]
+        return operator(*values)
 
-
-def _backward_per_token(ctx, upstream: Tensor):
-    """The same rows once more, weighted by the upstream gradient: those where it is 0 are not computed."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "linear_divergence_per_token: double backward (create_graph=True) is not supported; schedule='reference' "
-            "has it"
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        """The same rows once more, weighted by the upstream gradient: those where it is 0 are not computed."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_divergence_per_token: double backward (create_graph=True) is not supported; "
+                "schedule='reference' has it"
+            )
+        *leaves, schedule = (
+            option if tensor is None else tensor for tensor, option in zip(ctx.saved_tensors, ctx.options, strict=True)
         )
-    *leaves, schedule = (
-        option if tensor is None else tensor for tensor, option in zip(ctx.saved_tensors, ctx.options, strict=True)
-    )
-    problem: Problem = unflatten(iter(leaves))
-    wanted = [ctx.needs_input_grad[i] for i in WRT]
-    finite = upstream.isfinite()
-    all_finite = finite.all()
-    if problem.part is not None and problem.part.sequence_parallel:
-        shard = Shard(problem.part, problem.student.head.weight.shape[0])
-        all_finite = shard.gather(all_finite.long().unsqueeze(0)).bool().all()
-    weight = torch.where(finite, upstream, 0.0) * problem.token_weight
-    outcome = _outcome(_operator(*flatten(problem._replace(token_weight=weight)), schedule, wanted))
-    poison = torch.where(all_finite, 1.0, torch.nan)  # of an overflown loss scale: gradients are not finite either
-    given = [
-        (gradient * poison).to(leaves[i].dtype) if want else None
-        for i, gradient, want in zip(WRT, outcome.gradients, wanted, strict=True)
-    ]
-    return _at_inputs(given, len(ctx.needs_input_grad))
+        problem: Problem = unflatten(iter(leaves))
+        _, *needed = ctx.needs_input_grad
+        wanted = [needed[i] for i in WRT]
+        finite = upstream.isfinite()
+        all_finite = finite.all()
+        if problem.part is not None and problem.part.sequence_parallel:
+            shard = Shard(problem.part, problem.student.head.weight.shape[0])
+            all_finite = shard.gather(all_finite.long().unsqueeze(0)).bool().all()
+        weight = torch.where(finite, upstream, 0.0) * problem.token_weight
+        outcome = _outcome(_operator(*flatten(problem._replace(token_weight=weight)), schedule, wanted))
+        poison = torch.where(all_finite, 1.0, torch.nan)  # of an overflown loss scale: gradients are not finite either
+        given = [
+            (gradient * poison).to(leaves[i].dtype) if want else None
+            for i, gradient, want in zip(WRT, outcome.gradients, wanted, strict=True)
+        ]
+        return None, *_at_inputs(given, len(needed))
 
 
-_per_token_operator.register_autograd(_backward_per_token, setup_context=_setup_per_token)
+_operator = _define(
+    "divergence",
+    f"({SCHEMA}, str schedule, bool[] wanted) -> ({', '.join(['Tensor'] * _RESULTS)})",
+    _operator_forward,
+    _operator_fake,
+    _Divergence,
+)
+_per_token_operator = _define(
+    "divergence_per_token", f"({SCHEMA}, str schedule) -> Tensor", _per_token_forward, _per_token_fake, _PerToken
+)
 
 
 def divergence(problem: Problem, schedule: str) -> tuple[Tensor, Scalars]:
