@@ -1,96 +1,136 @@
-"""Schedule 1: matrix products per chunk of rows, the library's where it keeps fp32 sums, and one fused row kernel.
+"""Matrix products per chunk of tokens, the library's where it keeps fp32 sums, and one fused row kernel.
 
-For each chunk of C rows whose weight is not 0, with two buffers of (C, V) that all chunks share:
+For each chunk of C tokens whose weight is not 0, with two buffers of (C, V) that all chunks share:
 
-    z_s = h_s W_sᵀ    z_t = h_t W_tᵀ    G = w ∂D/∂z_s over z_s (row kernel)    ∂h = G W_s    ∂W += Gᵀ h_s
+    z_s = h_s W_sᵀ    z_t = h_t W_tᵀ    G = w ∂D/∂z_s (row kernel)        and for a group of chunks, G being (R, V),
+    ∂h = G W_s        ∂W += Gᵀ h_s
 
-Four products of 2 C V D operations. The logits are fp32 whatever the inputs' dtype, G has the dtype that the last two
-products run in. Where student and teacher share an fp32 head, (h_t - h_s) Wᵀ is projected in place of z_t: the same
-cost, and the divergence keeps its relative precision however close the teacher is.
+Four products of 2 N V D operations. The logits are fp32 whatever the inputs' dtype, G has the dtype that the last two
+products run in. Where it is 16 bits wide and ∂W is wanted, G is kept for groups of R tokens: for R ≤ 2D it takes no
+more memory than the fp32 sum of ∂W over chunks that it replaces, and ∂W is read and written once a group. Otherwise a group
+is a chunk, and G lies over z_s. Where student and teacher share an fp32 head, (h_t - h_s) Wᵀ is projected in place of
+z_t: the same cost, and the divergence keeps its relative precision however close the teacher is.
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import kernels_of, native
+from ..kernels import Kernels, kernels_of, native
 from ..kernels.contract import Logits
 from ..problem import Gradients
 from . import products
 from .plan import Plan
 from .row_values import row_values
+from .rows import Rows
 
-# Both logit buffers together. A chunk never has fewer rows than MIN_ROWS, below which the products lose their speed;
-# every chunk but the first reads and writes the head's gradient once more. On a GPU, 1024 rows of 151936 entries: not
-# tuned on hardware.
-BUFFER_BYTES = {"cpu": 448 * 2**20, "gpu": 1216 * 2**20}
+# Both logit buffers together: on a GPU, 262 tokens of 151936 entries. A chunk never has fewer tokens than MIN_ROWS,
+# below which the products lose their speed.
+BUFFER_BYTES = {"cpu": 448 * 2**20, "gpu": 304 * 2**20}
 MIN_ROWS = 256
 # A buffer's rows start at multiples of so many logits, so that every vocabulary has aligned loads.
 ALIGNMENT = 64
+# Tokens of a group at least where there are several: with fewer, the sums of ∂W cost more than its products.
+GROUP_ROWS = 2048
+
+
+class Buffers(NamedTuple):
+    logits: Tensor  # (sides · C, V) fp32: a chunk's student's, then its teacher's
+    kept: Tensor | None  # (R, V) a group's gradient. None: it lies over the student's logits
 
 
 def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (plan.rows.scalars, K) fp32
     """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
-    student, teacher, head = plan.student.hidden, None, plan.student.head
-    if plan.teacher is not None:
-        teacher, teacher_head = plan.teacher
-    vocabulary, device = head.weight.shape[0], student.device
+    head, rows = plan.student.head, plan.rows
+    count, device = len(rows.weight), plan.student.hidden.device
     kernels = kernels_of(device)
-    chunks = list(_chunks(len(plan.rows.weight), plan.shard.longest, device))  # the same on every process
-    scalars = torch.empty(plan.rows.scalars, len(plan.rows.weight), dtype=torch.float32, device=device)
-    sums = products.head_sums(head, plan.wanted, plan.grad_hidden, len(chunks))
-    want_gradient = any(x is not None for x in sums)
-    fast = device.type != "cpu" or native.multiplies_bf16()
-    gradient_dtype = torch.bfloat16 if head.weight.dtype == torch.bfloat16 and fast else torch.float32
-    stacked = teacher is not None and device.type != "cpu" and teacher_head.weight is head.weight
-    stacked = stacked and teacher.dtype == student.dtype
+    rows = rows._replace(weight=rows.weight * head.logit_scale) if head.logit_scale != 1.0 else rows
+    on_cpu = products.on_cpu(plan.student.hidden)
+    fast = not on_cpu or native.multiplies_bf16()
+    dtype = torch.bfloat16 if head.weight.dtype == torch.bfloat16 and fast else torch.float32
+    most = _chunk_rows(plan.shard.longest, device)  # the same on every process
+    keeps = plan.wanted.weight is not None and dtype.itemsize == 2
+    groups = _split(slice(0, count), _group_rows(count, head.weight.shape[1]) if keeps else most)
+    scalars = torch.empty(rows.scalars, count, dtype=torch.float32, device=device)
+    sums = products.head_sums(head, plan.wanted, plan.grad_hidden, len(groups))
+    buffers = _buffers(plan, groups, most, dtype)
+    for group in groups:
+        chosen = rows.chunk(group)
+        states = plan.student.hidden[group if rows.are_all else chosen.student]
+        gradient, adapted = buffers.kept, []
+        for chunk in _split(group, most):
+            inside = slice(chunk.start - group.start, chunk.stop - group.start)
+            logits, own = _project(plan, states[inside], rows.chunk(chunk), buffers.logits, kernels)
+            adapted.append(own)
+            if buffers.kept is None:
+                gradient, inside = view_as(logits.student, dtype), slice(None)
+            written = gradient[inside] if any(x is not None for x in sums) else None
+            values = row_values(logits, rows.chunk(chunk), plan.objective, plan.support, kernels, plan.shard, written)
+            scalars[:, chunk] = torch.stack(values[: len(scalars)])
+        if written is not None:
+            gradient = gradient[: len(states)]
+            if dtype.itemsize == 2 and on_cpu:
+                _behind(gradient).zero_()
+            adapted = None if head.lora is None else torch.cat(adapted)
+            products.add_gradients(gradient, states, adapted, head, chosen.kept, sums)
 
-    longest = chunks[0].stop if chunks else 0
-    stride = max(1, -(-vocabulary // ALIGNMENT)) * ALIGNMENT
-    sides = 1 if teacher is None else 2
-    buffers = products.empty(sides * longest, stride, dtype=torch.float32, device=device)[:, :vocabulary]
-    for chunk in chunks:
-        rows = plan.rows.chunk(chunk)
-        student_chunk, teacher_chunk = student[rows.student], None
-        length = len(student_chunk)
-        logits = Logits(buffers[:length], None, plan.difference, head.softcap or 0.0)
-        if teacher is not None:
-            teacher_chunk = teacher[rows.teacher]
-            logits = logits._replace(teacher=buffers[length : 2 * length])
-            if plan.difference:
-                teacher_chunk = teacher_chunk - student_chunk
-        if stacked:
-            products.project(torch.cat([student_chunk, teacher_chunk]), head.weight, buffers[: 2 * length])
-        else:
-            products.project(student_chunk, head.weight, logits.student)
-            if teacher is not None:
-                products.project(teacher_chunk, teacher_head.weight, logits.teacher)
-        adapted = products.apply_head(student_chunk, head, logits.student, kernels)
-        if teacher is not None:
-            applied = teacher_head._replace(bias=None) if plan.difference else teacher_head
-            products.apply_head(teacher_chunk, applied, logits.teacher, kernels)
-
-        gradient = view_as(logits.student, gradient_dtype) if want_gradient else None
-        rows = rows._replace(weight=rows.weight * head.logit_scale)
-        values = row_values(logits, rows, plan.objective, plan.support, kernels, plan.shard, gradient)
-        scalars[:, chunk] = torch.stack(values[: len(scalars)])
-        if want_gradient:
-            if gradient_dtype != torch.float32 and device.type == "cpu":
-                _behind(logits.student, gradient_dtype).zero_()
-            products.add_gradients(gradient, student_chunk, adapted, head, rows.kept, sums)
-
-    buffers = logits = gradient = None  # result() may copy the head's gradient
+    buffers = logits = gradient = written = None  # result() may copy the head's gradient
     return scalars, Gradients(plan.grad_hidden, *(x if x is None else x.result() for x in sums[1:]))
 
 
-def _chunks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-    """Slices of about equal length, as long as the buffers allow, the longest first."""
+def _project(
+    plan: Plan, states: Tensor, rows: Rows, buffer: Tensor, kernels: Kernels
+) -> tuple[Logits, Tensor | None]:  # and h Aᵀ (C, r) of the student's adapter
+    """A chunk's logits of both sides."""
+    head, length = plan.student.head, len(states)
+    logits = Logits(buffer[:length], None, plan.difference, head.softcap or 0.0)
+    if plan.teacher is None:
+        products.project(states, head.weight, logits.student)
+        return logits, products.apply_head(states, head, logits.student, kernels)
+    hidden, teacher_head = plan.teacher
+    teacher_states = hidden[rows.teacher]
+    logits = logits._replace(teacher=buffer[length : 2 * length])
+    if plan.difference:
+        teacher_states = teacher_states - states
+        teacher_head = teacher_head._replace(bias=None)
+    if not products.on_cpu(states) and teacher_head.weight is head.weight and hidden.dtype == states.dtype:
+        products.project(torch.cat([states, teacher_states]), head.weight, buffer[: 2 * length])
+    else:
+        products.project(states, head.weight, logits.student)
+        products.project(teacher_states, teacher_head.weight, logits.teacher)
+    adapted = products.apply_head(states, head, logits.student, kernels)
+    products.apply_head(teacher_states, teacher_head, logits.teacher, kernels)
+    return logits, adapted
+
+
+def _buffers(plan: Plan, groups: list[slice], most: int, dtype: torch.dtype) -> Buffers:
+    vocabulary, device = plan.student.head.weight.shape[0], plan.student.hidden.device
+    stride = max(1, -(-vocabulary // ALIGNMENT)) * ALIGNMENT
+    group = max((x.stop - x.start for x in groups), default=0)
+    chunk = min(group, most)
+    sides = 1 if plan.teacher is None else 2
+    logits = products.empty(sides * chunk, stride, dtype=torch.float32, device=device)[:, :vocabulary]
+    kept = None
+    if group > chunk:
+        kept = products.empty(group, stride + ALIGNMENT, dtype=dtype, device=device)[:, :vocabulary]
+    return Buffers(logits, kept)
+
+
+def _chunk_rows(vocabulary: int, device: torch.device) -> int:
     budget = BUFFER_BYTES["cpu" if device.type == "cpu" else "gpu"]
-    most = max(MIN_ROWS, budget // (2 * 4 * vocabulary))
-    size = -(-rows // max(1, -(-rows // most))) or 1
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+    return max(MIN_ROWS, budget // (2 * 4 * vocabulary))
+
+
+def _group_rows(rows: int, width: int) -> int:
+    return 2 * width if rows <= 2 * width else max(width, GROUP_ROWS)
+
+
+def _split(rows: slice, most: int) -> list[slice]:
+    """Slices of about equal length, the longest first."""
+    count = rows.stop - rows.start
+    size = -(-count // max(1, -(-count // most))) or 1
+    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
 def view_as(logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,7 +138,7 @@ def view_as(logits: Tensor, dtype: torch.dtype) -> Tensor:
     return logits.view(dtype)[:, : logits.shape[1]]
 
 
-def _behind(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """What stands behind the rows of `view_as`: oneDNN's bf16 matmul reads it, and multiplies it by 0."""
-    vocabulary = logits.shape[1]
-    return logits.view(dtype)[:, vocabulary : vocabulary + ALIGNMENT]
+def _behind(gradient: Tensor) -> Tensor:
+    """What stands behind its rows in their buffer: oneDNN's bf16 matmul reads it, and multiplies it by 0."""
+    vocabulary = gradient.shape[1]
+    return gradient.as_strided((len(gradient), ALIGNMENT), gradient.stride(), gradient.storage_offset() + vocabulary)

@@ -1,6 +1,6 @@
 """Matrix products of a chunk of tokens with fp32 sums, and the sums over chunks of an LM head's gradients."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -11,6 +11,16 @@ from ..problem import Gradients, Head
 
 # Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.
 SLAB_ROWS = 8192
+# Tokens of a group at a time whose hidden gradient is made in fp32.
+HIDDEN_ROWS = 1024
+# Of the sizes of matrices, what the fast kernels of GPU libraries divide.
+EVEN = 64
+# Entries of a gradient up to which it is summed in fp32 whatever its dtype.
+SMALL = 2**24
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -31,11 +41,13 @@ def project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     """logits = hidden weightᵀ with fp32 sums, never rounded to the inputs' dtype."""
     if len(weight) == 0:  # a process without a part of the vocabulary
         return
-    if hidden.device.type == "cpu":
+    if on_cpu(hidden):
         native.matmul(hidden, weight.t(), logits)
+    elif hidden.dtype == weight.dtype == torch.float32:
+        torch.mm(hidden, weight.t(), out=logits)
     elif hidden.dtype == weight.dtype:
-        product = torch.mm if hidden.dtype == torch.float32 else mm_fp32
-        product(hidden, weight.t(), out=logits)
+        for part in _parts(weight):
+            mm_fp32(hidden, weight[part].t(), out=logits[:, part])
     else:
         hidden = hidden.float()
         for slab, weight_slab in slabs(weight):
@@ -47,12 +59,30 @@ mm_fp32 = partial(torch.mm, out_dtype=torch.float32)
 addmm_fp32 = partial(torch.addmm, out_dtype=torch.float32)
 
 
+def _parts(weight: Tensor) -> list[slice]:
+    """Rows of a head whose products are one call each.
+
+    A GPU's library takes slow kernels for 16-bit operands of an odd size: two to six times the time at 50257 and 100278
+    rows, nearly all of which a product of an even size takes.
+    """
+    rows = weight.shape[0]
+    even = rows // EVEN * EVEN
+    if even in (0, rows) or on_cpu(weight) or weight.dtype == torch.float32:
+        return [slice(0, rows)]
+    return [slice(0, even), slice(even, rows)]
+
+
 def back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
     """logit_gradient weight, (C, D). In fp32 on a GPU, whose library may sum up parts in the result's dtype."""
     if weight.dtype == logit_gradient.dtype:
-        product = torch.mm if weight.device.type == "cpu" or weight.dtype == torch.float32 else mm_fp32
-        return product(logit_gradient, weight)
-    if logit_gradient.device.type == "cpu":
+        if on_cpu(weight) or weight.dtype == torch.float32:
+            return torch.mm(logit_gradient, weight)
+        first, *rest = _parts(weight)
+        grad_hidden = mm_fp32(logit_gradient[:, first], weight[first])
+        for part in rest:
+            addmm_fp32(grad_hidden, logit_gradient[:, part], weight[part], out=grad_hidden)
+        return grad_hidden
+    if on_cpu(logit_gradient):
         grad_hidden = logit_gradient.new_empty(logit_gradient.shape[0], weight.shape[1])
         native.matmul(logit_gradient, weight, grad_hidden)
         return grad_hidden
@@ -68,7 +98,7 @@ def apply_head(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> 
     if head.lora is not None:
         adapted = torch.empty(len(hidden), len(head.lora.a), dtype=torch.float32, device=hidden.device)
         project(hidden, head.lora.a, adapted)
-        if hidden.device.type == "cpu":
+        if on_cpu(hidden):
             native.matmul(adapted * head.lora.scale, head.lora.b.t(), logits, add=True)
         else:
             for slab, lora_b in slabs(head.lora.b):
@@ -80,22 +110,24 @@ def apply_head(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> 
 
 
 def add_gradients(
-    logit_gradient: Tensor,  # (C, V)
-    hidden: Tensor,  # (C, D)
-    adapted: Tensor | None,  # (C, r) of apply_head
+    logit_gradient: Tensor,  # (R, V)
+    hidden: Tensor,  # (R, D)
+    adapted: Tensor | None,  # (R, r) of apply_head
     head: Head,
-    kept: Tensor,  # (C,) where sums.hidden has these tokens
+    kept: Tensor,  # (R,) where sums.hidden has these tokens
     sums: Gradients,  # of head_sums
 ) -> None:
-    """Adds a chunk's gradients to those of its hidden states and of the head."""
+    """Adds a group's gradients to those of its hidden states and of the head."""
     grad_adapted = None
     if head.lora is not None and (sums.hidden is not None or sums.lora_a is not None):
         grad_adapted = back_project(logit_gradient, head.lora.b.to(logit_gradient.dtype)).float() * head.lora.scale
     if sums.hidden is not None:
-        grad_hidden = back_project(logit_gradient, head.weight)
-        if grad_adapted is not None:
-            grad_hidden = grad_hidden.float().addmm_(grad_adapted, head.lora.a.float())
-        sums.hidden[kept] = grad_hidden.to(sums.hidden.dtype)
+        for start in range(0, len(kept), HIDDEN_ROWS):
+            some = slice(start, start + HIDDEN_ROWS)
+            grad_hidden = back_project(logit_gradient[some], head.weight)
+            if grad_adapted is not None:
+                grad_hidden = grad_hidden.float().addmm_(grad_adapted[some], head.lora.a.float())
+            sums.hidden[kept[some]] = grad_hidden.to(sums.hidden.dtype)
     if sums.weight is not None:
         sums.weight.add(logit_gradient, hidden)
     if sums.bias is not None:
@@ -111,11 +143,11 @@ def add_gradients(
             sums.lora_b.add(logit_gradient, scaled - upper)
 
 
-def head_sums(head: Head, wanted: Gradients, grad_hidden: Tensor | None, chunks: int) -> Gradients:
-    """Where gradients are summed over chunks: grad_hidden, and a sum of each wanted dtype for a part of the head."""
+def head_sums(head: Head, wanted: Gradients, grad_hidden: Tensor | None, groups: int) -> Gradients:
+    """Where gradients are summed over groups: grad_hidden, and a sum of each wanted dtype for a part of the head."""
     lora_a, lora_b = (None, None) if head.lora is None else head.lora[:2]
 
-    def sum_of(kind: type, tensor: Tensor | None, dtype: torch.dtype | None, terms: int = chunks):
+    def sum_of(kind: type, tensor: Tensor | None, dtype: torch.dtype | None, terms: int = groups):
         return None if dtype is None else kind(tensor, dtype, terms)
 
     return Gradients(
@@ -123,14 +155,14 @@ def head_sums(head: Head, wanted: Gradients, grad_hidden: Tensor | None, chunks:
         weight=sum_of(HeadGradient, head.weight, wanted.weight),
         bias=sum_of(BiasGradient, head.bias, wanted.bias),
         lora_a=sum_of(HeadGradient, lora_a, wanted.lora_a),
-        lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b, 2 * chunks),
+        lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b, 2 * groups),
     )
 
 
 class BiasGradient:
     """Σ over rows of G, in fp32, rounded at the end."""
 
-    def __init__(self, bias: Tensor, dtype: torch.dtype, chunks: int):
+    def __init__(self, bias: Tensor, dtype: torch.dtype, terms: int):
         self.dtype = dtype
         self.sum = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
 
@@ -144,42 +176,43 @@ class BiasGradient:
 
 
 class HeadGradient:
-    """Σ over chunks of Gᵀ h. More than one chunk's are summed in fp32 and rounded at the end."""
+    """Σ over groups of Gᵀ h. More than one group's are summed in fp32 and rounded at the end."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int):
+    def __init__(self, weight: Tensor, dtype: torch.dtype, terms: int):
         self.dtype = dtype
-        self.chunks = 0
-        if chunks == 0:
+        self.terms = 0
+        if terms == 0:
             self.sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         else:
-            accumulator = dtype if chunks == 1 and dtype != torch.float64 else torch.float32
-            self.sum = empty(*weight.shape, dtype=accumulator, device=weight.device)
+            # A GPU's library may add up parts of a sum in the result's dtype where the result has few tiles.
+            alone = terms == 1 and dtype != torch.float64 and (on_cpu(weight) or weight.numel() > SMALL)
+            self.sum = empty(*weight.shape, dtype=dtype if alone else torch.float32, device=weight.device)
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
-        beta = min(self.chunks, 1)
-        self.chunks += 1
-        widened = hidden.device.type == "cpu" and hidden.dtype != logit_gradient.dtype == torch.float32
+        beta = min(self.terms, 1)
+        self.terms += 1
+        widened = on_cpu(hidden) and hidden.dtype != logit_gradient.dtype == torch.float32
         if widened and self.sum.dtype == torch.float32:
             native.matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
             return
         if not widened:
             hidden = hidden.to(logit_gradient.dtype)
-        same = self.sum.dtype == logit_gradient.dtype
-        if not same and hidden.device.type != "cpu" and hidden.dtype != torch.float32:
-            addmm_fp32(self.sum, logit_gradient.t(), hidden, beta=beta, out=self.sum)
-            return
-        size = self.sum.shape[0] if same else SLAB_ROWS  # what is added in another dtype exists a slab at a time
-        for start in range(0, self.sum.shape[0], max(1, size)):
-            slab = slice(start, start + size)
-            transposed = logit_gradient[:, slab].t()
-            if same:
-                self.sum[slab].addmm_(transposed, hidden, beta=beta)
-                continue
-            product = logit_gradient.new_empty(len(transposed), hidden.shape[1])
-            if widened:
-                native.matmul(transposed, hidden, product)
-            else:
-                torch.mm(transposed, hidden, out=product)
+        if self.sum.dtype == logit_gradient.dtype:
+            for part in _parts(logit_gradient.t()):
+                self.sum[part].addmm_(logit_gradient[:, part].t(), hidden, beta=beta)
+        elif not on_cpu(hidden) and logit_gradient.dtype != torch.float32:
+            for part in _parts(logit_gradient.t()):
+                total = self.sum[part]
+                addmm_fp32(total, logit_gradient[:, part].t(), hidden, beta=beta, out=total)
+        else:
+            self._add_slabs(logit_gradient, hidden, beta, native.matmul if widened else _mm)
+
+    def _add_slabs(self, logit_gradient: Tensor, hidden: Tensor, beta: int, matmul: Callable) -> None:
+        """What is added in another dtype exists a slab at a time."""
+        for start in range(0, self.sum.shape[0], SLAB_ROWS):
+            slab = slice(start, start + SLAB_ROWS)
+            product = logit_gradient.new_empty(len(self.sum[slab]), hidden.shape[1])
+            matmul(logit_gradient[:, slab].t(), hidden, product)
             if beta == 0:
                 self.sum[slab] = product
             else:
@@ -187,3 +220,7 @@ class HeadGradient:
 
     def result(self) -> Tensor:
         return self.sum.to(self.dtype)
+
+
+def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:
+    torch.mm(left, right, out=out)

@@ -1,0 +1,95 @@
+"""Groups of chunks whose logit gradients are kept, and the products that a GPU's library is asked for.
+
+Those take a result dtype that PyTorch has no CPU kernel for; here they are made of fp32 products.
+"""
+
+import pytest
+import torch
+from oracle import relative_error
+
+from scsdpo_kernels import Head, LoRA, linear_divergence
+from scsdpo_kernels.schedules import chunked, products
+
+V, D = 197, 16
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """The GPU's branches, in small: chunks of 5 tokens, groups of up to 32, or of 16 where there are several."""
+    monkeypatch.setattr(products, "on_cpu", lambda tensor: False)
+    monkeypatch.setattr(
+        products, "mm_fp32", lambda left, right, out=None: torch.mm(left.float(), right.float(), out=out)
+    )
+
+    def addmm_fp32(total, left, right, beta=1, out=None):
+        out.copy_(torch.mm(left.float(), right.float()) if beta == 0 else total + left.float() @ right.float())
+
+    monkeypatch.setattr(products, "addmm_fp32", addmm_fp32)
+    monkeypatch.setattr(chunked, "MIN_ROWS", 5)
+    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 0)
+    monkeypatch.setattr(chunked, "GROUP_ROWS", 16)
+    monkeypatch.setattr(products, "HIDDEN_ROWS", 7)
+
+
+def problem(rows, dtype, kind, teacher_head):
+    generator = torch.Generator().manual_seed(rows)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    hidden = randn(rows, D)
+    teacher = hidden + 0.3 * randn(rows, D)
+    head = Head((randn(V, D) * 0.6).to(dtype))
+    if kind == "all":
+        lora = LoRA(randn(3, D) * 0.3, randn(V, 3) * 0.5, 0.5)
+        head = head._replace(bias=randn(V), lora=lora, logit_scale=0.8, softcap=9.0)
+    own = (randn(V, D) * 0.6).to(dtype) if teacher_head else None
+    return hidden.to(dtype), head, teacher.to(dtype), own, randn(rows)
+
+
+def gradients(hidden, head, teacher, teacher_head, token_weight, dtype=None, **options):
+    def cast(x):
+        return x.to(dtype or x.dtype).detach()
+
+    hidden, weight = cast(hidden).requires_grad_(), cast(head.weight).requires_grad_()
+    leaves, head = [hidden, weight], head._replace(weight=weight)
+    if head.lora is not None:
+        bias, a, b = (cast(x).requires_grad_() for x in (head.bias, *head.lora[:2]))
+        leaves += [bias, a, b]
+        head = head._replace(bias=bias, lora=LoRA(a, b, head.lora.scale))
+    own = None if teacher_head is None else cast(teacher_head)
+    result = linear_divergence(hidden, head, cast(teacher), own, token_weight=token_weight, **options)
+    return [result.divergence.detach(), *torch.autograd.grad(result.loss, leaves)]
+
+
+@pytest.mark.parametrize("rows", [3, 20, 32, 33, 70], ids="{} tokens".format)
+@pytest.mark.parametrize("teacher_head", [False, True], ids=["shared head", "own head"])
+@pytest.mark.parametrize("kind", ["plain", "all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+def test_the_products_of_a_gpu(request, rows, teacher_head, kind, dtype):
+    """One group of one chunk, of several, as many as may be kept, one more, and several groups."""
+    given = problem(rows, dtype, kind, teacher_head)
+    exact = gradients(*given, dtype=torch.double, schedule="reference")
+    plain = gradients(*given)
+    request.getfixturevalue("on_a_gpu")
+    for got, stick, want in zip(gradients(*given), plain, exact, strict=True):
+        assert got.dtype == stick.dtype and got.shape == stick.shape
+        # fp32 logit gradients of a CPU without bf16 instructions are the better ones.
+        rounding = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]
+        assert relative_error(got, want) <= max(2 * relative_error(stick, want), rounding)
+
+
+def test_a_group_is_no_larger_than_the_sum_that_it_replaces():
+    for rows in (1, 256, 4096, 8192, 8193, 100_000):
+        group = min(rows, chunked._group_rows(rows, 4096))
+        assert 2 * group <= 4 * 4096
+        assert rows > 8192 or group == rows  # one product, and no sum
+
+
+def test_the_last_entries_of_an_odd_vocabulary_are_a_product_of_their_own(on_a_gpu):
+    def ends(rows, dtype=torch.bfloat16):
+        return [(part.start, part.stop) for part in products._parts(torch.empty(rows, 1, dtype=dtype))]
+
+    assert ends(50257) == [(0, 50240), (50240, 50257)]
+    assert ends(151936) == [(0, 151936)] and ends(50257, torch.float32) == [(0, 50257)]
+    assert ends(17) == [(0, 17)] and ends(0) == [(0, 0)]
