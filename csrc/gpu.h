@@ -29,6 +29,9 @@ __device__ __forceinline__ void block_barrier() { __syncthreads(); }
 __device__ __forceinline__ float exchange(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ __forceinline__ double exchange(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
+// Whether x holds in all lanes that are here.
+__device__ __forceinline__ bool in_all_lanes(bool x) { return __all_sync(__activemask(), x); }
+
 // 2^x, 1 / x and log2(x) in one instruction each; what is below the normal numbers is 0.
 __device__ __forceinline__ float power_of_two(float x) {
   float y;

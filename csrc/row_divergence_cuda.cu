@@ -172,7 +172,7 @@ struct Quad {
       probability[i] = probabilities(at[i], row);
       near &= fabsf(probability[i].d) < 1.0f;
     }
-    if (near) {
+    if (gpu::in_all_lanes(near)) {
 #pragma unroll
       for (int i = 0; i < kQuad; ++i) entry[i] = mixture_near(probability[i].p, probability[i].d, mix);
     } else {

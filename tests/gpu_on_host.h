@@ -216,6 +216,9 @@ Real exchange(Real x, int mask) {
   return y;
 }
 
+// A lane knows of itself only: what depends on it may choose how to compute, not what.
+inline bool in_all_lanes(bool x) { return x; }
+
 inline float power_of_two(float x) {
   float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0 : y;

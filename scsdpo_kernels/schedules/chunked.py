@@ -6,10 +6,10 @@ For each chunk of C tokens whose weight is not 0, with two buffers of (C, V) tha
     ∂h = G W_s        ∂W += Gᵀ h_s
 
 Four products of 2 N V D operations. The logits are fp32 whatever the inputs' dtype, G has the dtype that the last two
-products run in. Where it is 16 bits wide and ∂W is wanted, G is kept for groups of R tokens: for R ≤ 2D it takes no
-more memory than the fp32 sum of ∂W over chunks that it replaces, and ∂W is read and written once a group. Otherwise a group
-is a chunk, and G lies over z_s. Where student and teacher share an fp32 head, (h_t - h_s) Wᵀ is projected in place of
-z_t: the same cost, and the divergence keeps its relative precision however close the teacher is.
+products run in. Where it is 16 bits wide and ∂W is wanted, G is kept for groups of R tokens, and ∂W is read and written
+once a group: for R ≤ 2D that takes no more memory than the fp32 sum of ∂W over chunks that it replaces. Otherwise a
+group is a chunk, and G lies over z_s. Where student and teacher share an fp32 head, (h_t - h_s) Wᵀ is projected in
+place of z_t: the same cost, and the divergence keeps its relative precision however close the teacher is.
 """
 
 from typing import NamedTuple
