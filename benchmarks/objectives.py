@@ -25,7 +25,7 @@ from torch import Tensor
 
 from scsdpo_kernels import Head, LoRA, SampledToken, TopK, TopLogprobs, linear_divergence
 from scsdpo_kernels.kernels import kernels_of
-from scsdpo_kernels.kernels.contract import Logits
+from scsdpo_kernels.kernels.contract import Logits, PerRow
 from scsdpo_kernels.linear_divergence import problem_of
 from scsdpo_kernels.schedules.products import apply_head
 from scsdpo_kernels.schedules.row_values import row_values
@@ -121,10 +121,7 @@ def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tupl
         kept=index,
         student=index,
         teacher=index,
-        weight=student.new_ones(rows),
-        target=None if target is None else target.ids,
-        old_logp=None if target is None else target.old_logp,
-        importance_clip=0.0 if target is None else target.importance_clip,
+        given=PerRow(student.new_ones(rows), *(() if target is None else target)),
         support_ids=None if support is None else support.ids,
         support_logp=None if support is None else support.logp,
         are_all=True,

@@ -23,6 +23,8 @@ from measuring import RESULTS, interleaved, machine, medians, timed, write
 from scsdpo_kernels import linear_divergence
 from scsdpo_kernels.checks import why_not
 from scsdpo_kernels.kernels import kernels_of
+from scsdpo_kernels.kernels.contract import Logits, PerRow
+from scsdpo_kernels.problem import objective_of
 
 KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda-cluster", "cuda-streaming")}
 PRODUCTS = {"chunked": {0.0: 2, 0.5: 2, 1.0: 2}, "tiled": {0.0: 2, 0.5: 4, 1.0: 2}}  # of the value alone
@@ -33,7 +35,7 @@ def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats:
     rows = 2 ** (28 if device.type == "cuda" else 24) // vocabulary
     student = torch.randn(rows, vocabulary, device=device) * 2
     teacher = student + distance * torch.randn_like(student)
-    weight = torch.ones(rows, device=device)
+    logits, weight = Logits(student, teacher, difference=False, softcap=0.0), PerRow(torch.ones(rows, device=device))
     source, to = torch.empty(2, 4 * student.numel(), dtype=torch.uint8, device=device)
     runs, skipped = {"copy": lambda: to.copy_(source)}, {}
     for name in KERNELS[device.type]:
@@ -45,8 +47,7 @@ def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats:
         for beta in (0.0, 0.5, 1.0):
             for dtype in ("bfloat16", "float32"):
                 gradient = torch.empty_like(student, dtype=getattr(torch, dtype))
-                options = {"beta": beta, "temperature": 1.0, "teacher_is_difference": False, "gradient": gradient}
-                runs[name, beta, dtype] = functools.partial(kernel, student, teacher, weight, None, **options)
+                runs[name, beta, dtype] = functools.partial(kernel, logits, weight, objective_of(beta), gradient)
     times = medians(interleaved(runs, repeats, device))
     copied = 2 * source.nbytes / times.pop("copy")
     records = []

@@ -22,7 +22,7 @@ from .checks import (
     check_tensor,
     in_autocast,
 )
-from .problem import Head, Objective, Problem, SampledToken, Side, Support, Target, TopK, TopLogprobs, mapped
+from .problem import Head, Problem, SampledToken, Side, Support, Target, TopK, TopLogprobs, mapped, objective_of
 from .vocab_shard import VocabShard, agreed, local_part
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def problem_of(
             teacher=teacher,
             token_weight=token_weight,
             rows=rows,
-            objective=Objective(float(beta), float(temperature), float(entry_clip or 0.0)),
+            objective=objective_of(beta, temperature, entry_clip or 0.0),
             support=_support(support),
             target=None if target_ids is None else Target(target_ids, old_logp, float(importance_clip)),
             part=None,

@@ -87,12 +87,21 @@ class Side(NamedTuple):
     head: Head
 
 
-class Objective(NamedTuple):
-    """What is computed of whole rows of logits."""
+KINDS = ("forward", "reverse", "jensen_shannon", "clipped")  # KL(q‖p), KL(p‖q), between, and KL(q‖p) of bounded entries
 
+
+class Objective(NamedTuple):
+    """What is computed of whole rows of logits; `objective_of` makes one."""
+
+    kind: str  # of KINDS
     beta: float
     temperature: float
     entry_clip: float  # nats; 0: none
+
+
+def objective_of(beta: float, temperature: float = 1.0, entry_clip: float = 0.0) -> Objective:
+    kind = "clipped" if entry_clip else {0.0: "forward", 1.0: "reverse"}.get(beta, "jensen_shannon")
+    return Objective(kind, float(beta), float(temperature), float(entry_clip))
 
 
 class Support(NamedTuple):

@@ -3,6 +3,8 @@
 import torch
 
 from scsdpo_kernels.kernels import native
+from scsdpo_kernels.kernels.contract import Logits, PerRow
+from scsdpo_kernels.problem import objective_of
 
 
 def main() -> None:
@@ -17,9 +19,12 @@ def main() -> None:
                     if row_schedule == "cluster" and torch.cuda.get_device_capability() < (9, 0):
                         continue
                     native.row_divergence_cuda(
-                        student, teacher, torch.ones(rows, device="cuda"), None, beta=beta, temperature=1.0,
-                        teacher_is_difference=False, gradient=torch.empty_like(teacher), row_schedule=row_schedule,
-                    )  # fmt: skip
+                        Logits(student, teacher, difference=False, softcap=0.0),
+                        PerRow(torch.ones(rows, device="cuda")),
+                        objective_of(beta),
+                        torch.empty_like(teacher),
+                        row_schedule=row_schedule,
+                    )
     torch.cuda.synchronize()
 
 

@@ -18,6 +18,8 @@ from conftest import DEVICE
 
 from scsdpo_kernels import kernels
 from scsdpo_kernels.kernels import native
+from scsdpo_kernels.kernels.contract import Logits, PerRow
+from scsdpo_kernels.problem import objective_of
 
 CSRC = cuda_on_host.CSRC
 HEADER = 832  # row_geometry.h's kRowHeader
@@ -142,11 +144,13 @@ def rows(vocabulary, seed=0):
 
 def run(student, teacher, row_schedule="auto", beta=0.5, gradient=True):
     out = torch.full_like(student, torch.nan) if gradient else None
-    scalars = native.row_divergence_cuda(
-        student, teacher, torch.ones(len(student)), None, beta=beta, temperature=1.0, teacher_is_difference=False,
-        gradient=out, row_schedule=row_schedule,
-    )  # fmt: skip
+    scalars = native.row_divergence_cuda(*given(student, teacher, beta), out, row_schedule=row_schedule)
     return scalars.divergence, out
+
+
+def given(student, teacher, beta):
+    logits = Logits(student, teacher, difference=False, softcap=0.0)
+    return logits, PerRow(torch.ones(len(student))), objective_of(beta)
 
 
 on_host = pytest.mark.skipif(DEVICE != "cpu", reason="the kernels run on the GPU")
@@ -171,8 +175,7 @@ def test_the_order_of_threads_and_copies_does_not_change_a_bit(monkeypatch, beta
 @on_host
 def test_what_a_gpu_cannot_hold_is_streamed_or_raises(monkeypatch):
     student, teacher = rows(4096)
-    exact, _ = native.row_divergence(student, teacher, torch.ones(3), None, beta=0.5, temperature=1.0,
-                                     teacher_is_difference=False)[:2]  # fmt: skip
+    exact = native.row_divergence(*given(student, teacher, 0.5)).divergence
     for machine in ({"capability": 8}, {"shared": 2048, "largest_cluster": 8}, {"largest_cluster": 0}):
         cuda_on_host.install(monkeypatch, **machine)
         torch.testing.assert_close(run(student, teacher)[0], exact, rtol=1e-5, atol=0)
@@ -262,8 +265,7 @@ patch = SimpleNamespace(setattr=setattr)
 student, teacher = test_cuda.rows(4096)
 exact = torch.empty_like(student)
 for beta, shared in ((0.5, 4096), (1.0, 2**17)):  # clusters of 16 blocks, and of one
-    options = dict(beta=beta, temperature=1.0, teacher_is_difference=False)
-    divergence = native.row_divergence(student, teacher, torch.ones(3), None, **options, gradient=exact).divergence
+    divergence = native.row_divergence(*test_cuda.given(student, teacher, beta), exact).divergence
     for seed in range(6):
         cuda_on_host.install(patch, shared=shared, seed=seed, clusters=1, source={str(tmp_path / "kernel.cu")!r})
         got, out = test_cuda.run(student, teacher, "cluster", beta=beta)

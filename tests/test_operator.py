@@ -134,9 +134,9 @@ class Calls:
             self.head_gradients += 1
             return add(*args)
 
-        def counted_row(*args, gradient=None, **options):
+        def counted_row(logits, rows, objective, gradient=None):
             self.logit_gradients.append(gradient is not None)
-            return row(*args, gradient=gradient, **options)
+            return row(logits, rows, objective, gradient)
 
         monkeypatch.setattr(products, "back_project", counted_back_project)
         monkeypatch.setattr(products.HeadGradient, "add", counted_add)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE
 
-from scsdpo_kernels.kernels import contract, native, row_divergence_triton
+from scsdpo_kernels.kernels import native, row_divergence_triton
+from scsdpo_kernels.kernels.contract import Logits, PerRow, Scalars
+from scsdpo_kernels.problem import objective_of
 
 BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
 VOCABULARIES = (1, 2, 7, 16, 17, 1021, 4999)
@@ -33,22 +35,18 @@ def several_blocks(monkeypatch):
         cuda_on_host.install(monkeypatch, shared=4096)
 
 
-def call(kernel, student, teacher, weight, target, *, gradient, **options):
+def call(kernel, logits, rows, objective, gradient):
     """A row kernel on its device: scalars on the CPU. `gradient` is written where the kernel runs."""
+    given = logits, rows, objective, gradient
     if kernel not in (*CUDA, "triton"):
-        return native.row_divergence(
-            student, teacher, weight, target, **options, gradient=gradient, instruction_set=kernel
-        )
+        return native.row_divergence(*given, instruction_set=kernel)
     if kernel == "triton":
-        scalars = row_divergence_triton.row_divergence(student, teacher, weight, target, **options, gradient=gradient)
-        scalars = (*scalars, *[None] * (6 - len(scalars)))
+        scalars = row_divergence_triton.row_divergence(*given)
     else:
-        if DEVICE == "cuda" and (why := native.why_not_cuda(student.device)):
+        if DEVICE == "cuda" and (why := native.why_not_cuda(logits.student.device)):
             pytest.skip(why)
-        scalars = native.row_divergence_cuda(
-            student, teacher, weight, target, **options, gradient=gradient, row_schedule=kernel.split()[1]
-        )
-    return contract.Scalars(*(x if x is None else x.cpu() for x in scalars))
+        scalars = native.row_divergence_cuda(*given, row_schedule=kernel.split()[1])
+    return Scalars(*(x if x is None else x.cpu() for x in scalars))
 
 
 def device_of(kernel):
@@ -56,7 +54,7 @@ def device_of(kernel):
 
 
 def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gradient="float32", difference=False,
-        kernel=INSTRUCTION_SETS[-1], old_logp=None, importance_clip=2.0, **objective):  # fmt: skip
+        kernel=INSTRUCTION_SETS[-1], old_logp=None, importance_clip=2.0, entry_clip=0.0, softcap=0.0):  # fmt: skip
     """Scalars and the gradient, from logits that stay as they are."""
     device = device_of(kernel)
     weight = torch.ones(len(student)) if weight is None else weight
@@ -70,9 +68,8 @@ def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gr
     out = None
     if gradient is not None:
         out = torch.full_like(student, torch.nan, dtype=getattr(torch, gradient))
-    options = {"beta": beta, "temperature": temperature, "teacher_is_difference": difference}
-    options |= {"old_logp": old_logp, "importance_clip": importance_clip, **objective}
-    scalars = call(kernel, student, teacher, weight, target, **options, gradient=out)
+    given = Logits(student, teacher, difference, softcap), PerRow(weight, target, old_logp, importance_clip)
+    scalars = call(kernel, *given, objective_of(beta, temperature, entry_clip), out)
     return scalars, None if out is None else out.cpu()
 
 
@@ -249,7 +246,7 @@ def test_forbidden_entries_contribute_their_limit(kernel, beta):
         assert (scalars.divergence[:2] == torch.inf).all() and (expected.divergence[:2] == np.inf).all()
     finite = slice(2, None) if beta in (0.0, 1.0) else slice(None)
     assert_rows(
-        contract.Scalars(*(x if x is None else x[finite] for x in scalars)),
+        Scalars(*(x if x is None else x[finite] for x in scalars)),
         gradient[finite],
         oracle.Rows(*(x[finite] for x in expected)),
     )

@@ -14,6 +14,20 @@ class Logits(NamedTuple):
     softcap: float  # c, where the student's are c tanh(x / c): gradients are those of x. 0: none
 
 
+class PerRow(NamedTuple):
+    """What is given of each row of a chunk, (C,)."""
+
+    weight: Tensor  # fp32; 0: so is the gradient, whatever the row holds
+    target: Tensor | None = None  # int64; an id outside [0, V) gives NaN on a GPU
+    old_logp: Tensor | None = None  # fp32, of the targets: asks for importance ratios
+    importance_clip: float = 2.0
+
+    @property
+    def scalars(self) -> int:
+        """How many numbers a row has in the end: `Scalars` begins with so many."""
+        return 3 if self.target is None else 5 if self.old_logp is None else 6
+
+
 class Scalars(NamedTuple):
     """Per row, (C,) fp32, in nats. csrc/row_divergence.h has the contract."""
 

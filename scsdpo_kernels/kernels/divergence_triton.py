@@ -23,20 +23,18 @@ registers only. -inf logits contribute their limit; NaN and +inf come out as NaN
 import triton
 import triton.language as tl
 
-FORWARD = tl.constexpr(0)  # KL(q‖p), beta = 0
-REVERSE = tl.constexpr(1)  # KL(p‖q), beta = 1
-JENSEN_SHANNON = tl.constexpr(2)
-CLIPPED = tl.constexpr(3)  # KL(q‖p) whose entries count up to a bound each; its first walk is Jensen-Shannon's
+from ..problem import KINDS
+
+# The place of an objective's kind in problem.KINDS.
+FORWARD = tl.constexpr(KINDS.index("forward"))
+REVERSE = tl.constexpr(KINDS.index("reverse"))
+JENSEN_SHANNON = tl.constexpr(KINDS.index("jensen_shannon"))
+CLIPPED = tl.constexpr(KINDS.index("clipped"))  # its first walk is Jensen-Shannon's
 
 _INFINITY = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234e38)
 # What x is compared with before log(1 + x) is trusted; beyond it the logarithms of Z_s and Z_t are far apart.
 _TRUSTED = tl.constexpr(1e4)
-
-
-def objective(beta: float, entry_clip: float = 0.0) -> int:
-    """The constexpr of the kernels for the teacher's share, and the bound of an entry (0: none)."""
-    return CLIPPED.value if entry_clip else {0.0: FORWARD, 1.0: REVERSE}.get(beta, JENSEN_SHANNON).value
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .contract import Logits
 from .divergence_triton import exponential, hyperbolic_tangent, softcap_slope
 
 BLOCK, WARPS = 4096, 4
@@ -60,14 +61,8 @@ def tail_gradient_kernel(
         tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
 
 
-def head_logits(
-    logits: Tensor,  # (C, V) fp32, unit stride along V: changed in place
-    bias: Tensor | None,  # (V,) fp32
-    *,
-    scale: float,
-    softcap: float,  # 0: none
-) -> None:
-    """logits = softcap tanh(scale (logits + bias) / softcap)."""
+def head_logits(logits: Tensor, bias: Tensor | None, scale: float, softcap: float) -> None:
+    """As native.head_logits."""
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
     rows, vocabulary = logits.shape
     head_logits_kernel[rows, triton.cdiv(vocabulary, BLOCK)](
@@ -76,20 +71,12 @@ def head_logits(
     )  # fmt: skip
 
 
-def tail_gradient(
-    logits: Tensor,  # (C, V) fp32, unit stride along V
-    base: Tensor,  # (C,) fp32
-    factor: Tensor,  # (C,) fp32
-    gradient: Tensor,  # (C, V) fp32 or bf16 out; may lie over logits, row by row
-    *,
-    temperature: float,
-    softcap: float,  # 0: none
-) -> None:
-    """gradient = factor e^((logits - base) / temperature), through the softcap."""
+def tail_gradient(logits: Logits, base: Tensor, factor: Tensor, temperature: float, gradient: Tensor) -> None:
+    """As native.tail_gradient."""
     assert base.dtype == factor.dtype == torch.float32 and base.is_contiguous() and factor.is_contiguous()
-    rows, vocabulary = logits.shape
-    tail_gradient_kernel[(rows,)](
-        logits, logits.stride(0), vocabulary, base, factor, gradient, gradient.stride(0),
+    student, softcap = logits.student, logits.softcap
+    tail_gradient_kernel[(len(base),)](
+        student, student.stride(0), student.shape[1], base, factor, gradient, gradient.stride(0),
         1.0 / temperature, 1.0 / softcap if softcap else 0.0,
         has_softcap=bool(softcap), BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip

@@ -6,7 +6,8 @@ import os
 import torch
 from torch import Tensor
 
-from .contract import RowStatistics, Scalars
+from ..problem import Objective
+from .contract import Logits, PerRow, RowStatistics, Scalars
 
 try:
     from .. import _C
@@ -55,118 +56,112 @@ def multiplies_bf16() -> bool:
 
 
 def row_divergence(
-    student: Tensor,  # (C, V) fp32, bf16 or float64 logits, unit stride along V
-    teacher: Tensor,  # (C, V) same dtype: the teacher's logits, or teacher - student (not in float64)
-    weight: Tensor,  # (C,) fp32
-    target: Tensor | None,  # (C,) int64 in [0, V)
+    logits: Logits,  # fp32, bf16 or float64 (that without `difference`)
+    rows: PerRow,
+    objective: Objective,
+    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over the student, row by row. None: values only
     *,
-    beta: float,
-    temperature: float,
-    teacher_is_difference: bool,
-    old_logp: Tensor | None = None,  # (C,) fp32, of the targets
-    importance_clip: float = 2.0,
-    entry_clip: float = 0.0,  # 0: none
-    student_softcap: float = 0.0,  # 0: none
-    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
     instruction_set: str | None = None,  # None: the widest
 ) -> Scalars:
     """Divergence, entropies and log-probabilities of each row of logits, and its weighted gradient into `gradient`.
 
     csrc/row_divergence.h has the contract, csrc/divergence.h the equations.
     """
-    task, result = _row_task(
-        student, teacher, weight, target, old_logp, gradient, beta=beta, temperature=temperature,
-        teacher_is_difference=teacher_is_difference, importance_clip=importance_clip, entry_clip=entry_clip,
-        student_softcap=student_softcap,
-    )  # fmt: skip
-    _on_processor(_C.row_divergence_cpu, task, student.device, instruction_set)
-    return result
+    task, scalars = _row_task(logits, rows, objective, gradient)
+    _on_processor(_C.row_divergence_cpu, task, logits.student.device, instruction_set)
+    return scalars
 
 
-def row_statistics(
-    student: Tensor,  # (C, V) fp32 logits, unit stride along V; -inf: an entry that does not count
-    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
-    *,
-    temperature: float,
-    teacher_is_difference: bool,
-    instruction_set: str | None = None,  # None: the widest
-) -> RowStatistics:
+def row_statistics(logits: Logits, temperature: float, *, instruction_set: str | None = None) -> RowStatistics:
     """Statistics of rows, or of the part of each that is here. Where nothing counts the log-sum-exp is -inf."""
-    rows = student.shape[0]
+    rows = logits.student.shape[0]
     lse = torch.empty(2, rows, dtype=torch.float64).unbind()
     others = torch.empty(5, rows, dtype=torch.float32).unbind()
     result = RowStatistics(*lse, *others)
     task = _C.RowDivergence(
-        stage=_C.Stage.statistics,
-        **_logits(student, teacher, teacher_is_difference, temperature),
-        **{name: tensor.data_ptr() for name, tensor in result._asdict().items()},
+        stage=_C.Stage.statistics, **_logits(logits), temperature=temperature, **_addresses(result._asdict())
     )
-    _on_processor(_C.row_divergence_cpu, task, student.device, instruction_set)
+    _on_processor(_C.row_divergence_cpu, task, logits.student.device, instruction_set)
     return result
 
 
 def row_terms(
-    student: Tensor,  # (C, V) fp32 logits of some entries of each row
-    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
+    logits: Logits,  # fp32, some entries of each row
+    objective: Objective,
     statistics: RowStatistics,  # of the whole rows
     *,
-    beta: float,
-    temperature: float,
-    teacher_is_difference: bool,
-    entry_clip: float = 0.0,  # 0: none
-    instruction_set: str | None = None,  # None: the widest
+    instruction_set: str | None = None,
 ) -> Tensor:
     """(4, C) float64, what these entries add to the sums that a row's divergence is made of."""
-    terms = torch.zeros(_C.most_terms, student.shape[0], dtype=torch.float64)
+    terms = torch.zeros(_C.most_terms, logits.student.shape[0], dtype=torch.float64)
     task = _C.RowDivergence(
         stage=_C.Stage.terms,
-        **_logits(student, teacher, teacher_is_difference, temperature),
+        **_logits(logits),
+        **_objective(objective),
         **_known(statistics),
-        beta=beta,
-        entry_clip=entry_clip,
         terms=terms.data_ptr(),
     )
-    _on_processor(_C.row_divergence_cpu, task, student.device, instruction_set)
+    _on_processor(_C.row_divergence_cpu, task, logits.student.device, instruction_set)
     return terms
 
 
 def row_gradient(
-    student: Tensor,  # (C, V) fp32 logits of some entries of each row
-    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
+    logits: Logits,  # fp32, some entries of each row
+    objective: Objective,
     statistics: RowStatistics,  # of the whole rows
     terms: Tensor,  # (4, C) float64, of the whole rows
     weight: Tensor,  # (C,) fp32
+    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over the student, row by row. None: values only
     *,
-    beta: float,
-    temperature: float,
-    teacher_is_difference: bool,
-    entry_clip: float = 0.0,  # 0: none
-    student_softcap: float = 0.0,  # 0: none
-    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
-    instruction_set: str | None = None,  # None: the widest
+    instruction_set: str | None = None,
 ) -> Tensor:
     """(C,) fp32, the divergence of the whole rows, and these entries' weighted gradient into `gradient`."""
     assert weight.dtype == torch.float32 and weight.is_contiguous()
     assert terms.dtype == torch.float64 and terms.is_contiguous() and terms.shape == (_C.most_terms, len(weight))
-    divergence = torch.empty(student.shape[0], dtype=torch.float32)
+    divergence = torch.empty(len(weight), dtype=torch.float32)
     task = _C.RowDivergence(
         stage=_C.Stage.gradient,
-        **_logits(student, teacher, teacher_is_difference, temperature),
+        **_logits(logits),
+        **_objective(objective),
         **_known(statistics),
-        beta=beta,
-        entry_clip=entry_clip,
-        student_softcap=student_softcap,
         terms=terms.data_ptr(),
         weight=weight.data_ptr(),
         divergence=divergence.data_ptr(),
-        **({} if gradient is None else {**_matrix(gradient=gradient), "gradient_dtype": _DTYPES[gradient.dtype]}),
+        **_gradient(gradient),
     )
-    _on_processor(_C.row_divergence_cpu, task, student.device, instruction_set)
+    _on_processor(_C.row_divergence_cpu, task, logits.student.device, instruction_set)
     return divergence
 
 
-def _logits(student: Tensor, teacher: Tensor, teacher_is_difference: bool, temperature: float) -> dict:
-    assert student.shape == teacher.shape and student.dtype == teacher.dtype == torch.float32
+def _row_task(
+    logits: Logits, rows: PerRow, objective: Objective, gradient: Tensor | None
+) -> tuple[_C.RowDivergence, Scalars]:
+    """The C++ struct of a call, and the tensors that it fills."""
+    student, (weight, target, old_logp, importance_clip) = logits.student, rows
+    assert gradient is None or (gradient.shape == student.shape and gradient.stride(1) == 1)
+    for tensor in (logits.teacher, weight, target, old_logp, gradient):
+        assert tensor is None or tensor.device == student.device
+    if student.dtype == torch.float64:
+        assert not logits.difference and (gradient is None or gradient.dtype == torch.float32)
+    assert weight.dtype == torch.float32 and weight.is_contiguous()
+    assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
+    assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
+    fields = torch.empty(rows.scalars, len(weight), dtype=torch.float32, device=student.device).unbind()
+    scalars = Scalars(*fields, *[None] * (len(Scalars._fields) - len(fields)))
+    task = _C.RowDivergence(
+        **_logits(logits),
+        **_objective(objective),
+        **_addresses({"weight": weight, "target": target, "old_logp": old_logp}),
+        importance_clip=importance_clip,
+        **_addresses(scalars._asdict()),
+        **_gradient(gradient),
+    )
+    return task, scalars
+
+
+def _logits(logits: Logits) -> dict:
+    student, teacher, difference, softcap = logits
+    assert student.shape == teacher.shape and student.dtype == teacher.dtype
     assert student.stride(1) == teacher.stride(1) == 1
     return {
         "rows": student.shape[0],
@@ -174,26 +169,33 @@ def _logits(student: Tensor, teacher: Tensor, teacher_is_difference: bool, tempe
         "logits_dtype": _DTYPES[student.dtype],
         **_matrix(student=student),
         **_matrix(teacher=teacher),
-        "teacher_is_difference": teacher_is_difference,
-        "temperature": temperature,
+        "teacher_is_difference": difference,
+        "student_softcap": softcap,
     }
 
 
-def _known(statistics: RowStatistics) -> dict:
-    names = ("student_lse", "teacher_lse", "centre", "log_ratio")
-    for name in names:
-        tensor = getattr(statistics, name)
+def _objective(objective: Objective) -> dict:
+    return {"beta": objective.beta, "temperature": objective.temperature, "entry_clip": objective.entry_clip}
+
+
+def _known(statistics: RowStatistics) -> dict[str, int]:
+    known = {name: getattr(statistics, name) for name in ("student_lse", "teacher_lse", "centre", "log_ratio")}
+    for name, tensor in known.items():
         assert tensor.is_contiguous() and tensor.dtype == (torch.float64 if "lse" in name else torch.float32), name
-    return {name: getattr(statistics, name).data_ptr() for name in names}
+    return _addresses(known)
+
+
+def _gradient(gradient: Tensor | None) -> dict:
+    return {} if gradient is None else {**_matrix(gradient=gradient), "gradient_dtype": _DTYPES[gradient.dtype]}
 
 
 def head_logits(
     logits: Tensor,  # (C, V) fp32, unit stride along V: changed in place
     bias: Tensor | None,  # (V,) fp32
-    *,
     scale: float,
     softcap: float,  # 0: none
-    instruction_set: str | None = None,  # None: the widest
+    *,
+    instruction_set: str | None = None,
 ) -> None:
     """logits = softcap tanh(scale (logits + bias) / softcap). csrc/logits.h has the contract."""
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
@@ -209,29 +211,27 @@ def head_logits(
 
 
 def tail_gradient(
-    logits: Tensor,  # (C, V) fp32, unit stride along V
+    logits: Logits,  # fp32; the student's are read
     base: Tensor,  # (C,) fp32
     factor: Tensor,  # (C,) fp32
-    gradient: Tensor,  # (C, V) fp32 or bf16 out; may lie over logits, row by row
-    *,
     temperature: float,
-    softcap: float,  # 0: none
-    instruction_set: str | None = None,  # None: the widest
+    gradient: Tensor,  # (C, V) fp32 or bf16 out; may lie over the student, row by row
+    *,
+    instruction_set: str | None = None,
 ) -> None:
     """gradient = factor e^((logits - base) / temperature), through the softcap. csrc/logits.h has the contract."""
     assert base.dtype == factor.dtype == torch.float32 and base.is_contiguous() and factor.is_contiguous()
     task = _C.TailGradient(
-        rows=logits.shape[0],
-        vocabulary=logits.shape[1],
-        **_matrix(logits=logits),
+        rows=len(base),
+        vocabulary=gradient.shape[1],
+        **_matrix(logits=logits.student),
         base=base.data_ptr(),
         factor=factor.data_ptr(),
         temperature=temperature,
-        softcap=softcap,
-        **_matrix(gradient=gradient),
-        gradient_dtype=_DTYPES[gradient.dtype],
+        softcap=logits.softcap,
+        **_gradient(gradient),
     )
-    _on_processor(_C.tail_gradient, task, logits.device, instruction_set)
+    _on_processor(_C.tail_gradient, task, gradient.device, instruction_set)
 
 
 def _on_processor(kernel, task, device: torch.device, instruction_set: str | None) -> None:
@@ -254,68 +254,23 @@ def why_not_cuda(device: torch.device) -> str | None:
 
 
 def row_divergence_cuda(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    target: Tensor | None,  # ids outside [0, V) give NaN
-    *,
-    beta: float,
-    temperature: float,
-    teacher_is_difference: bool,
-    old_logp: Tensor | None = None,
-    importance_clip: float = 2.0,
-    entry_clip: float = 0.0,
-    student_softcap: float = 0.0,
+    logits: Logits,  # fp32 or bf16
+    rows: PerRow,
+    objective: Objective,
     gradient: Tensor | None = None,
+    *,
     row_schedule: str = "auto",  # "cluster" | "streaming": csrc/row_divergence_cuda.cu
 ) -> Scalars:
-    """The same on an NVIDIA GPU, on its current stream, of fp32 or bf16 logits; it does not wait."""
-    assert student.dtype != torch.float64
-    task, result = _row_task(
-        student, teacher, weight, target, old_logp, gradient, beta=beta, temperature=temperature,
-        teacher_is_difference=teacher_is_difference, importance_clip=importance_clip, entry_clip=entry_clip,
-        student_softcap=student_softcap,
-    )  # fmt: skip
-    _C.row_divergence_cuda(task, *_stream(student.device), _C.CudaSchedule.__members__[row_schedule])
-    return result
+    """`row_divergence` on an NVIDIA GPU, on its current stream; it does not wait."""
+    assert logits.student.dtype != torch.float64
+    task, scalars = _row_task(logits, rows, objective, gradient)
+    _C.row_divergence_cuda(task, *_stream(logits.student.device), _C.CudaSchedule.__members__[row_schedule])
+    return scalars
 
 
 def _stream(device: torch.device) -> tuple[int, int]:
     """Numbers of a GPU and of its current stream."""
     return device.index, torch.cuda.current_stream(device).cuda_stream
-
-
-def _row_task(student, teacher, weight, target, old_logp, gradient, **options) -> tuple[_C.RowDivergence, Scalars]:
-    """The C++ struct of a call, and the tensors that it fills."""
-    rows, vocabulary = student.shape
-    for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
-        assert tensor is None or (tensor.shape == student.shape and tensor.stride(1) == 1), name
-    for tensor in (teacher, weight, target, old_logp, gradient):
-        assert tensor is None or tensor.device == student.device
-    assert student.dtype == teacher.dtype and weight.dtype == torch.float32
-    if student.dtype == torch.float64:
-        assert not options["teacher_is_difference"] and (gradient is None or gradient.dtype == torch.float32)
-    assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
-
-    assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
-
-    count = 3 if target is None else 5 if old_logp is None else 6
-    scalars = torch.empty(count, rows, dtype=torch.float32, device=student.device).unbind()
-    result = Scalars(*scalars, *[None] * (6 - count))
-    task = _C.RowDivergence(
-        rows=rows,
-        vocabulary=vocabulary,
-        logits_dtype=_DTYPES[student.dtype],
-        **_matrix(student=student),
-        **_matrix(teacher=teacher),
-        weight=weight.data_ptr(),
-        target=_address(target),
-        old_logp=_address(old_logp),
-        **options,
-        **{name: _address(tensor) for name, tensor in result._asdict().items()},
-        **({} if gradient is None else {**_matrix(gradient=gradient), "gradient_dtype": _DTYPES[gradient.dtype]}),
-    )
-    return task, result
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -373,6 +328,10 @@ def _factor(lines: Tensor) -> _C.Factor:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors: dict[str, Tensor | None]) -> dict[str, int]:
+    return {name: _address(tensor) for name, tensor in tensors.items()}
 
 
 def _matrix(**named: Tensor) -> dict[str, int]:

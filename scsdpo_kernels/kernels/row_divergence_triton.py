@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import RowStatistics
+from ..problem import KINDS, Objective
+from .contract import Logits, PerRow, RowStatistics, Scalars
 from .divergence_triton import (
     CLIPPED,
     JENSEN_SHANNON,
@@ -32,7 +33,6 @@ from .divergence_triton import (
     kullback_leibler,
     merged,
     moments,
-    objective,
     probabilities,
     softcap_slope,
     top_score,
@@ -303,112 +303,70 @@ def row_divergence_kernel(
             tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
 
 
-def row_divergence(
-    student: Tensor,  # (C, V) fp32, bf16 or float64 logits, unit stride along V
-    teacher: Tensor,  # (C, V) same dtype: the teacher's logits, or teacher - student
-    weight: Tensor,  # (C,) fp32
-    target: Tensor | None,  # (C,) int64; ids outside [0, V) give NaN
-    *,
-    beta: float,
-    temperature: float,
-    teacher_is_difference: bool,
-    old_logp: Tensor | None = None,  # (C,) fp32, of the targets
-    importance_clip: float = 2.0,
-    entry_clip: float = 0.0,  # 0: none
-    student_softcap: float = 0.0,  # 0: none
-    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
-) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target, 6 with old_logp
-    """Divergence, entropies and log-probabilities of each row of logits, and its weighted gradient into `gradient`.
-
-    The contract is csrc/row_divergence.h's, on the tensors' device and its current stream.
-    """
-    rows, vocabulary = student.shape
-    for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
-        assert tensor is None or (tensor.shape == student.shape and tensor.stride(1) == 1), name
-    assert student.dtype == teacher.dtype and weight.dtype == torch.float32
-    assert weight.is_contiguous() and (target is None or (target.is_contiguous() and target.dtype == torch.int64))
-
+def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient: Tensor | None = None) -> Scalars:
+    """As native.row_divergence, on the tensors' device and its current stream; ids outside [0, V) give NaN."""
+    student, (weight, target, old_logp, importance_clip) = logits.student, rows
+    assert gradient is None or (gradient.shape == student.shape and gradient.stride(1) == 1)
+    assert weight.dtype == torch.float32 and weight.is_contiguous()
+    assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
     assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
-
-    count = 3 if target is None else 5 if old_logp is None else 6
-    scalars = torch.empty(count, rows, dtype=torch.float32, device=student.device)
-    row_divergence_kernel[(rows,)](
-        student, teacher, weight, target, old_logp, scalars, gradient,
-        student.stride(0), teacher.stride(0), 0 if gradient is None else gradient.stride(0), rows, vocabulary,
-        1.0 / temperature, 1.0 - beta, beta, importance_clip, entry_clip,
-        1.0 / student_softcap if student_softcap else 0.0,
-        objective=objective(beta, entry_clip), difference=teacher_is_difference, has_target=target is not None,
-        has_old_logp=old_logp is not None, has_gradient=gradient is not None, has_softcap=bool(student_softcap),
-        BLOCK=BLOCK,
-        **options(student.device.type),
+    scalars = torch.empty(rows.scalars, len(weight), dtype=torch.float32, device=student.device)
+    row_divergence_kernel[(len(weight),)](
+        student, logits.teacher, weight, target, old_logp, scalars, gradient,
+        student.stride(0), logits.teacher.stride(0), 0 if gradient is None else gradient.stride(0),
+        *student.shape, 1.0 / objective.temperature, 1.0 - objective.beta, objective.beta, importance_clip,
+        objective.entry_clip, 1.0 / logits.softcap if logits.softcap else 0.0,
+        objective=KINDS.index(objective.kind), difference=logits.difference, has_target=target is not None,
+        has_old_logp=old_logp is not None, has_gradient=gradient is not None, has_softcap=bool(logits.softcap),
+        BLOCK=BLOCK, **options(student.device.type),
     )  # fmt: skip
-    return scalars.unbind()
+    return Scalars(*scalars.unbind(), *[None] * (len(Scalars._fields) - len(scalars)))
 
 
-def row_statistics(
-    student: Tensor,  # (C, V) fp32 logits, unit stride along V; -inf: an entry that does not count
-    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
-    *,
-    temperature: float,
-    teacher_is_difference: bool,
-) -> RowStatistics:
+def row_statistics(logits: Logits, temperature: float) -> RowStatistics:
     """As native.row_statistics."""
-    rows, vocabulary = student.shape
-    lse = torch.empty(2, rows, dtype=torch.float64, device=student.device)
-    others = torch.empty(5, rows, dtype=torch.float32, device=student.device)
-    row_statistics_kernel[(rows,)](
-        student, teacher, lse, others, student.stride(0), teacher.stride(0), rows, vocabulary, 1.0 / temperature,
-        difference=teacher_is_difference, BLOCK=BLOCK, **options(student.device.type),
+    student = logits.student
+    lse = torch.empty(2, len(student), dtype=torch.float64, device=student.device)
+    others = torch.empty(5, len(student), dtype=torch.float32, device=student.device)
+    row_statistics_kernel[(len(student),)](
+        student, logits.teacher, lse, others, student.stride(0), logits.teacher.stride(0), *student.shape,
+        1.0 / temperature, difference=logits.difference, BLOCK=BLOCK, **options(student.device.type),
     )  # fmt: skip
     return RowStatistics(*lse.unbind(), *others.unbind())
 
 
-def row_terms(
-    student: Tensor,  # (C, V) fp32 logits of some entries of each row
-    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
-    statistics: RowStatistics,  # of the whole rows
-    *,
-    beta: float,
-    temperature: float,
-    teacher_is_difference: bool,
-    entry_clip: float = 0.0,  # 0: none
-) -> Tensor:  # (4, C) float64
+def row_terms(logits: Logits, objective: Objective, statistics: RowStatistics) -> Tensor:  # (4, C) float64
     """As native.row_terms."""
-    rows, vocabulary = student.shape
-    terms = torch.empty(4, rows, dtype=torch.float64, device=student.device)
-    row_terms_kernel[(rows,)](
-        student, teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre, statistics.log_ratio,
-        terms, student.stride(0), teacher.stride(0), rows, vocabulary, 1.0 / temperature, 1.0 - beta, beta, entry_clip,
-        objective=objective(beta, entry_clip), difference=teacher_is_difference, BLOCK=BLOCK,
+    student = logits.student
+    terms = torch.empty(4, len(student), dtype=torch.float64, device=student.device)
+    row_terms_kernel[(len(student),)](
+        student, logits.teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre,
+        statistics.log_ratio, terms, student.stride(0), logits.teacher.stride(0), *student.shape,
+        1.0 / objective.temperature, 1.0 - objective.beta, objective.beta, objective.entry_clip,
+        objective=KINDS.index(objective.kind), difference=logits.difference, BLOCK=BLOCK,
         **options(student.device.type),
     )  # fmt: skip
     return terms
 
 
 def row_gradient(
-    student: Tensor,  # (C, V) fp32 logits of some entries of each row
-    teacher: Tensor,  # (C, V) the teacher's, or teacher - student
-    statistics: RowStatistics,  # of the whole rows
-    terms: Tensor,  # (4, C) float64, of the whole rows
-    weight: Tensor,  # (C,) fp32
-    *,
-    beta: float,
-    temperature: float,
-    teacher_is_difference: bool,
-    entry_clip: float = 0.0,  # 0: none
-    student_softcap: float = 0.0,  # 0: none
-    gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over student, row by row. None: values only
+    logits: Logits,
+    objective: Objective,
+    statistics: RowStatistics,
+    terms: Tensor,
+    weight: Tensor,
+    gradient: Tensor | None = None,
 ) -> Tensor:  # (C,) fp32
     """As native.row_gradient."""
-    rows, vocabulary = student.shape
-    divergence = torch.empty(rows, dtype=torch.float32, device=student.device)
-    row_gradient_kernel[(rows,)](
-        student, teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre, statistics.log_ratio,
-        terms, weight, divergence, gradient,
-        student.stride(0), teacher.stride(0), 0 if gradient is None else gradient.stride(0), rows, vocabulary,
-        1.0 / temperature, 1.0 - beta, beta, entry_clip, 1.0 / student_softcap if student_softcap else 0.0,
-        objective=objective(beta, entry_clip), difference=teacher_is_difference, has_gradient=gradient is not None,
-        has_softcap=bool(student_softcap), BLOCK=BLOCK,
-        **options(student.device.type),
+    student = logits.student
+    divergence = torch.empty(len(student), dtype=torch.float32, device=student.device)
+    row_gradient_kernel[(len(student),)](
+        student, logits.teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre,
+        statistics.log_ratio, terms, weight, divergence, gradient,
+        student.stride(0), logits.teacher.stride(0), 0 if gradient is None else gradient.stride(0), *student.shape,
+        1.0 / objective.temperature, 1.0 - objective.beta, objective.beta, objective.entry_clip,
+        1.0 / logits.softcap if logits.softcap else 0.0,
+        objective=KINDS.index(objective.kind), difference=logits.difference, has_gradient=gradient is not None,
+        has_softcap=bool(logits.softcap), BLOCK=BLOCK, **options(student.device.type),
     )  # fmt: skip
     return divergence

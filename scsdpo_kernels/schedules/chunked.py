@@ -40,19 +40,20 @@ class Buffers(NamedTuple):
     kept: Tensor | None  # (R, V) a group's gradient. None: it lies over the student's logits
 
 
-def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (plan.rows.scalars, K) fp32
+def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
     """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
     head, rows = plan.student.head, plan.rows
-    count, device = len(rows.weight), plan.student.hidden.device
+    count, device = len(rows.given.weight), plan.student.hidden.device
     kernels = kernels_of(device)
-    rows = rows._replace(weight=rows.weight * head.logit_scale) if head.logit_scale != 1.0 else rows
+    if head.logit_scale != 1.0:
+        rows = rows._replace(given=rows.given._replace(weight=rows.given.weight * head.logit_scale))
     on_cpu = products.on_cpu(plan.student.hidden)
     fast = not on_cpu or native.multiplies_bf16()
     dtype = torch.bfloat16 if head.weight.dtype == torch.bfloat16 and fast else torch.float32
     most = _chunk_rows(plan.shard.longest, device)  # the same on every process
     keeps = plan.wanted.weight is not None and dtype.itemsize == 2
     groups = _split(slice(0, count), _group_rows(count, head.weight.shape[1]) if keeps else most)
-    scalars = torch.empty(rows.scalars, count, dtype=torch.float32, device=device)
+    scalars = torch.empty(rows.given.scalars, count, dtype=torch.float32, device=device)
     sums = products.head_sums(head, plan.wanted, plan.grad_hidden, len(groups))
     buffers = _buffers(plan, groups, most, dtype)
     for group in groups:

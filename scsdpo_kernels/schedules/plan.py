@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.contract import Scalars
+from ..kernels.contract import PerRow, Scalars
 from ..problem import Gradients, Head, Objective, Problem, Side, Support
 from . import rows as row_choice
 from .rows import Rows, as_matrix, complete, valid_support
@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     wanted: Gradients  # dtype of each gradient, None where it is not wanted
 
 
-# (rows.scalars, K) fp32 of the kept rows, and the gradients of Σ weight · importance ratio · divergence.
+# (scalars, K) fp32 of the kept rows, and the gradients of Σ weight · importance ratio · divergence.
 Schedule = Callable[[Plan], tuple[Tensor, Gradients]]
 
 
@@ -63,7 +63,7 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
     if partial is not None and shard.group is None:
         partial = partial.view(-1, hidden.shape[-1])
     elif partial is not None:  # of the computed rows, in fp32: what is summed over processes
-        partial = torch.zeros(len(rows.weight), hidden.shape[-1], device=hidden.device)
+        partial = torch.zeros(len(rows.given.weight), hidden.shape[-1], device=hidden.device)
         computed = rows._replace(kept=torch.arange(len(partial), device=hidden.device))
     plan = Plan(
         student=student,
@@ -143,22 +143,18 @@ def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | Non
     weight = problem.token_weight.reshape(-1)[kept.index].float()
     if kept.right is not None:  # the list was not checked: if it is wrong, poison the result with NaN
         weight = torch.where(kept.right, weight, torch.nan)
-    ids = old_logp = None
-    importance_clip = 0.0
-    if problem.target is not None:
-        ids = problem.target.ids.reshape(-1)[kept.index].long()
-        importance_clip = problem.target.importance_clip
-        if problem.target.old_logp is not None:  # it may hold garbage where the weight is 0
-            old_logp = torch.where(weight == 0, 0.0, problem.target.old_logp.reshape(-1)[kept.index].float())
+    given, target = PerRow(weight), problem.target
+    if target is not None:
+        old_logp = None
+        if target.old_logp is not None:  # it may hold garbage where the weight is 0
+            old_logp = torch.where(weight == 0, 0.0, target.old_logp.reshape(-1)[kept.index].float())
+        given = PerRow(weight, target.ids.reshape(-1)[kept.index].long(), old_logp, target.importance_clip)
     support_ids, support_logp = _support(problem, kept.index, shard.vocabulary)
     rows = Rows(
         kept=kept.index,
         student=student_rows,
         teacher=teacher_rows,
-        weight=weight,
-        target=ids,
-        old_logp=old_logp,
-        importance_clip=importance_clip,
+        given=given,
         support_ids=support_ids,
         support_logp=support_logp,
         are_all=problem.rows is None and len(kept.index) == problem.token_weight.numel(),
@@ -181,7 +177,8 @@ def _support(problem: Problem, kept: Tensor, vocabulary: int) -> tuple[Tensor | 
 def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) -> tuple:
     """Hidden states and rows of all processes, where each has its own, and how many rows each has."""
     own = student.hidden[rows.student], None if teacher is None else teacher.hidden[rows.teacher]
-    carried = rows.weight, rows.target, rows.old_logp, rows.support_ids, rows.support_logp
+    weight, target, old_logp, importance_clip = rows.given
+    carried = weight, target, old_logp, rows.support_ids, rows.support_logp
     (states, teacher_states, *carried), counts = shard.gather_rows((*own, *carried))
     index = torch.arange(len(states), device=states.device)
     weight, target, old_logp, support_ids, support_logp = carried
@@ -189,10 +186,7 @@ def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) 
         kept=index,
         student=index,
         teacher=None if teacher is None else index,
-        weight=weight,
-        target=target,
-        old_logp=old_logp,
-        importance_clip=rows.importance_clip,
+        given=PerRow(weight, target, old_logp, importance_clip),
         support_ids=support_ids,
         support_logp=support_logp,
         are_all=True,
@@ -233,18 +227,19 @@ def _outcome(
     problem: Problem,
     kept: Kept,
     rows: Rows,
-    scalars: Tensor,  # (rows.scalars, R)
+    scalars: Tensor,  # (scalars, R)
     gradients: Gradients,
     counts: list[int] | None,
     shard: Shard,
 ) -> Outcome:
     """The loss of all computed rows, and this process's in the shape of token_weight."""
+    weight = rows.given.weight
     divergence, *_ = scalars
-    factor = rows.weight.double()
-    if rows.old_logp is not None:
+    factor = weight.double()
+    if rows.given.old_logp is not None:
         *_, importance_ratio = scalars
         factor = factor * importance_ratio.double()
-    loss = torch.where(rows.weight == 0, 0.0, factor * divergence.double()).sum().float()
+    loss = torch.where(weight == 0, 0.0, factor * divergence.double()).sum().float()
     if counts is not None:
         scalars = scalars.split(counts, dim=1)[shard.rank]
     if kept.right is not None and len(kept.index) == 0:  # nothing above has become NaN

@@ -105,7 +105,7 @@ def apply_head(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> 
                 logits[:, slab].addmm_(adapted, lora_b.t(), alpha=head.lora.scale)
     if head.bias is not None or head.logit_scale != 1.0 or head.softcap:
         bias = None if head.bias is None else head.bias.float().contiguous()
-        kernels.head_logits(logits, bias, scale=head.logit_scale, softcap=head.softcap or 0.0)
+        kernels.head_logits(logits, bias, head.logit_scale, head.softcap or 0.0)
     return adapted
 
 

@@ -24,20 +24,7 @@ def row_values(
         return divergence_on_support(logits, rows, objective, support, kernels, shard, gradient)
     if shard.group is not None:
         return divergence_on_part(logits, rows, objective, kernels, shard, gradient)
-    return kernels.row_divergence(
-        logits.student,
-        logits.teacher,
-        rows.weight,
-        rows.target,
-        beta=objective.beta,
-        temperature=objective.temperature,
-        teacher_is_difference=logits.difference,
-        old_logp=rows.old_logp,
-        importance_clip=rows.importance_clip,
-        entry_clip=objective.entry_clip,
-        student_softcap=logits.softcap,
-        gradient=gradient,
-    )
+    return kernels.row_divergence(logits, rows.given, objective, gradient)
 
 
 def divergence_on_part(
@@ -45,33 +32,18 @@ def divergence_on_part(
 ) -> tuple[Tensor, ...]:
     """Row scalars over the whole vocabulary, and the weighted gradient of this process's part of it."""
     temperature = objective.temperature
-    target = shard.target_logits(logits, rows.target)
+    target = shard.target_logits(logits, rows.given.target)
     known = shard.statistics(kernels, logits, temperature)
-    fields, weight = [known.student_entropy, known.teacher_entropy], rows.weight
+    fields, weight = [known.student_entropy, known.teacher_entropy], rows.given.weight
     if target is not None:
         fields += [target[0] / temperature - known.student_lse, target[1] / temperature - known.teacher_lse]
-    if rows.old_logp is not None:
-        fields.append(importance_ratio(fields[2], rows.old_logp, rows.importance_clip))
+    if rows.given.old_logp is not None:
+        fields.append(importance_ratio(fields[2], rows.given.old_logp, rows.given.importance_clip))
         weight = (weight * fields[-1]).float()
-    options = {
-        "beta": objective.beta,
-        "temperature": temperature,
-        "teacher_is_difference": logits.difference,
-        "entry_clip": objective.entry_clip,
-    }
     if shard.size:
-        own = kernels.row_terms(logits.student, logits.teacher, known, **options)
+        own = kernels.row_terms(logits, objective, known)
     else:
         own = torch.zeros(4, len(logits.student), dtype=torch.float64, device=logits.student.device)
     terms = shard.gather(own).sum(0)
-    divergence = kernels.row_gradient(
-        logits.student,
-        logits.teacher,
-        known,
-        terms,
-        weight,
-        **options,
-        student_softcap=logits.softcap,
-        gradient=gradient,
-    )
+    divergence = kernels.row_gradient(logits, objective, known, terms, weight, gradient)
     return tuple(x.float() for x in (divergence, *fields))

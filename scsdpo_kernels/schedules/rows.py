@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.contract import PerRow
+from ..problem import mapped
+
 
 class Rows(NamedTuple):
     """The K rows to compute: indices into the outputs and both sides' hidden states, and what is given per row."""
@@ -12,21 +15,13 @@ class Rows(NamedTuple):
     kept: Tensor  # (K,) int64 among all rows: of the outputs and of the hidden gradient
     student: Tensor  # (K,) int64 of the student's hidden states
     teacher: Tensor | None  # (K,) int64 of the teacher's; None: it has said support_logp
-    weight: Tensor  # (K,) fp32
-    target: Tensor | None  # (K,) int64
-    old_logp: Tensor | None  # (K,) fp32
-    importance_clip: float
+    given: PerRow  # (K,)
     support_ids: Tensor | None  # (K, S) int64, -1: an empty slot
     support_logp: Tensor | None  # (K, S)
     are_all: bool  # the rows are all rows, in order
 
-    @property
-    def scalars(self) -> int:
-        """How many numbers a row has in the end: divergence, two entropies, two log-probabilities, importance ratio."""
-        return 3 if self.target is None else 5 if self.old_logp is None else 6
-
     def chunk(self, which: slice) -> "Rows":
-        return Rows(*(x[which] if isinstance(x, Tensor) else x for x in self))
+        return mapped(lambda path, x: x[which], self)
 
 
 def as_matrix(

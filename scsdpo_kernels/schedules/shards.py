@@ -74,9 +74,7 @@ class Shard:
         """Of whole rows, from everyone's parts of them. A teacher that is not there is the student."""
         student, teacher = logits.student, logits.student if logits.teacher is None else logits.teacher
         if self.size:
-            own = kernels.row_statistics(
-                student, teacher, temperature=temperature, teacher_is_difference=logits.difference
-            )
+            own = kernels.row_statistics(logits._replace(teacher=teacher), temperature)
         else:
             nothing = torch.full((len(student),), -torch.inf, dtype=torch.float64, device=student.device)
             zero = torch.zeros_like(nothing)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import Kernels
-from ..kernels.contract import Logits
-from ..problem import Objective, Support
+from ..kernels.contract import Logits, PerRow
+from ..problem import Objective, Support, objective_of
 from .rows import Rows
 from .shards import Shard, importance_ratio, logits_at
 
@@ -40,7 +40,7 @@ def divergence_on_support(
 ) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target, 6 with old_logp, as the row kernels'
     """Row scalars on a support and the dense weighted gradient. What is not known of the teacher is 0."""
     temperature, (student, teacher, difference, softcap) = objective.temperature, logits
-    targets = shard.target_logits(logits, rows.target)
+    targets = shard.target_logits(logits, rows.given.target)
     target, other_target = (None, None) if targets is None else (targets[0], targets[-1])
     ids, exists, own, other = _support(logits, rows, support, shard)
     columns, here = shard.local(ids, exists)
@@ -62,9 +62,9 @@ def divergence_on_support(
     if target is not None:
         logp = target / temperature - lse
         fields += [logp, torch.zeros_like(logp) if teacher is None else other_target / temperature - lse_t]
-    weight = rows.weight
-    if rows.old_logp is not None:
-        fields.append(importance_ratio(logp, rows.old_logp, rows.importance_clip))
+    weight = rows.given.weight
+    if rows.given.old_logp is not None:
+        fields.append(importance_ratio(logp, rows.given.old_logp, rows.given.importance_clip))
         weight = (weight * fields[-1]).float()
 
     # g: of the logits in A, and of the tail's log-sum-exp
@@ -86,7 +86,7 @@ def divergence_on_support(
         base = torch.where(tail.isfinite(), tail * temperature, 0.0).float()
         factor = torch.where(tail == -torch.inf, 0.0 * g_tail, g_tail * (base.double() / temperature - tail).exp())
         factor = torch.where(weight == 0, 0.0, factor)
-        kernels.tail_gradient(student, base, factor.float(), gradient, temperature=temperature, softcap=softcap)
+        kernels.tail_gradient(logits, base, factor.float(), temperature, gradient)
         if softcap:
             g = g * (1 - (own / softcap) ** 2).clamp(min=0)
         _put(gradient, columns, here, g / temperature)
@@ -101,7 +101,7 @@ def _support(
         ids, values = _likeliest(logits, support.k, shard)
         exists = torch.ones_like(ids, dtype=torch.bool)
     else:
-        ids = rows.target[:, None] if rows.support_ids is None else rows.support_ids
+        ids = rows.given.target[:, None] if rows.support_ids is None else rows.support_ids
         exists = torch.ones_like(ids, dtype=torch.bool) if rows.support_ids is None else ids >= 0
         values = shard.values(logits, ids, exists)
     own, other = values[0], None if logits.teacher is None else values[1]
@@ -167,10 +167,8 @@ def _few_entries(
         student = torch.cat([log_p, log_tail.clamp(min=LEAST_LOG_TAIL)], dim=-1)
         teacher = torch.cat([log_q, log_tail_t.clamp(min=LEAST_LOG_TAIL)], dim=-1)
     g = torch.empty_like(student, dtype=torch.float32)
-    scalars = kernels.short_row_divergence(
-        student.contiguous(), teacher.contiguous(), weight, None, beta=beta, temperature=1.0,
-        teacher_is_difference=False, gradient=g,
-    )  # fmt: skip
+    few = Logits(student.contiguous(), teacher.contiguous(), difference=False, softcap=0.0)
+    scalars = kernels.short_row_divergence(few, PerRow(weight), objective_of(beta), g)
     if support.renormalize:  # nothing outside of A; but a NaN row is NaN throughout
         g = torch.cat([g, 0.0 * scalars[0][:, None]], dim=-1)
     return scalars[0], g
