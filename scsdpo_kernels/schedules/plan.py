@@ -246,7 +246,9 @@ def _outcome(
         for result in (loss, *gradients):
             _ = result is None or result.masked_fill_(~kept.right, torch.nan)
     token_weight = problem.token_weight
-    per_token = torch.zeros(len(scalars), token_weight.numel(), dtype=torch.float32, device=token_weight.device)
-    per_token[:, kept.index] = scalars
+    per_token = scalars
+    if scalars.shape[1] < token_weight.numel() or problem.rows is not None:
+        per_token = scalars.new_zeros(len(scalars), token_weight.numel())
+        per_token[:, kept.index] = scalars
     fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
     return Outcome(loss, Scalars(*fields, *[None] * (len(Scalars._fields) - len(fields))), gradients)

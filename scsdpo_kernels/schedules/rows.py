@@ -1,5 +1,6 @@
 """Which rows are computed, those of weight other than 0 or the caller's own list, and what is known of each."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -58,30 +59,36 @@ def kept_rows(
     if rows is not None and weight.device.type != "cpu":
         return rows.clamp(0, max(0, weight.numel() - 1)), True
     keep = weight != 0
-    ids = torch.zeros_like(keep, dtype=torch.int64) if target_ids is None else target_ids.reshape(-1).long()
-    ids = torch.where(keep if rows is None else _listed(rows, keep), ids, 0)
-    lowest, highest = ids.aminmax() if ids.numel() else (ids.sum(), ids.sum())
-    finite = torch.isfinite(weight.float()).all()
-    head = torch.ones_like(finite) if summed_head is None else torch.isfinite(summed_head)
-    support = torch.ones_like(finite)
+    looked_at = keep if rows is None else _listed(rows, keep)
+    if weight.numel() == 0:
+        return keep.long(), True
+    asked = {"count": keep.sum(), "largest": weight.float().abs().amax()}
+    if target_ids is not None:
+        ids = torch.where(looked_at, target_ids.reshape(-1).long(), 0)
+        asked["lowest"], asked["highest"] = ids.aminmax()
     if support_ids is not None:
-        support = (valid_support(support_ids.flatten(0, -2), vocabulary) | ~keep).all()
-    count, finite, head, support, lowest, highest = torch.stack(
-        [keep.sum(), finite.long(), head.long(), support.long(), lowest, highest]
-    ).tolist()
-    if not finite:
+        asked["support"] = (valid_support(support_ids.flatten(0, -2), vocabulary) | ~keep).all()
+    if summed_head is not None:
+        asked["head"] = summed_head
+    numbers = torch.stack([x.double() for x in asked.values()]).tolist()  # waits for the device
+    told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, **dict(zip(asked, numbers, strict=True))}
+    if not math.isfinite(told["largest"]):
         raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
+    lowest, highest = int(told["lowest"]), int(told["highest"])
     if not 0 <= lowest <= highest < vocabulary:
         raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {lowest} to {highest}")
-    if not support:
+    if not told["support"]:
         raise ValueError(f"support.ids: expected ids in [0, {vocabulary}), each once in a row, or -1 for an empty slot")
+    head_is_finite = math.isfinite(told["head"])
     if rows is not None:
         if not complete(rows, weight):
             raise ValueError("rows: expected every row whose token_weight is not 0, once")
-        return rows, bool(head)
+        return rows, head_is_finite
+    ranks = torch.arange(1, int(told["count"]) + 1, device=keep.device)
+    if len(ranks) == len(keep):
+        return ranks - 1, head_is_finite
     # The k-th kept row is where the running count reaches k: as torch.nonzero, without waiting for the device again.
-    running, ranks = keep.cumsum(0), torch.arange(1, count + 1, device=keep.device)
-    return torch.searchsorted(running, ranks), bool(head)
+    return torch.searchsorted(keep.cumsum(0), ranks), head_is_finite
 
 
 def valid_support(
