@@ -9,7 +9,7 @@
 # that is cut leaves what it has found by then. Results are in OUT as they come, a summary in OUT/summary.txt.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-steps="matmuls contract rows row_kernels throughput kernels gpu scaling objectives accuracy"
+steps="matmuls contract rows row_kernels kernel_times throughput kernels gpu scaling objectives accuracy"
 out=${1:?usage: benchmarks/run_gpu.sh OUT [${steps// / | }]}
 shift
 for step in "$@"; do
@@ -84,6 +84,7 @@ tests contract contract 120 -n 3 tests/test_gpu.py -k "bf16_contract or several_
 tests rows rows 100 -n 12 --dist worksteal tests/test_gpu.py \
   -k "long_double or agrees_with_triton or in_place or calls_of_their_own or streams_at_once"
 measure row_kernels 100
+measure kernel_times 60
 measure throughput 240 ${THROUGHPUT:-}
 tests kernels kernels 100 -n 12 --dist worksteal tests/test_row_divergence.py tests/test_tiled.py tests/test_question_weights.py \
   -k "triton or cuda or tiled or weights"

@@ -445,4 +445,4 @@ def test_the_host_waits_for_nothing_but_the_number_of_rows(monkeypatch, schedule
     weight.requires_grad_()
     with Waits() as waits:
         loss = linear_divergence(hidden, weight, teacher, **options).loss
-    assert loss > 0 and transfers == [6] and waits.names == []
+    assert loss > 0 and len(transfers) == 1 and waits.names == []

@@ -93,3 +93,18 @@ def test_the_last_entries_of_an_odd_vocabulary_are_a_product_of_their_own(on_a_g
     assert ends(50257) == [(0, 50240), (50240, 50257)]
     assert ends(151936) == [(0, 151936)] and ends(50257, torch.float32) == [(0, 50257)]
     assert ends(17) == [(0, 17)] and ends(0) == [(0, 0)]
+
+
+@pytest.mark.parametrize(
+    "rows, trained, gigabytes",
+    [(2048, True, 1.0), (8192, True, 2.9), (256, False, 0.4), (8192, False, 0.4), (100_000, False, 0.4)],
+)
+def test_memory_of_a_call_on_a_gpu(rows, trained, gigabytes):
+    """By count, over inputs and gradients, for Qwen3-8B's head in bf16; test_gpu.py measures the same."""
+    vocabulary, width = 151936, 4096
+    chunk = chunked._chunk_rows(vocabulary, torch.device("cuda"))
+    group = min(rows, chunked._group_rows(rows, width) if trained else chunk)
+    logits = 2 * 4 * min(chunk, group) * vocabulary
+    kept = 2 * group * (vocabulary + chunked.ALIGNMENT) if group > chunk else 0
+    hidden = (4 + 2) * min(group, products.HIDDEN_ROWS) * width
+    assert logits + kept + hidden <= gigabytes * 1e9
