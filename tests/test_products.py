@@ -3,6 +3,11 @@
 Those take a result dtype that PyTorch has no CPU kernel for; here they are made of fp32 products.
 """
 
+import itertools
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from oracle import relative_error
@@ -80,10 +85,10 @@ def test_the_products_of_a_gpu(request, rows, teacher_head, kind, dtype):
 
 
 def test_a_group_is_no_larger_than_the_sum_that_it_replaces():
-    for rows in (1, 256, 4096, 8192, 8193, 100_000):
-        group = min(rows, chunked._group_rows(rows, 4096))
-        assert 2 * group <= 4 * 4096
-        assert rows > 8192 or group == rows  # one product, and no sum
+    for rows, width in itertools.product((1, 256, 4096, 8192, 8193, 100_000), (128, 896, 1024, 4096)):
+        group = min(rows, chunked._group_rows(rows, width))
+        assert 2 * group <= 4 * width
+        assert rows > 2 * width or group == rows  # one product, and no sum
 
 
 def test_the_last_entries_of_an_odd_vocabulary_are_a_product_of_their_own(on_a_gpu):
@@ -108,3 +113,14 @@ def test_memory_of_a_call_on_a_gpu(rows, trained, gigabytes):
     kept = 2 * group * (vocabulary + chunked.ALIGNMENT) if group > chunk else 0
     hidden = (4 + 2) * min(group, products.HIDDEN_ROWS) * width
     assert logits + kept + hidden <= gigabytes * 1e9
+
+
+def test_a_setting_for_small_cards():
+    script = """
+from torch import device
+from scsdpo_kernels.schedules import chunked
+print(chunked._chunk_rows(2**17, device("cuda")))
+"""
+    environment = {**os.environ, "SCSDPO_BUFFER_MIB": "64"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 64

@@ -12,6 +12,7 @@ group is a chunk, and G lies over z_s. Where student and teacher share an fp32 h
 place of z_t: the same cost, and the divergence keeps its relative precision however close the teacher is.
 """
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,15 @@ from .row_values import row_values
 from .rows import Rows
 
 # Both logit buffers together: on a GPU, 262 tokens of 151936 entries. A chunk never has fewer tokens than MIN_ROWS,
-# below which the products lose their speed.
+# below which the products lose their speed, unless SCSDPO_BUFFER_MIB says how many MiB the buffers may have.
 BUFFER_BYTES = {"cpu": 448 * 2**20, "gpu": 304 * 2**20}
 MIN_ROWS = 256
+if os.environ.get("SCSDPO_BUFFER_MIB"):
+    BUFFER_BYTES = dict.fromkeys(BUFFER_BYTES, int(os.environ["SCSDPO_BUFFER_MIB"]) * 2**20)
+    MIN_ROWS = 1
 # A buffer's rows start at multiples of so many logits, so that every vocabulary has aligned loads.
 ALIGNMENT = 64
-# Tokens of a group at least where there are several: with fewer, the sums of ∂W cost more than its products.
+# Tokens of a group where there are several, if 2D is as many: with fewer, the sums of ∂W cost more than its products.
 GROUP_ROWS = 2048
 
 
@@ -124,7 +128,8 @@ def _chunk_rows(vocabulary: int, device: torch.device) -> int:
 
 
 def _group_rows(rows: int, width: int) -> int:
-    return 2 * width if rows <= 2 * width else max(width, GROUP_ROWS)
+    most = 2 * width  # no more bytes than an fp32 sum of ∂W has
+    return most if rows <= most else min(most, max(width, GROUP_ROWS))
 
 
 def _split(rows: slice, most: int) -> list[slice]:
