@@ -127,7 +127,6 @@ def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tupl
         importance_clip=0.0 if target is None else target.importance_clip,
         support_ids=None if support is None else support.ids,
         support_logp=None if support is None else support.logp,
-        are_all=True,
     )
     given = Logits(student, teacher if problem.teacher else None, difference=False, softcap=head.softcap or 0.0)
     kernels, shard = kernels_of(student.device), Shard(problem.part, vocabulary)

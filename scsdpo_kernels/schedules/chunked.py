@@ -1,4 +1,4 @@
-"""Schedule 1: matrix products per chunk of rows, the library's where it keeps fp32 sums, and one fused row kernel.
+"""The operators' schedule: products per chunk of rows, the library's where it keeps fp32 sums, and a fused row kernel.
 
 For each chunk of C rows whose weight is not 0, with two buffers of (C, V) that all chunks share:
 

@@ -83,7 +83,7 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
 
 
 def _with_shared_head(problem: Problem) -> Problem:
-    """One tensor for a weight that both sides have: what schedules tell a shared head by."""
+    """One tensor for a weight that both sides have: what a schedule tells a shared head by."""
     if problem.teacher is None or not _same_storage(problem.student.head.weight, problem.teacher.head.weight):
         return problem
     head = problem.teacher.head._replace(weight=problem.student.head.weight)
@@ -161,7 +161,6 @@ def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | Non
         importance_clip=importance_clip,
         support_ids=support_ids,
         support_logp=support_logp,
-        are_all=problem.rows is None and len(kept.index) == problem.token_weight.numel(),
     )
     return problem.student._replace(hidden=student_states), teacher, rows
 
@@ -195,7 +194,6 @@ def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) 
         importance_clip=rows.importance_clip,
         support_ids=support_ids,
         support_logp=support_logp,
-        are_all=True,
     )
     teacher = None if teacher is None else teacher._replace(hidden=teacher_states)
     return student._replace(hidden=states), teacher, rows, counts

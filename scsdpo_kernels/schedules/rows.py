@@ -18,7 +18,6 @@ class Rows(NamedTuple):
     importance_clip: float
     support_ids: Tensor | None  # (K, S) int64, -1: an empty slot
     support_logp: Tensor | None  # (K, S)
-    are_all: bool  # the rows are all rows, in order
 
     @property
     def scalars(self) -> int:
