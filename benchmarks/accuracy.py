@@ -117,7 +117,7 @@ def plot(result: dict):
                 line = [x for x in own if x["implementation"] == name]
                 axis.loglog(
                     [x["kl"] for x in line], [max(x["errors"][of], 1e-9) for x in line], marker="o", markersize=3,
-                    linewidth=2.5 if name in ("chunked", "tiled") else 1, label=line[0]["label"],
+                    linewidth=2.5 if name == "chunked" else 1, label=line[0]["label"],
                 )  # fmt: skip
             axis.set_title(f"{objective}, {dtype}, {quantities[of]}", fontsize=9)
             axis.grid(alpha=0.3)

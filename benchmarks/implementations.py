@@ -133,7 +133,6 @@ def trl_chunked(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None
 
 IMPLEMENTATIONS = {
     "chunked": Implementation(scsdpo("chunked"), schedule="chunked", top_k=True),
-    "tiled": Implementation(scsdpo("tiled"), schedule="tiled"),
     "reference": Implementation(scsdpo("reference"), schedule="reference", top_k=True, sheets=16),
     "eager PyTorch": Implementation(eager, "torch", sheets=9),
     "torch.compile'd eager": Implementation(compiled_eager, "torch", sheets=5),

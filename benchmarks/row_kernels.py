@@ -4,8 +4,7 @@
 
 A kernel takes two fp32 logits to the weighted gradient over them. Its share is what a copy of each logit once and of
 the gradient once would take, over its time: 1 is a kernel that waits for nothing but memory. The value is the
-divergence without gradients, by the schedules that have it, as a share of the rate of the library's product of the same
-size.
+divergence without gradients, as a share of the rate of the library's product of the same size.
 
 Writes FOLDER/row_kernels-<machine>.json after every part and prints its tables.
 """
@@ -21,13 +20,13 @@ from inputs import reasoning
 from measuring import RESULTS, interleaved, machine, medians, timed, write
 
 from scsdpo_kernels import linear_divergence
-from scsdpo_kernels.checks import why_not
 from scsdpo_kernels.kernels import kernels_of
 from scsdpo_kernels.kernels.contract import Logits, PerRow
 from scsdpo_kernels.problem import objective_of
 
 KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda-cluster", "cuda-streaming")}
-PRODUCTS = {"chunked": {0.0: 2, 0.5: 2, 1.0: 2}, "tiled": {0.0: 2, 0.5: 4, 1.0: 2}}  # of the value alone
+BETAS = (0.0, 0.5, 1.0)
+PRODUCTS = 2  # of the value alone
 
 
 def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats: int) -> dict:
@@ -44,7 +43,7 @@ def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats:
         except ValueError as raised:
             skipped[name] = str(raised)
             continue
-        for beta in (0.0, 0.5, 1.0):
+        for beta in BETAS:
             for dtype in ("bfloat16", "float32"):
                 gradient = torch.empty_like(student, dtype=getattr(torch, dtype))
                 runs[name, beta, dtype] = functools.partial(kernel, logits, weight, objective_of(beta), gradient)
@@ -59,20 +58,17 @@ def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats:
 
 
 def value(rows: int, width: int, vocabulary: int, dtype: str, device: torch.device, repeats: int) -> dict:
-    """The divergence without gradients, by every schedule that has it."""
+    """The divergence without gradients."""
     hidden, weight, teacher = reasoning(rows, width, vocabulary, getattr(torch, dtype), device=device)
     logits = hidden @ weight.T
     runs = {"product": lambda: torch.mm(hidden, weight.T, out=logits)}
-    for schedule, products in PRODUCTS.items():
-        if why_not(schedule, device) is None:
-            for beta in products:
-                options = {"beta": beta, "schedule": schedule}
-                runs[schedule, beta] = functools.partial(linear_divergence, hidden, weight, teacher, **options)
+    for beta in BETAS:
+        runs[beta] = functools.partial(linear_divergence, hidden, weight, teacher, beta=beta)
     times = medians(interleaved(runs, repeats, device))
     product = times.pop("product")
     records = [
-        {"schedule": schedule, "beta": beta, "seconds": median, "share": PRODUCTS[schedule][beta] * product / median}
-        for (schedule, beta), median in times.items()
+        {"schedule": "chunked", "beta": beta, "seconds": median, "share": PRODUCTS * product / median}
+        for beta, median in times.items()
     ]
     return {"rows": rows, "width": width, "vocabulary": vocabulary, "dtype": dtype, "product": product,
             "TFLOP/s": 2.0 * rows * width * vocabulary / product / 1e12, "values": records}  # fmt: skip

@@ -86,8 +86,8 @@ tests rows rows 100 -n 12 --dist worksteal tests/test_gpu.py \
 measure row_kernels 100
 measure kernel_times 60
 measure throughput 240 ${THROUGHPUT:-}
-tests kernels kernels 100 -n 12 --dist worksteal tests/test_row_divergence.py tests/test_tiled.py tests/test_question_weights.py \
-  -k "triton or cuda or tiled or weights"
+tests kernels kernels 100 -n 12 --dist worksteal tests/test_row_divergence.py tests/test_question_weights.py \
+  -k "triton or cuda or weights"
 tests gpu gpu 120 -n 4 tests/test_gpu.py -k "not bf16_contract and not several_chunks and not 2_to_the_31 and not long_double and
   not agrees_with_triton and not in_place and not calls_of_their_own and not streams_at_once and not sanitizer"
 tests gpu features 60 -n 4 tests/test_features.py

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from .problem import Head, LoRA, Problem, SampledToken, TopK, TopLogprobs
 from .vocab_shard import VocabShard
 
-SCHEDULES = ("auto", "chunked", "tiled", "reference")
+SCHEDULES = ("auto", "chunked", "reference")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LEAST, _MOST = 2.0**-126, 2.0**126  # normal in fp32, and their inverses
@@ -262,43 +261,16 @@ def check_schedule(name: str, problem: Problem) -> None:
     reason = why_not(name, problem.student.hidden.device)
     if reason:
         raise ValueError(f"schedule={name!r}: {reason}")
-    lacking = {"tiled": features(problem), "reference": ["shard"] if problem.part is not None else []}.get(name)
-    if lacking:
-        raise ValueError(f"schedule={name!r}: it does not have {', '.join(lacking)}; schedule='chunked' does")
-
-
-def features(problem: Problem) -> list[str]:
-    """Names of what is in use that not every schedule has."""
-    names = [] if problem.support is None else [problem.support.name]
-    names += ["entry_clip"] * bool(problem.objective.entry_clip)
-    names += ["shard"] * (problem.part is not None)
-    for side, given in (("student", problem.student), ("teacher", problem.teacher)):
-        head = None if given is None else given.head
-        if head is not None:
-            used = {
-                "bias": head.bias is not None,
-                "softcap": bool(head.softcap),
-                "logit_scale": head.logit_scale != 1.0,
-                "lora": head.lora is not None,
-            }
-            names += [f"{side}_head.{name}" for name, is_used in used.items() if is_used]
-    return names
+    if name == "reference" and problem.part is not None:
+        raise ValueError("schedule='reference': it does not have shard; schedule='chunked' does")
 
 
 def why_not(name: str, device: torch.device) -> str | None:
     """Why a schedule does not run on a device; None: it does."""
-    if name == "reference" or (name in ("auto", "chunked") and device.type == "cpu"):
+    if name == "reference" or device.type == "cpu":
         return None
     if importlib.util.find_spec("triton") is None:
         return f"its kernels for device {device.type!r} need Triton, which is not installed"
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
-        return "it runs on GPUs, and on a CPU in Triton's interpreter only (TRITON_INTERPRET=1)"
     if device.type not in ("cuda", "xpu"):
         return f"it has no kernels for device {device.type!r}, only for 'cuda', 'xpu' and 'cpu'"
-    if name == "tiled" and device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"its products need compute capability 8.0 or newer, this device has {major}.{minor}"
     return None

@@ -107,9 +107,8 @@ def linear_divergence(
             detached, log p being this pass's own (SDPO, arXiv 2601.20802). Where the weight is 0 they are not looked
             at.
         importance_clip: > 0, with old_logp.
-        schedule: "chunked" projects a chunk of tokens at a time, into buffers. "tiled" (GPUs) has logits in registers
-            only: slower, and with next to no memory but the gradients'. "reference" is plain PyTorch with full logits,
-            in any dtype up to float64 and differentiable twice. "auto" is "chunked".
+        schedule: "chunked" projects a chunk of tokens at a time, into buffers. "reference" is plain PyTorch with full
+            logits, in any dtype up to float64 and differentiable twice. "auto" is "chunked".
         rows: (R,) int64 flat indices: every token whose token_weight is not 0, once, and any others, for a caller who
             knows them. On a GPU the operator waits for the device once, to learn how many tokens have a weight and to
             check values; with `rows` it never does. What would have raised then gives NaN: an incomplete list NaN in
@@ -133,7 +132,7 @@ def linear_divergence(
     if schedule == "reference":
         loss, _, scalars = _on_full_logits(problem)
     else:
-        loss, scalars = ops.divergence(problem, schedule)
+        loss, scalars = ops.divergence(problem)
     has_target, has_teacher = problem.target is not None, problem.teacher is not None
     there = (True, True, has_teacher, has_target, has_target and has_teacher, old_logp is not None)
     single = student_hidden.dim() == 1
@@ -173,11 +172,10 @@ def linear_divergence_per_token(
         inside = problem.rows.clamp(0, max(0, len(everything) - 1))
         wanted = torch.zeros_like(everything).index_fill_(0, inside, 1.0).view(problem.token_weight.shape)
         problem = problem._replace(token_weight=wanted)
-    schedule = options.get("schedule", "auto")
-    if schedule == "reference":
+    if options.get("schedule") == "reference":
         _, divergence, _ = _on_full_logits(problem)
     else:
-        divergence = ops.divergence_per_token(problem, schedule)
+        divergence = ops.divergence_per_token(problem)
     return divergence.squeeze(0) if student_hidden.dim() == 1 else divergence
 
 

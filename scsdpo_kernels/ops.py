@@ -49,25 +49,16 @@ def _define(name: str, signature: str, forward: Callable, fake: Callable, functi
 
 def _operator_forward(*values) -> tuple[Tensor, ...]:
     """The leaves of an Outcome, empty where they were not asked for."""
+    from .schedules import chunked  # not before the first call: it brings the compiled module
+
     leaves = iter(values)
     problem: Problem = unflatten(leaves)
-    schedule, wanted = leaves
+    (wanted,) = leaves
     hidden = problem.student.hidden
     with torch.autocast(hidden.device.type, enabled=False), _on(hidden.device):
-        outcome = plan.run(problem, _schedule(schedule), wanted)
+        outcome = plan.run(problem, chunked.run, wanted)
     leaves = (outcome.loss, *outcome.scalars, *outcome.gradients)
     return tuple(hidden.new_empty(0, dtype=torch.float32) if x is None else x for x in leaves)
-
-
-def _schedule(name: str) -> plan.Schedule:
-    """Imported at the first call: it brings the compiled module or Triton."""
-    if name == "tiled":
-        from .schedules import tiled
-
-        return tiled.run
-    from .schedules import chunked
-
-    return chunked.run
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -84,7 +75,7 @@ def _outcome(results: tuple) -> Outcome:
 def _operator_fake(*values) -> tuple[Tensor, ...]:
     leaves = iter(values)
     problem: Problem = unflatten(leaves)
-    _, wanted = leaves
+    (wanted,) = leaves
     hidden, target = problem.student.hidden, problem.target
 
     def empty(is_there: bool, shape: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -187,9 +178,9 @@ class _PerToken(torch.autograd.Function):
                 "linear_divergence_per_token: double backward (create_graph=True) is not supported; "
                 "schedule='reference' has it"
             )
-        *leaves, schedule = (
+        leaves = [
             option if tensor is None else tensor for tensor, option in zip(ctx.saved_tensors, ctx.options, strict=True)
-        )
+        ]
         problem: Problem = unflatten(iter(leaves))
         _, *needed = ctx.needs_input_grad
         wanted = [needed[i] for i in WRT]
@@ -199,7 +190,7 @@ class _PerToken(torch.autograd.Function):
             shard = Shard(problem.part, problem.student.head.weight.shape[0])
             all_finite = shard.gather(all_finite.long().unsqueeze(0)).bool().all()
         weight = torch.where(finite, upstream, 0.0) * problem.token_weight
-        outcome = _outcome(_operator(*flatten(problem._replace(token_weight=weight)), schedule, wanted))
+        outcome = _outcome(_operator(*flatten(problem._replace(token_weight=weight)), wanted))
         poison = torch.where(all_finite, 1.0, torch.nan)  # of an overflown loss scale: gradients are not finite either
         given = [
             (gradient * poison).to(leaves[i].dtype) if want else None
@@ -210,27 +201,27 @@ class _PerToken(torch.autograd.Function):
 
 _operator = _define(
     "divergence",
-    f"({SCHEMA}, str schedule, bool[] wanted) -> ({', '.join(['Tensor'] * _RESULTS)})",
+    f"({SCHEMA}, bool[] wanted) -> ({', '.join(['Tensor'] * _RESULTS)})",
     _operator_forward,
     _operator_fake,
     _Divergence,
 )
 _per_token_operator = _define(
-    "divergence_per_token", f"({SCHEMA}, str schedule) -> Tensor", _per_token_forward, _per_token_fake, _PerToken
+    "divergence_per_token", f"({SCHEMA}) -> Tensor", _per_token_forward, _per_token_fake, _PerToken
 )
 
 
-def divergence(problem: Problem, schedule: str) -> tuple[Tensor, Scalars]:
+def divergence(problem: Problem) -> tuple[Tensor, Scalars]:
     """The loss and, detached, what is known of every token; empty where it was not asked for."""
     leaves = flatten(problem)
     differentiable = torch.is_grad_enabled()
     wanted = [differentiable and leaves[i] is not None and leaves[i].requires_grad for i in WRT]
-    outcome = _outcome(_operator(*leaves, schedule, wanted))
+    outcome = _outcome(_operator(*leaves, wanted))
     if outcome.loss.requires_grad and not torch.compiler.is_compiling():
         outcome.loss.grad_fn.sole_holder = True  # the gradients are dropped here, so backward may scale them in place
     return outcome.loss, outcome.scalars
 
 
-def divergence_per_token(problem: Problem, schedule: str) -> Tensor:
+def divergence_per_token(problem: Problem) -> Tensor:
     """(...,) importance ratio · divergence."""
-    return _per_token_operator(*flatten(problem), schedule)
+    return _per_token_operator(*flatten(problem))

@@ -19,7 +19,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from scsdpo_kernels.kernels import logits_triton, question_weights_triton, row_divergence_triton
-from scsdpo_kernels.schedules import tiled
 
 # Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
 TARGETS = {
@@ -29,25 +28,9 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 TYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
-INTEGERS = [
-    "magnitude",
-    "width",
-    "teacher_width",
-    "count",
-    "vocabulary",
-    "tiles_each",
-    "splits",
-    "first_column",
-    "slab_columns",
-    "columns",
-    "first",
-    "last",
-    "parts",
-    "rows",
-]
-FP32 = ["target_logits", "old_logp", "scratch", "partial", "scalars", "row", "weight", "weights", "entropy", "logits",
-        "bias", "base", "factor", "others", "centre", "log_ratio", "divergence_out"]  # fmt: skip
-OPERANDS = ["student", "teacher", "student_head", "teacher_head", "head", "slab"]
+INTEGERS = ["count", "vocabulary", "rows"]
+FP32 = ["old_logp", "scalars", "weight", "weights", "logits", "bias", "base", "factor", "others", "centre", "log_ratio",
+        "divergence_out"]  # fmt: skip
 
 
 def kernels(target):
@@ -96,56 +79,6 @@ def kernels(target):
                 constants,
                 {"num_warps": logits_triton.WARPS},
             )
-    for bytes_, tile in ((b, t) for b in (2, 4) for t in tiled.TILES[target, b]):
-        # descriptors, shared, difference, precision: fp32 heads that are shared are projected as a difference, and on
-        # matrix units where PyTorch is told so
-        variants = [(False, True, False, "ieee"), (False, False, False, "ieee")]
-        if bytes_ == 2 and target in ("sm_90", "sm_100"):
-            variants = [(True, True, False, "ieee"), (True, False, False, "ieee"), (False, True, False, "ieee")]
-        elif bytes_ == 4:
-            variants = [(False, True, True, "ieee"), (False, False, False, "ieee"), (False, True, True, "tf32")]
-        for has_descriptors, shared, difference, precision in variants:
-            constants = {
-                "shared": shared,
-                "difference": difference,
-                "descriptors": has_descriptors,
-                "EVEN": True,
-                "precision": precision,
-                **tile.blocks(),
-            }
-            options = tile.options()
-            for kernel, objectives in (
-                (tiled.moments_kernel, (0, 2)),
-                (tiled.terms_kernel, (None,)),
-                (tiled.gradient_kernel, (0, 2)),
-            ):
-                for objective in objectives:
-                    operands = dict.fromkeys(OPERANDS, TYPES[bytes_])
-                    yield kernel.fn, operands, {**constants, "objective": objective}, options
-    # Widths that are no multiples of 64, and sides of different dtypes, take the tiles of fp32.
-    tile = tiled.TILES[target, 4][0]
-    constants = {"difference": False, "descriptors": False, "EVEN": False, "precision": "ieee", **tile.blocks()}
-    mixed = {**dict.fromkeys(OPERANDS, "bf16"), "teacher": "fp32", "teacher_head": "fp32"}
-    for operands, shared in ((dict.fromkeys(OPERANDS, "bf16"), True), (mixed, False)):
-        for kernel in (tiled.moments_kernel, tiled.terms_kernel, tiled.gradient_kernel):
-            yield kernel.fn, operands, {**constants, "shared": shared, "objective": 2}, tile.options()
-    tile = tiled.GRAD_HIDDEN_TILES[target, 4]
-    constants = {"halves": True, "EVEN": False, "precision": "ieee", **tile.blocks()}
-    yield tiled.grad_hidden_kernel, dict.fromkeys(OPERANDS, "bf16"), constants, tile.options()
-    for bytes_ in (2, 4):
-        tile = tiled.GRAD_HIDDEN_TILES[target, bytes_]
-        constants = {"halves": bytes_ == 2, "EVEN": True, "precision": "ieee", **tile.blocks()}
-        yield tiled.grad_hidden_kernel, dict.fromkeys(OPERANDS, TYPES[bytes_]), constants, tile.options()
-    small = dict.fromkeys(OPERANDS, "bf16")
-    for objective in (0, 1, 2):
-        yield (
-            tiled.conclude_kernel,
-            small,
-            {"objective": objective, "has_target": True, "has_old_logp": True, "ROWS": 128},
-            {},
-        )
-    yield tiled.value_kernel, small, {"ROWS": 128}, {}
-    yield tiled.target_kernel, small, {"WIDTH": 1024}, {}
     for exponent, threshold in ((0.5, None), (1.0, 0.5)):
         constants = {"exponent": exponent, "threshold": threshold, "BLOCK": question_weights_triton.BLOCK}
         options = {"num_warps": question_weights_triton.WARPS}
@@ -162,45 +95,36 @@ def compiled(kernel, elements, constants, options, target):
             signature[name] = "*" + elements[name]
         elif name in FP32:
             signature[name] = "*fp32"
-        elif name in ("kept", "target", "student_rows", "teacher_rows", "question_ids"):
+        elif name in ("target", "question_ids"):
             signature[name] = "*i64"
-        elif name == "grad_hidden":
-            signature[name] = "*i16" if constants["halves"] else "*fp32"
-        elif name in ("low", "raw"):
-            signature[name] = {"low": "*u8", "raw": "*fp64"}[name]
+        elif name == "raw":
+            signature[name] = "*fp64"
         elif name.endswith("stride"):
             signature[name] = "i64"
         else:
             signature[name] = "i32" if name in INTEGERS else "fp32"
-        aligned = name.endswith("stride") or name in ("width", "teacher_width", "slab_columns", "vocabulary")
-        aligned = aligned and constants.get("EVEN", True)
-        if signature[name][0] == "*" or aligned:
+        if signature[name][0] == "*" or name.endswith("stride") or name == "vocabulary":
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
 
 
 def usage(kernel):
-    """Registers, bytes of stack (spills and arrays), and how often the target's matrix instruction stands there."""
+    """Registers, and bytes of stack (spills and arrays)."""
     if "cubin" in kernel.asm:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
             tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
             text = subprocess.check_output([tool, "-res-usage", file.name], text=True)
-        ptx = kernel.asm["ptx"]
         return {
             "registers": int(re.search(r"REG:(\d+)", text)[1]),
             "stack": int(re.search(r"STACK:(\d+)", text)[1]),
-            "mma": {name: ptx.count(name) for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma") if name in ptx},
-            "bulk copies": ptx.count("cp.async.bulk.tensor"),
         }
     text = kernel.asm["amdgcn"]
     return {
         "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
         "stack": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", text)[1]),
-        "mma": {"v_mfma": text.count("v_mfma")} if "v_mfma" in text else {},
-        "bulk copies": 0,
     }
 
 

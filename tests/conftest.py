@@ -12,7 +12,6 @@ import levels
 
 os.environ |= levels.environment(os.environ.get("SCSDPO_CPU_CAPABILITY", ""))
 
-import pytest
 import torch
 
 # Triton kernels run on the GPU, or without one on CPU tensors in Triton's interpreter.
@@ -37,15 +36,5 @@ ON_PROCESSOR = {
 def pytest_collection_modifyitems(items):
     """Marks what `./dev test` runs again at every lesser instruction set."""
     for item in items:
-        interpreted = any(name in item.name for name in ("triton", "tiled"))
-        if item.path.stem in ON_PROCESSOR and not interpreted:
+        if item.path.stem in ON_PROCESSOR and "triton" not in item.name:
             item.add_marker("processor")
-
-
-@pytest.fixture
-def untuned(monkeypatch):
-    """One configuration a kernel: nothing is timed on the first call of each shape."""
-    from scsdpo_kernels.schedules import tiled
-
-    for key, choice in tiled.TILES.items():
-        monkeypatch.setitem(tiled.TILES, key, choice[:1])

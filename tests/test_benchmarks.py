@@ -65,7 +65,7 @@ def test_implementations_are_one_function(beta):
                 assert (got[what].double() - exact).norm() <= 1e-3 * exact.norm(), (name, what)
             ran.add(name)
     assert ran | absent == set(implementations.IMPLEMENTATIONS)
-    assert ran >= {"chunked", "tiled", "reference", "eager PyTorch", "torch.compile'd eager"}
+    assert ran >= {"chunked", "reference", "eager PyTorch", "torch.compile'd eager"}
 
 
 def test_a_peer_that_is_not_there_says_why(monkeypatch):
@@ -74,8 +74,7 @@ def test_a_peer_that_is_not_there_says_why(monkeypatch):
     assert implementations.IMPLEMENTATIONS["chunked"].why_not(CPU) is None
     assert "top-K" in implementations.IMPLEMENTATIONS["eager PyTorch"].why_not(CPU, top_k=100)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    for name in ("tiled", "fused_linear_jsd"):
-        assert "Triton's interpreter" in implementations.IMPLEMENTATIONS[name].why_not(CPU)
+    assert "Triton's interpreter" in implementations.IMPLEMENTATIONS["fused_linear_jsd"].why_not(CPU)
 
 
 def test_errors_show():
@@ -110,7 +109,7 @@ def case(**options) -> throughput.Case:
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(throughput.HEADS, "tiny", (128, 301))
-    slow = ("compile", "tiled", "fused_linear_jsd")  # those of Triton in its interpreter
+    slow = ("compile", "fused_linear_jsd")  # the latter is Triton in its interpreter
     every = implementations.IMPLEMENTATIONS.items()
     fast = {name: x for name, x in every if not any(text in name for text in slow)}
     for module in (throughput, scaling):

@@ -383,10 +383,7 @@ def test_distant_logits_in_the_reference(gap):
         assert 0 <= result.loss < 1e-20 and grad_hidden.isfinite().all() and grad_weight.isfinite().all()
 
 
-SCHEDULES = ("chunked", "tiled", "reference")
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["chunked", "reference"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("clip", [None, 0.8])
 def test_importance_ratio_is_a_detached_weight(schedule, beta, clip):

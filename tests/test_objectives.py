@@ -437,6 +437,8 @@ def test_a_frozen_head_under_an_adapter_has_no_gradient_of_its_own(monkeypatch):
 
 
 EVERYTHING = {
+    "whole vocabulary": {},
+    "forward KL": {"beta": 0.0},
     "top_k": {"support": TopK(11)},
     "top_k, renormalize": {"support": TopK(11, "renormalize")},
     "sampled_token": {"support": SampledToken(), "beta": 1.0},
@@ -569,9 +571,6 @@ def called(options):
          "student_head.lora: expected A of shape"),
         ({"teacher_head": {"lora": LoRA(torch.zeros(2, D), torch.zeros(V, 3))}},
          "teacher_head.lora: expected B of shape"),
-        ({"schedule": "tiled", "support": TopK(3)}, "schedule='tiled': it does not have TopK"),
-        ({"schedule": "tiled", "student_head": {"lora": LoRA(torch.zeros(2, D), torch.zeros(V, 2))}},
-         "schedule='tiled': it does not have student_head.lora, teacher_head.lora"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_raises_by_name(options, message):

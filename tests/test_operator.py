@@ -26,9 +26,7 @@ def test_opcheck(dtype, beta, target):
         inputs = hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1])
         options = {"token_weight": torch.randn(3, 5), "target_ids": ids, "old_logp": old, "beta": beta}
         leaves = flatten(problem_of(*inputs, teacher, head, **options))
-        torch.library.opcheck(
-            torch.ops.scsdpo_kernels.divergence.default, (*leaves, "chunked", [*wants, False, False, False])
-        )
+        torch.library.opcheck(torch.ops.scsdpo_kernels.divergence.default, (*leaves, [*wants, False, False, False]))
 
 
 def test_opcheck_of_every_argument():
@@ -40,7 +38,7 @@ def test_opcheck_of_every_argument():
     for given, support in (((teacher, other), TopK(4)), ((), named)):
         leaves = flatten(problem_of(hidden.requires_grad_(), own, *given, support=support))
         for operator, rest in (("divergence", ([True] * 5,)), ("divergence_per_token", ())):
-            torch.library.opcheck(getattr(torch.ops.scsdpo_kernels, operator).default, (*leaves, "chunked", *rest))
+            torch.library.opcheck(getattr(torch.ops.scsdpo_kernels, operator).default, (*leaves, *rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -341,20 +339,18 @@ def test_ids_of_skipped_rows_are_not_looked_at(schedule):
 
 def test_a_schedule_that_cannot_run_says_why(monkeypatch):
     hidden, weight, teacher, _ = problem()
-    with pytest.raises(ValueError, match="expected one of auto, chunked, tiled, reference, got 'fastest'"):
+    with pytest.raises(ValueError, match="expected one of auto, chunked, reference, got 'fastest'"):
         linear_divergence(hidden, weight, teacher, schedule="fastest")
+    elsewhere = hidden.to("meta"), weight.to("meta"), teacher.to("meta")
     with pytest.raises(ValueError, match=r"'chunked'.*no kernels for device 'meta'"):
-        linear_divergence(hidden.to("meta"), weight.to("meta"), teacher.to("meta"), schedule="chunked")
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match=r"'tiled'.*runs on GPUs"):
-        linear_divergence(hidden, weight, teacher, schedule="tiled")
+        linear_divergence(*elsewhere, schedule="chunked")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"'tiled'.*need Triton, which is not installed"):
-        linear_divergence(hidden, weight, teacher, schedule="tiled")
+    with pytest.raises(ValueError, match=r"'auto'.*need Triton, which is not installed"):
+        linear_divergence(*elsewhere)
     assert linear_divergence(hidden, weight, teacher).loss > 0  # a CPU needs none
 
 
-@pytest.mark.parametrize("schedule", ["chunked", "reference", "tiled"])
+@pytest.mark.parametrize("schedule", ["chunked", "reference"])
 def test_rows_that_the_caller_knows(schedule):
     """The list may have rows of weight 0 as well, and any order: the loss and the gradients are those without it."""
     hidden, weight, teacher, _ = problem(leading=(3, 4), vocabulary=50)
@@ -375,7 +371,7 @@ def test_rows_that_the_caller_knows(schedule):
     assert result.divergence[1, 1] > 0  # listed, though its weight is 0
 
 
-@pytest.mark.parametrize("schedule", ["chunked", "reference", "tiled"])
+@pytest.mark.parametrize("schedule", ["chunked", "reference"])
 def test_all_rows_in_another_order(schedule):
     hidden, weight, teacher, _ = problem(leading=(12,), vocabulary=50)
     expected, *gradients = fused(hidden, weight, teacher, schedule=schedule)
@@ -406,14 +402,13 @@ def test_a_list_of_rows_is_complete_or_not(rows, weight, right):
     assert complete(torch.tensor(rows, dtype=torch.long), torch.tensor(weight)).item() == right
 
 
-@pytest.mark.parametrize("schedule", ["chunked", "tiled"])
-def test_heads_that_share_memory_but_not_shape_or_strides(schedule):
+def test_heads_that_share_memory_but_not_shape_or_strides():
     """A transposed head is itself on both sides; a narrower view of the student's is a head of its own."""
     hidden, weight, teacher, _ = problem(leading=(12,), width=16, vocabulary=50)
     transposed = weight.t().contiguous().t()
     for head, teacher_hidden, teacher_head in ((transposed, teacher, None), (weight, teacher[:, :8], weight[:, :8])):
         exact = oracle.end_to_end(hidden, head, teacher_hidden, teacher_head)
-        result, *gradients = fused(hidden, head, teacher_hidden, teacher_head, schedule=schedule)
+        result, *gradients = fused(hidden, head, teacher_hidden, teacher_head)
         for got, expected in zip((result.divergence, *gradients), exact[1:], strict=True):
             assert oracle.relative_error(got, expected) < 3e-6
 
@@ -434,11 +429,10 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("schedule", ["chunked", "tiled"])
-def test_the_host_waits_for_nothing_but_the_number_of_rows(monkeypatch, schedule):
+def test_the_host_waits_for_nothing_but_the_number_of_rows(monkeypatch):
     """What needs a value on the host is asked for in one transfer."""
     hidden, weight, teacher, _ = problem(leading=(3, 4), vocabulary=50)
-    options = {"target_ids": torch.zeros(3, 4, dtype=torch.long), "schedule": schedule}
+    options = {"target_ids": torch.zeros(3, 4, dtype=torch.long)}
     transfers, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(len(self)) or tolist(self))
     hidden.requires_grad_()

@@ -32,12 +32,12 @@ MODULES = {
 LAW = (
     "scsdpo",  # of scsdpo_kernels only public names
     "__init__ > scsdpo_loss > linear_divergence > trust_region, question_weights > ops > checks > vocab_shard",
-    "schedules",  # chunked, tiled and reference know neither each other nor torch.library
+    "schedules",  # chunked and reference know neither each other nor torch.library
     "kernels",  # native alone knows _C
     "problem",  # torch only
 )
 DEPTHS = {name: depth for depth, names in enumerate(" > ".join(LAW).split(" > ")) for name in names.split(", ")}
-SCHEDULES = {f"scsdpo_kernels.schedules.{name}" for name in ("chunked", "tiled", "reference")}
+SCHEDULES = {f"scsdpo_kernels.schedules.{name}" for name in ("chunked", "reference")}
 
 
 def imports(module):

@@ -16,8 +16,6 @@ import triton
 TESTS = Path(__file__).parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TRITONS = {triton.__version__: None, "3.6.0": Path(sys.prefix) / "triton-3.6.0"}
-MATRIX_INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-MATRIX_KERNELS = {"moments_kernel", "terms_kernel", "gradient_kernel", "grad_hidden_kernel"}
 
 
 def compile_all(version, target, cache):
@@ -47,7 +45,7 @@ def compiled(tmp_path_factory):
 
 
 def label(line):
-    constants = {name: value for name, value in line["constants"].items() if name not in ("EVEN", "has_target")}
+    constants = {name: value for name, value in line["constants"].items() if name != "has_target"}
     return f"{line['kernel']} {'/'.join(line['elements'])} {' '.join(f'{k}={v}' for k, v in constants.items())}"
 
 
@@ -60,19 +58,13 @@ def test_every_configuration_compiles_without_spills(compiled, version, target):
     lines = compiled[version, target].result()
     for line in lines:
         print(
-            f"{line['triton']} {target} {label(line)} warps={line.get('num_warps', 4)} "
-            f"stages={line.get('num_stages', '-')}: {line['registers']} registers, {line['shared']} bytes shared, "
-            f"{line['stack']} bytes spilled, {line['mma']}"
+            f"{line['triton']} {target} {label(line)} warps={line.get('num_warps', 4)}: {line['registers']} registers, "
+            f"{line['shared']} bytes shared, {line['stack']} bytes spilled"
         )
     assert {line["triton"] for line in lines} == {version}
-    assert {line["kernel"] for line in lines} >= MATRIX_KERNELS | {"row_divergence_kernel", "question_weights_kernel"}
+    assert {line["kernel"] for line in lines} == {
+        "row_divergence_kernel", "row_statistics_kernel", "row_terms_kernel", "row_gradient_kernel",
+        "head_logits_kernel", "tail_gradient_kernel", "question_weights_kernel",
+    }  # fmt: skip
     assert [label(line) for line in lines if line["stack"] != 0] == []
     assert [label(line) for line in lines if line["shared"] > line["shared_limit"]] == []
-
-    matrix = [line for line in lines if line["kernel"] in MATRIX_KERNELS]
-    halves = [line for line in matrix if "bf16" in line["elements"] or line["constants"]["precision"] == "tf32"]
-    assert len(halves) >= 20
-    for line in halves:
-        assert set(line["mma"]) == {MATRIX_INSTRUCTION[target]}, label(line)
-    for line in matrix:
-        assert (line["bulk copies"] > 0) == (line["constants"].get("descriptors") == "True"), label(line)

@@ -1,1 +1,1 @@
-"""What is multiplied when: from a problem to its outcome, chunk by chunk, tile by tile, or in plain PyTorch."""
+"""What is multiplied when: from a problem to its outcome, chunk by chunk, or in plain PyTorch."""

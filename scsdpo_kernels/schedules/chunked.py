@@ -1,4 +1,4 @@
-"""Matrix products per chunk of tokens, the library's where it keeps fp32 sums, and one fused row kernel.
+"""The operators' schedule: matrix products per chunk of tokens, with fp32 sums, and one fused row kernel.
 
 For each chunk of C tokens whose weight is not 0, with two buffers of (C, V) that all chunks share:
 

@@ -83,7 +83,7 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
 
 
 def _with_shared_head(problem: Problem) -> Problem:
-    """One tensor for a weight that both sides have: what schedules tell a shared head by."""
+    """One tensor for a weight that both sides have: what a schedule tells a shared head by."""
     if problem.teacher is None or not _same_storage(problem.student.head.weight, problem.teacher.head.weight):
         return problem
     head = problem.teacher.head._replace(weight=problem.student.head.weight)
