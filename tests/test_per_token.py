@@ -21,7 +21,7 @@ def leaves(hidden, weight):
 def computed(monkeypatch):
     """How many rows each call of the fused operator has projected."""
     counts, run = [], chunked.run
-    monkeypatch.setattr(chunked, "run", lambda plan: counts.append(len(plan.rows.weight)) or run(plan))
+    monkeypatch.setattr(chunked, "run", lambda plan: counts.append(len(plan.rows.given.weight)) or run(plan))
     return counts
 
 
