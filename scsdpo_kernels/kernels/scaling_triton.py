@@ -12,7 +12,7 @@ def multiply_kernel(gradient, by, count, BLOCK: tl.constexpr):
     factor = tl.load(by).to(tl.float32)
     if factor != 1.0:
         for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
-            at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            at = tl.full((), BLOCK, tl.int64) * block + tl.arange(0, BLOCK)
             inside = at < count
             product = tl.load(gradient + at, inside).to(tl.float32) * factor
             tl.store(gradient + at, product.to(gradient.dtype.element_ty), inside)
