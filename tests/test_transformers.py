@@ -87,9 +87,9 @@ def test_every_gradient_is_that_of_full_logits(name, checkpointing):
     head = patch_lm_head(model)
     assert patch_lm_head(model) is head
     with torch.no_grad():
-        hidden = hidden_states(teacher, ids, attention)
-    result = distill(model, ids, attention, tokens, teacher_hidden=hidden[:, -tokens - 1 : -1], token_weight=weight,
-                     beta=0.0, target_ids=ids[:, -tokens:], teacher_head=head_of(teacher, in_full=True))  # fmt: skip
+        hidden = hidden_states(teacher, ids, attention, tokens)
+    result = distill(model, ids, attention, tokens, mask=None, teacher_hidden=hidden, token_weight=weight,
+                     beta=0.0, target_ids=ids[:, -tokens:], teacher_head=head_of(teacher))  # fmt: skip
     result.loss.backward()
     torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=1e-6)
     of_targets = log_p.gather(-1, ids[:, -tokens:, None])[..., 0]
@@ -107,10 +107,10 @@ def test_a_live_teacher_has_the_students_whole_head(name):
     patch_lm_head(model)
     ids, attention = batch()
     with torch.no_grad():
-        hidden = hidden_states(model, ids, attention)[:, -6:-1]
-    same = distill(model, ids, attention, 5, teacher_hidden=hidden)
+        hidden = hidden_states(model, ids, attention, 5)
+    same = distill(model, ids, attention, 5, mask=None, teacher_hidden=hidden)
     assert (same.divergence == 0).all()
-    other = distill(model, ids, attention, 5, teacher_hidden=hidden, teacher_head=head_of(build(name, seed=2)))
+    other = distill(model, ids, attention, 5, mask=None, teacher_hidden=hidden, teacher_head=head_of(build(name, seed=2)))
     assert (other.divergence > 0).all()
 
 
@@ -121,12 +121,12 @@ def test_a_teacher_comes_in_another_precision(own_head):
     patch_lm_head(model)
     ids, attention = batch()
     with torch.no_grad():
-        hidden = hidden_states(teacher, ids, attention)[:, -6:-1]
-    head = head_of(teacher, in_full=True) if own_head else None
+        hidden = hidden_states(teacher, ids, attention, 5)
+    head = head_of(teacher) if own_head else None
     hidden = hidden.half() if own_head else hidden
-    result = distill(model, ids, attention, 5, teacher_hidden=hidden, teacher_head=head)
+    result = distill(model, ids, attention, 5, mask=None, teacher_hidden=hidden, teacher_head=head)
     with torch.no_grad():
-        own = hidden_states(model, ids, attention)[:, -6:-1]
+        own = hidden_states(model, ids, attention, 5)
         log_p = F.linear(own.double(), *(x.double() for x in model.lm_head.parameters())).log_softmax(-1)
         parts = hidden, *(teacher if own_head else model).lm_head.parameters()
         rounded = (x.to(torch.float16 if own_head else torch.bfloat16).double() for x in parts)
@@ -154,7 +154,7 @@ def test_a_copy_of_a_patched_model_has_its_own_head():
     ids, attention = batch()
     logits, twice = (x(ids, attention_mask=attention).logits for x in (model, other))
     torch.testing.assert_close(twice, 2 * logits)
-    result = distill(other, ids, attention, 5, teacher_hidden=hidden_states(other, ids, attention)[:, -6:-1])
+    result = distill(other, ids, attention, 5, mask=None, teacher_hidden=hidden_states(other, ids, attention, 5))
     result.loss.backward()
     assert other.lm_head.weight.grad is not None and model.lm_head.weight.grad is None
 
@@ -164,7 +164,7 @@ def test_a_failed_step_leaves_the_model_as_it_was():
     patch_lm_head(model)
     ids, attention = batch()
     with pytest.raises(ValueError, match="teacher_hidden"):
-        distill(model, ids, attention, 5)
+        distill(model, ids, attention, 5, mask=None)
     assert "forward" not in vars(model) and model(ids, attention_mask=attention).logits.shape == (3, 12, 151)
 
 
@@ -216,21 +216,21 @@ def test_lora_on_the_head_goes_the_operators_way():
     log_p = model(ids, attention_mask=attention).logits[:, -6:-1].log_softmax(-1)
     with torch.no_grad():
         log_q = teacher(ids, attention_mask=attention).logits[:, -6:-1].log_softmax(-1)
-        hidden = hidden_states(teacher, ids, attention)[:, -6:-1]
+        hidden = hidden_states(teacher, ids, attention, 5)
     kl(log_q, log_p).sum().backward()
     expected = {key: x.grad.clone() for key, x in model.named_parameters() if x.grad is not None}
     assert any("lm_head.lora_A" in key for key in expected) and not any("base_layer" in key for key in expected)
     model.zero_grad()
     patch_lm_head(model)
-    arguments = {"teacher_hidden": hidden, "beta": 0.0, "teacher_head": head_of(teacher, in_full=True)}
-    distill(model, ids, attention, 5, **arguments).loss.backward()
+    arguments = {"teacher_hidden": hidden, "beta": 0.0, "teacher_head": head_of(teacher)}
+    distill(model, ids, attention, 5, mask=None, **arguments).loss.backward()
     got = {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
     assert got.keys() == expected.keys()
     for key, x in got.items():
         assert (x - expected[key]).norm() <= 2e-5 * expected[key].norm(), key
     with torch.no_grad():
-        own = hidden_states(model, ids, attention)[:, -6:-1]
-    assert (distill(model, ids, attention, 5, teacher_hidden=own).divergence == 0).all()
+        own = hidden_states(model, ids, attention, 5)
+    assert (distill(model, ids, attention, 5, mask=None, teacher_hidden=own).divergence == 0).all()
 
 
 @pytest.mark.parametrize("options, message", [

@@ -1,0 +1,285 @@
+"""What a model does with its head, measured: its own logits on a few tokens beside those that the head's layer gives.
+
+    logits = c tanh(s (layer(hidden)) / c)
+
+s and c are not looked up in a config, where their names differ and their use, too: numbers are put in place of the head's
+output, and the model's forward shows what it makes of them. Then the model's own logits are compared with the formula.
+A model is measured again when what may change this has changed: `state_of`.
+"""
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scsdpo_kernels import Head
+
+from .forward import AtHead, at_head, base_model, inside_forward, output_head, path_to, unwrapped, visit, without_trace
+from .layers import read, refuse
+
+TOKENS = 8  # of the probe
+TILE = 2**23  # entries of the head that are compared at a time
+FACTOR = 4  # times the error that the formula itself has in the model's precision
+
+
+class Measured(NamedTuple):
+    """What stands behind a head's layer, and the state of the model in which it did."""
+
+    scale: float
+    softcap: float | None
+    vocabulary: int
+    at_head: AtHead  # one hidden state, for its shape, dtype and device
+    state: tuple[tuple, tuple]
+
+    def behind(self, head: Head) -> Head:
+        return head._replace(logit_scale=self.scale, softcap=self.softcap)
+
+
+_MEASURED: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, Measured]]" = weakref.WeakKeyDictionary()
+
+
+def measured(model: nn.Module) -> Measured:
+    """A model's head in its present state, measured if that is new. Collective for a model that is spread.
+
+    Raises:
+        ValueError: what the head gives is not what the model's own forward gives; the message has the difference and
+            the likely reason.
+    """
+    base = base_model(model)
+    head = unwrapped(output_head(base))
+    refuse(type(base).__name__, head)
+    state, known = state_of(base), _MEASURED.setdefault(head, {})
+    if state not in known:
+        result = _measure(model, base, state)
+        known[state_of(base)] = known[state] = result
+    return known[state]
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether all parameters are here: none on meta, offloaded, or sharded (FSDP, ZeRO-3, tensor parallel)."""
+    return not any(
+        x.is_meta or hasattr(x, "ds_id") or hasattr(x, "placements") or x.numel() == 0 for x in model.parameters()
+    ) and all(type(x).__name__ != "FullyShardedDataParallel" for x in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state that a measurement is of.
+
+
+def state_of(base: nn.Module) -> tuple[tuple, tuple]:
+    """Of the head, and of what may stand behind it: classes, hooks and plain attributes, numbers of the config.
+
+    Tensors are not in it, since training changes them: they are read anew each time.
+    """
+    outer = output_head(base)
+    above = [base, *(module for module, _ in path_to(base, outer)[1:])]
+    of_head = tuple((id(x), type(x), tuple(x._forward_hooks), _plain(x)) for x in outer.modules())
+    around = tuple((id(x), type(x), id(vars(x).get("forward")), tuple(x._forward_hooks), _numbers(x)) for x in above)
+    return of_head, (*around, *_numbers(base.config, deep=True))
+
+
+def _plain(module: nn.Module) -> str:
+    return repr([(name, value) for name, value in vars(module).items() if name != "training" and _is_plain(value)])
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(x) for x in value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(_is_plain(x) for x in value)
+    return value is None or isinstance(value, str | int | float)
+
+
+def _numbers(of: Any, deep: bool = False) -> tuple:
+    """Names and values of the numbers among an object's attributes, and of configs among them."""
+    found = []
+    for name, value in vars(of).items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((name, value))
+        elif deep and hasattr(value, "to_dict") and hasattr(value, "__dict__"):
+            found += _numbers(value, deep=True)
+    return tuple(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measurement.
+
+
+def _measure(model: nn.Module, base: nn.Module, state: tuple) -> Measured:
+    inner, name, head = unwrapped(model), type(base).__name__, output_head(base)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name}: expected a decoder, got an encoder-decoder, whose two inputs distill() does not have; compute its "
+            "loss from hidden states with linear_divergence"
+        )
+    ids = _probe(base, next(inner.parameters()).device)
+    ones = torch.ones_like(ids)
+    named = [v for _, v in _numbers(base.config, deep=True)]
+
+    def run(inner: nn.Module) -> Measured:
+        own = at_head(inner, head, ids, ones)
+        answered = []
+
+        def answer(hidden: Tensor) -> Tensor:
+            logits = head(hidden)
+            answered.append(_ladder(logits))
+            return answered[0]
+
+        shown = _logits(at_head(inner, answer, ids, ones).output)
+        scale, softcap = _behind(name, answered[0], shown, named)
+        one = AtHead(own.hidden[:1, :1].clone(), None, own.autocast)
+        result = Measured(scale, softcap, answered[0].shape[-1], one, state)
+
+        def compare(hidden: Tensor, layer: nn.Module, forward: Any) -> None:
+            _compare(name, layer, hidden, result.behind(read(hidden, layer, forward)), _logits(own.output))
+
+        visit(inner, own, compare)
+        return result
+
+    with without_trace(inner):
+        try:
+            return inside_forward(model, run)
+        except (ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{name}: expected a forward that takes token ids alone, it failed on {TOKENS} of them with "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _probe(base: nn.Module, device: torch.device) -> Tensor:
+    """Token ids from all over the vocabulary, none of which the config names."""
+    table = base.get_input_embeddings()
+    count = getattr(table, "num_embeddings", None) or base.config.get_text_config().vocab_size
+    named = {v for name, v in _numbers(base.config, deep=True) if name.endswith(("_id", "_index"))}
+    step = max(1, count // (TOKENS + 1))
+    ids = []
+    for start in range(step, step * TOKENS + 1, step):
+        ids.append(next((x % count for x in range(start, start + count) if x % count not in named), start % count))
+    return torch.tensor([ids], device=device if device.type != "meta" else None)
+
+
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", None)
+    return output[0] if logits is None else logits
+
+
+def _ladder(like: Tensor) -> Tensor:
+    """(..., L, V) fp32 in place of logits: rows of 0, of small numbers, of numbers of all sizes up and down."""
+    size = like.shape[-1]
+    places = torch.linspace(0, 1, size, device=like.device)
+    small = 1e-3 * (1 + places)
+    sizes = 10.0 ** (-3 + 12 * places)
+    signs = 1.0 - 2.0 * (torch.arange(size, device=like.device) % 2)
+    rows = torch.stack([torch.zeros_like(small), signs * small, signs * sizes, -signs.flip(0) * sizes.flip(0)])
+    return rows.repeat(-(-like.shape[-2] // 4), 1)[: like.shape[-2]].expand(like.shape).contiguous()
+
+
+def _behind(name: str, given: Tensor, shown: Any, named: list[float]) -> tuple[float, float | None]:
+    """Scale and softcap by which a model has made `shown` of `given`; numbers that its config names are meant exactly."""
+    if not isinstance(shown, Tensor) or shown.shape != given.shape:
+        got = tuple(shown.shape) if isinstance(shown, Tensor) else type(shown).__name__
+        raise ValueError(
+            f"{name}: expected logits of the shape that its head gives, {tuple(given.shape)}, got {got}; what it cuts "
+            "or adds behind its head is not known here"
+        )
+    given, shown = given.flatten(0, -2), shown.flatten(0, -2)
+    precision = 8 * torch.finfo(shown.dtype).eps if shown.is_floating_point() else 0.0
+    given, shown = given.cpu().double(), shown.cpu().double()
+    if changed := int((shown[0].abs() > 1e-6).sum()):
+        raise ValueError(
+            f"{name}: expected logits of 0 where its head gives 0, got {changed} of {shown.shape[-1]} others, as "
+            f"{shown[0][shown[0].abs() > 1e-6][0].item():.3g}: its forward forbids tokens, or adds a bias, behind its head"
+        )
+    scale = _as_named((shown[1] / given[1]).median().item(), precision, named)
+    small = (scale * given).abs() < 6e4  # an fp16's range
+    if ((shown - scale * given).abs() <= precision * (scale * given).abs() + 1e-30)[small].all():
+        return scale, None
+    softcap = _as_named(shown.abs().max().item(), precision, named)
+    expected = softcap * torch.tanh(scale * given / softcap)
+    off = (shown - expected).abs().max().item()
+    if scale == 0 or not off <= precision * softcap:
+        raise ValueError(
+            f"{name}: expected logits that are scaled or softcapped behind its head, got up to {off:.3g} away from "
+            f"{softcap:.6g} tanh({scale:.6g} z / {softcap:.6g}): its forward does something else with them"
+        )
+    return scale, softcap
+
+
+def _as_named(value: float, precision: float, named: list[float]) -> float:
+    candidates = [1.0, *(float(x) for x in named if x), *(1 / x for x in named if x)]
+    nearest = min(candidates, key=lambda x: abs(x - value))
+    return nearest if abs(nearest - value) <= precision * abs(value) else value
+
+
+def _compare(name: str, layer: nn.Module, hidden: Tensor, head: Head, own: Tensor) -> None:
+    """ValueError where own logits are further from the formula than rounding brings the formula itself."""
+    hidden, own = hidden.flatten(0, -2), own.flatten(0, -2)
+    error, bound = _difference(hidden, head, own)
+    if not (error <= bound).all():
+        worst = (error / bound).nan_to_num(nan=float("inf")).argmax()
+        raise ValueError(
+            f"{name}: expected its own logits from {_formula(head)}, but they are {error[worst]:.3g} away from it on "
+            f"{len(own)} tokens (root mean square; rounding gives {bound[worst]:.3g}); its head, a "
+            f"{type(layer).__module__}.{type(layer).__qualname__}, may not be affine in its input, or a hook changes it"
+        )
+
+
+def _formula(head: Head) -> str:
+    parts = "h Wᵀ" + " + b" * (head.bias is not None) + " + λ h Aᵀ Bᵀ" * (head.lora is not None)
+    scaled = parts if head.logit_scale == 1 else f"{head.logit_scale:.6g} ({parts})"
+    return scaled if head.softcap is None else f"{head.softcap:.6g} tanh({scaled} / {head.softcap:.6g})"
+
+
+def _difference(hidden: Tensor, head: Head, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row: root mean square of own logits minus the formula's in float64, and what rounding makes of the formula.
+
+    The measuring stick is the formula in the precision in which the model computes, on plain torch.
+    """
+    exactly = torch.float32 if hidden.device.type == "mps" else torch.float64
+    error, stick, size = (torch.zeros(len(own), dtype=exactly, device=own.device) for _ in range(3))
+    rounding = 0.0
+    vocabulary = head.weight.shape[0]
+    step = max(1, TILE // head.weight.shape[1])
+    for start in range(0, vocabulary, step):
+        part = _rows(head, slice(start, start + step))
+        plain = _logits_of(hidden, part)
+        rounding = max(rounding, torch.finfo(plain.dtype).eps)
+        with torch.autocast(hidden.device.type, enabled=False):
+            exact = _logits_of(hidden.to(exactly), _cast(part, exactly))
+        found = own[:, start : start + step].to(exactly)
+        error += _squares(found, exact)
+        stick += _squares(plain.to(exactly), exact)
+        size += exact.nan_to_num(posinf=0.0, neginf=0.0).square().sum(-1)
+    error, stick, size = ((x / vocabulary).sqrt() for x in (error, stick, size))
+    return error, FACTOR * stick + rounding * size
+
+
+def _squares(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(a == b, 0.0, a - b).square().sum(-1)  # equal infinities are equal
+
+
+def _rows(head: Head, rows: slice) -> Head:
+    lora = None if head.lora is None else head.lora._replace(b=head.lora.b[rows])
+    return head._replace(weight=head.weight[rows], bias=None if head.bias is None else head.bias[rows], lora=lora)
+
+
+def _cast(head: Head, dtype: torch.dtype) -> Head:
+    lora = head.lora and head.lora._replace(a=head.lora.a.to(dtype), b=head.lora.b.to(dtype))
+    return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype), lora=lora)
+
+
+def _logits_of(hidden: Tensor, head: Head) -> Tensor:
+    bias = None if head.bias is None else head.bias.to(head.weight.dtype)
+    z = F.linear(hidden.to(head.weight.dtype), head.weight, bias)
+    if head.lora is not None:
+        low = F.linear(hidden.to(head.lora.a.dtype), head.lora.a)
+        z = (z + F.linear(low, head.lora.b) * head.lora.scale).to(z.dtype)
+    z = z * head.logit_scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+__all__ = ["Measured", "is_whole", "measured", "state_of"]
