@@ -123,7 +123,7 @@ def test_a_teacher_comes_in_another_precision(own_head):
     with torch.no_grad():
         hidden = hidden_states(teacher, ids, attention, 5)
     head = head_of(teacher) if own_head else None
-    hidden = hidden.half() if own_head else hidden
+    hidden = hidden.half() if own_head else hidden.clone()  # a copy of which nobody knows whose it is
     result = distill(model, ids, attention, 5, mask=None, teacher_hidden=hidden, teacher_head=head)
     with torch.no_grad():
         own = hidden_states(model, ids, attention, 5)

@@ -80,8 +80,11 @@ def state_of(base: nn.Module) -> tuple[tuple, tuple]:
     return of_head, (*around, *_numbers(base.config, deep=True))
 
 
+_OF_EVERY = frozenset(vars(nn.Module()))  # the mode, hooks, ...
+
+
 def _plain(module: nn.Module) -> str:
-    return repr([(name, value) for name, value in vars(module).items() if name != "training" and _is_plain(value)])
+    return repr([(name, value) for name, value in vars(module).items() if name not in _OF_EVERY and _is_plain(value)])
 
 
 def _is_plain(value: Any) -> bool:

@@ -80,6 +80,7 @@ class SCSDPOTrainer(SDPOTrainer):
         if self.args.distillation_mode == "topk_logits" and self.args.distillation_topk is None:
             raise ValueError("distillation_topk: expected a number with distillation_mode='topk_logits', got None")
         head = patch_lm_head(self.model)
+        patch_lm_head(self.teacher_model)
         if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind != "live":
             raise ValueError(
                 "teacher_model_kind: expected 'live' where LoRA adapts the head, got "
