@@ -102,11 +102,13 @@ class _StandIn(nn.Module):
 
     def __init__(self, head: nn.Module, answer: Callable[..., Tensor]):
         super().__init__()
-        vars(self).update(head=head, answer=answer, calls=[])  # not as a submodule
+        self.head = head  # a submodule, where PEFT looks for its layers
         self.training = head.training
+        vars(self).update(answer=answer, calls=[])
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["head"], name)
+        head = vars(self)["_modules"]["head"]
+        return head if name == "head" else getattr(head, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         hidden = args[0] if args else next(iter(kwargs.values()))
@@ -154,6 +156,7 @@ class _HeadForward:
 
     def __init__(self, head: nn.Module, before: Callable | None = None):
         self.head, self.before = weakref.ref(head), before
+        self.further: list[str] = []  # arguments beside the hidden states, in its last call
 
     def __reduce__(self):
         return _HeadForward, (self.head(), self.before)
@@ -164,6 +167,7 @@ class _HeadForward:
 
     def __call__(self, *args: Any, visit: "Visit | None" = None, **kwargs: Any) -> Any:
         if visit is None:
+            self.further = sorted(kwargs)
             return self.original(*args, **kwargs)
         return visit.run(args[0], self.head(), self.original)
 
@@ -178,12 +182,13 @@ class Visit:
         self.run = run
 
 
-def patch(head: nn.Module) -> None:
+def patch(head: nn.Module) -> _HeadForward:
     """Lets a head be visited. On this instance only, and once however often called."""
     place = _place(head)
     before = vars(head).get(place)
     if not isinstance(before, _HeadForward):
         setattr(head, place, _HeadForward(head, before if place == "forward" else None))
+    return vars(head)[place]
 
 
 def unpatch(head: nn.Module) -> None:

@@ -15,7 +15,7 @@ from scsdpo_kernels import Head, LoRA
 def read(hidden: Tensor, head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Head:
     """What a head makes of hidden states, differentiable in all of its parameters; without what follows behind it."""
     layer = _at_work(head)
-    if type(layer).forward is nn.Linear.forward:
+    if _is_linear(layer):
         return Head(layer.weight, layer.bias)
     if layer is not head:
         forward = layer
@@ -33,15 +33,19 @@ def _at_work(head: nn.Module) -> nn.Module:
     return _at_work(head.base_layer) if head.disable_adapters or head.merged or idle else head
 
 
+def _is_linear(layer: object) -> bool:
+    """And nothing else, as a subclass may be."""
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+
+
 def _with_lora(layer: nn.Module) -> Head | None:
     """A linear layer under plain LoRA, of one adapter or several; None of anything else."""
     linear = getattr(layer, "base_layer", None)
-    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or not hasattr(layer, "lora_A"):
+    if not _is_linear(linear) or not hasattr(layer, "lora_A"):
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     pairs = [(layer.lora_A[name], layer.lora_B[name], layer.scaling[name]) for name in names]
-    plain = all(type(x).forward is nn.Linear.forward for a, b, _ in pairs for x in (a, b))
-    if not plain or any(a.bias is not None for a, _, _ in pairs):
+    if not all(_is_linear(x) for a, b, _ in pairs for x in (a, b)) or any(a.bias is not None for a, _, _ in pairs):
         return None
     known = {id(x) for module in (linear, *(x for a, b, _ in pairs for x in (a, b))) for x in module.parameters()}
     if any(x.requires_grad and id(x) not in known for x in layer.parameters()) or _variants(layer, names):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scsdpo_kernels import Head
 
-from .forward import AtHead, at_head, base_model, inside_forward, output_head, path_to, unwrapped, visit, without_trace
+from .forward import AtHead, at_head, base_model, inside_forward, output_head, patch, path_to, unwrapped, visit, without_trace
 from .layers import read, refuse
 
 TOKENS = 8  # of the probe
@@ -122,7 +122,13 @@ def _measure(model: nn.Module, base: nn.Module, state: tuple) -> Measured:
     named = [v for _, v in _numbers(base.config, deep=True)]
 
     def run(inner: nn.Module) -> Measured:
+        patched = patch(unwrapped(head))
         own = at_head(inner, head, ids, ones)
+        if patched.further:
+            raise ValueError(
+                f"{name}: expected a forward that calls its head with hidden states, it has further arguments "
+                f"{patched.further}, as aLoRA (PEFT) on the head; leave 'lm_head' out of target_modules"
+            )
         answered = []
 
         def answer(hidden: Tensor) -> Tensor:
