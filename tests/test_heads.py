@@ -46,7 +46,7 @@ def kl(log_q, log_p):
 
 
 def own_log_p(model, ids, attention, **inputs):
-    logits = model(input_ids=ids, attention_mask=attention, **inputs).logits
+    logits = model(input_ids=ids, attention_mask=attention, use_cache=False, **inputs).logits
     return logits[:, -T - 1 : -1].double().log_softmax(-1)
 
 

@@ -152,18 +152,19 @@ def doubled(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Modul
 
 def head_of_teacher(teacher: nn.Module, student: nn.Module) -> Head | None:
     """None: both share one, of which nothing is gathered."""
-    return None if teacher is student else head_of(teacher, in_full=True)
+    return None if teacher is student else head_of(teacher)
 
 
 def local_loss(student, teacher, batch: dict[str, torch.Tensor], count: torch.Tensor, distil) -> torch.Tensor:
     """This rank's share of the token mean, times the number of ranks, over which DDP, FSDP2 and ZeRO average."""
     with torch.no_grad():
-        hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])[:, -TOKENS - 1 : -1]
+        hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"], TOKENS)
     result = distil(
         student,
         batch["student_ids"],
         batch["student_mask"],
         TOKENS,
+        mask=None,
         teacher_hidden=hidden,
         token_weight=batch["weight"][:, None] * batch["mask"],
         beta=BETA,
@@ -427,7 +428,7 @@ def test_questions_that_straddle_the_ranks(ranks):
     agrees(ranks(sharded_step, layout="own unit", questions=questions))
 
 
-def by_scsdpo_loss(model, input_ids, attention_mask, tokens, *, token_weight, **distill_args):
+def by_scsdpo_loss(model, input_ids, attention_mask, tokens, *, mask, token_weight, **distill_args):
     """As `distill`, with each row's weight split into its rollout's and a mask."""
     mask = (token_weight != 0).float()
     weight = token_weight.amax(dim=1)
@@ -447,8 +448,8 @@ def gathered_teacher(layout: str, after_forward: bool) -> tuple[bool, bool]:
     teacher, batch = LAYOUTS[layout](teacher), whole_batch()
     if after_forward:
         with torch.no_grad():
-            hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])
-    found = head_of(teacher, in_full=True)
+            hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"], TOKENS)
+    found = head_of(teacher)
     assert found == Head(found.weight, found.bias) and not found.weight.requires_grad and not found.bias.requires_grad
     return torch.equal(found.weight, weight), torch.equal(found.bias, bias)
 
@@ -472,9 +473,9 @@ def in_bfloat16(layout: str, live: bool) -> tuple[float, float]:
     weight = batch["weight"][:, None] * batch["mask"] / 3
     given = {"teacher_head": head_of_teacher(teacher, student)}
     with torch.no_grad():
-        hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])[:, -TOKENS - 1 : -1]
+        hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"], TOKENS)
     inputs = student, batch["student_ids"], batch["student_mask"], TOKENS
-    given |= {"target_ids": batch["student_ids"][:, -TOKENS:], "teacher_hidden": hidden, "token_weight": weight}
+    given |= {"mask": None, "target_ids": batch["student_ids"][:, -TOKENS:], "teacher_hidden": hidden, "token_weight": weight}
     with torch.no_grad():
         old = distill(*inputs, **given).student_logp
     result = distill(*inputs, **given, old_logp=old)
@@ -508,13 +509,13 @@ def test_plain_forward_is_untouched(ranks, layout):
 # COUNTEREXAMPLES: what this file would notice if the head's weight were read outside of the head's forward.
 
 
-def with_the_shard(model, input_ids, attention_mask, tokens, **distill_args):
+def with_the_shard(model, input_ids, attention_mask, tokens, *, mask, **distill_args):
     """The weight as the module has it, after the wrapper's forward."""
-    hidden = hidden_states(model, input_ids, attention_mask)[:, -tokens - 1 : -1]
+    hidden = hidden_states(model, input_ids, attention_mask, tokens)
     return linear_divergence(hidden, base_model(model).lm_head.weight, **distill_args)
 
 
-def with_the_gathered_weight(model, input_ids, attention_mask, tokens, **distill_args):
+def with_the_gathered_weight(model, input_ids, attention_mask, tokens, *, mask, **distill_args):
     """The weight gathered by hand, inside the root's forward but not the head's."""
 
     def student(inner: nn.Module):
