@@ -75,7 +75,8 @@ def at_head(
     name, head = type(base).__name__, output_head(base)
     parent, key = path_to(base, head)[-1]
     stand_in = _StandIn(head, answer)
-    if "use_cache" in inspect.signature(base.forward).parameters:
+    parameters = inspect.signature(base.forward).parameters
+    if "use_cache" in parameters or any(x.kind is x.VAR_KEYWORD for x in parameters.values()):
         inputs = {"use_cache": False, **inputs}
     parent._modules[key] = stand_in
     try:
