@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 VOCABULARY, WIDTH, LAYERS, HEADS = 199, 32, 2, 2
-MOST = 8_000_000  # parameters
+MOST = 20_000_000  # parameters
 
 # The first pattern that a number's name in a config matches says how small it becomes.
 SIZES = [
@@ -28,7 +28,7 @@ SIZES = [
     (r"^(out_hidden_size|projection_dim|text_hidden_size|output_hidden_size|mm_hidden_size|hidden_dim)$", WIDTH),
     (r"^(rnn_)?(lru_width)$", WIDTH),
     (r"^(num_hidden_layers|n_layers?|num_layers|.*decoder_layers|.*encoder_layers|depth|.*num_layers)$", LAYERS),
-    (r"^(num_attention_heads|n_heads?|num_heads|.*attention_heads|num_key_value_heads|n_kv_heads|num_kv_heads)$", HEADS),
+    (r"^(num_attention_heads|n_heads?|num_heads|.*attention_heads|.*num_key_value_heads|n_kv_heads|num_kv_heads)$", HEADS),
     (r"^(head_dim|attention_head_dim|v_head_dim|qk_nope_head_dim|kv_channels|global_head_dim|swa_head_dim|d_head)$", 16),
     (r"^(qk_rope_head_dim|rotary_dim)$", 8),
     (r"^(kv_lora_rank|q_lora_rank|o_lora_rank|.*_lora_rank|.*_rank)$", 8),
@@ -46,7 +46,7 @@ WIDE = [(r".*(hidden_size|embed_dim|channels)$", WIDTH), (r".*(layers|depth)$", 
 LATENT = [(r"^(head_dim)$", 8), (r"^(qk_head_dim)$", 24), (r"^(num_key_value_heads)$", HEADS)]
 WINDOWED = [(r"^(sliding_window|.*window_size|.*window_len)$", 8), (r"^(d_rel|rel_extent)$", 16)]
 RULES = {"": SIZES, "wide": [*SIZES, *WIDE], "latent": [*LATENT, *SIZES], "windowed": [*WINDOWED, *SIZES, *WIDE]}
-SECTIONS = ([2, 3, 3], [1, 1, 2], [2, 1, 1])  # of rotary embeddings in three dimensions
+SECTIONS = (None, [2, 3, 3], [1, 1, 2])  # of rotary embeddings in three dimensions
 # What no rule says.
 EXPLICIT = {
     "BambaForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16},
@@ -55,6 +55,8 @@ EXPLICIT = {
     "Glm5NextForConditionalGeneration": {"index_topk": 16, "index_kpool": 16},
     "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "HunYuanDenseV1ForCausalLM": {"head_dim": 16},
+    "Inkling2ForCausalLM": {"rel_extent": 16, "unpadded_vocab_size": VOCABULARY},
+    "InklingForCausalLM": {"rel_extent": 16},
     "HunYuanMoEV1ForCausalLM": {"head_dim": 16},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
     "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16},
@@ -79,7 +81,7 @@ def config_of(name: str) -> type[PretrainedConfig]:
     return getattr(transformers, name).config_class
 
 
-def shrunk(kind: type[PretrainedConfig], sizes: list, changes: dict, sections: list[int] = SECTIONS[0]) -> dict:
+def shrunk(kind: type[PretrainedConfig], sizes: list, changes: dict, sections: list[int] | None = None) -> dict:
     """Keyword arguments of a config by which it becomes small."""
     try:
         defaults = vars(kind())
@@ -100,8 +102,8 @@ def shrunk(kind: type[PretrainedConfig], sizes: list, changes: dict, sections: l
                 if re.search(pattern, name):
                     small[name] = min(size, value) if value > 0 else value
                     break
-        elif isinstance(value, dict) and "mrope_section" in value:
-            small[name] = {**value, "mrope_section": sections}
+        elif name == "rope_parameters" and sections is not None:
+            small[name] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
         if name in changes and value is not None:
             small[name] = changes[name]
     for name, sub in getattr(kind, "sub_configs", {}).items():
@@ -119,13 +121,15 @@ def build(name: str, seed: int = 0, changes: dict | None = None) -> torch.nn.Mod
     Raises:
         RuntimeError: no rule makes one; the message is the first rule's.
     """
+    changes = changes or {}
     kind, model, reasons = config_of(name), getattr(transformers, name), []
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for sizes in RULES.values():
             for sections in SECTIONS:
                 try:
-                    small = {**shrunk(kind, sizes, changes or {}, sections), **EXPLICIT.get(name, {})}
+                    small = {**shrunk(kind, sizes, changes, sections), **EXPLICIT.get(name, {})}
+                    small |= {key: changes[key] for key in small.keys() & changes.keys()}
                     return _built(model, kind(**small), seed)
                 except Exception as error:
                     text = str(error).strip().splitlines() or [""]
@@ -160,3 +164,17 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def own_logits(model: torch.nn.Module, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=attention, use_cache=False).logits
+
+
+def numbers(name: str) -> set[str]:
+    """Names of what is set in a class's config and the configs in it."""
+
+    def of(config: PretrainedConfig) -> set[str]:
+        found = {key for key, value in vars(config).items() if value is not None}
+        return found.union(*(of(x) for x in vars(config).values() if isinstance(x, PretrainedConfig)))
+
+    kind = config_of(name)
+    try:
+        return of(kind())
+    except Exception:  # a config that has no defaults
+        return set()
