@@ -9,7 +9,6 @@ import warnings
 import torch
 import transformers
 from transformers import PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -22,14 +21,14 @@ MOST = 20_000_000  # parameters
 SIZES = [
     (r"^(vocab_size|text_vocab_size|backbone_vocab_size|vocab_size_per_layer_input|unpadded_vocab_size)$", VOCABULARY),
     (r"^(type_vocab_size|task_type_vocab_size)$", 2),
-    (r"^(intermediate_size|n_inner|ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|.*_ffn_dim|mlp_dim|feed_forward_.*size)$", 48),
+    (r"^(intermediate_size|n_inner|ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|.*_ffn_dim|mlp_dim)$", 48),
     (r"^(moe_|expert_|shared_|.*expert.*_)*intermediate_size$|^moe_hidden_size$|^expert_dim$", 16),
     (r"^(hidden_size|d_model|n_embd|embed_dim|embedding_size|dim|model_dim|attention_hidden_size|width)$", WIDTH),
     (r"^(out_hidden_size|projection_dim|text_hidden_size|output_hidden_size|mm_hidden_size|hidden_dim)$", WIDTH),
     (r"^(rnn_)?(lru_width)$", WIDTH),
     (r"^(num_hidden_layers|n_layers?|num_layers|.*decoder_layers|.*encoder_layers|depth|.*num_layers)$", LAYERS),
-    (r"^(num_attention_heads|n_heads?|num_heads|.*attention_heads|.*num_key_value_heads|n_kv_heads|num_kv_heads)$", HEADS),
-    (r"^(head_dim|attention_head_dim|v_head_dim|qk_nope_head_dim|kv_channels|global_head_dim|swa_head_dim|d_head)$", 16),
+    (r"^(n_heads?|num_heads|.*attention_heads|.*num_key_value_heads|n_kv_heads|num_kv_heads)$", HEADS),
+    (r"^(head_dim|attention_head_dim|v_head_dim|qk_nope_head_dim|kv_channels|swa_head_dim|d_head)$", 16),
     (r"^(qk_rope_head_dim|rotary_dim)$", 8),
     (r"^(kv_lora_rank|q_lora_rank|o_lora_rank|.*_lora_rank|.*_rank)$", 8),
     (r"^(num_experts|n_routed_experts|num_local_experts|moe_num_experts|.*num_experts)$", 4),

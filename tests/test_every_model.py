@@ -12,11 +12,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="transformers: pip install '.[transformers]'")
+pytest.importorskip("transformers", reason="transformers: pip install '.[transformers]'")
 
 import small_models
+import transformers
 
-from scsdpo.head import distill, hidden_states, patch_lm_head
+from scsdpo.head import distill, patch_lm_head
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TOKENS = 5
@@ -72,7 +73,7 @@ def outcome(name: str, changes: dict | None = None) -> Outcome:
         return Outcome("different", f"the measurement has left traces in {changed}")
     try:
         return compared(model)
-    except Untrainable as error:
+    except UntrainableError as error:
         return Outcome("not built", str(error))
     except Exception as error:
         return Outcome("different", f"{type(error).__name__}: {error}")
@@ -86,7 +87,7 @@ def traces(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {**found, "random numbers": torch.get_rng_state()}
 
 
-class Untrainable(Exception):
+class UntrainableError(Exception):
     """A class whose own logits have no gradient here."""
 
 
@@ -102,7 +103,7 @@ def compared(model: torch.nn.Module) -> Outcome:
     try:
         loss.backward()
     except Exception as error:
-        raise Untrainable(f"{type(error).__name__}: {error}") from error
+        raise UntrainableError(f"{type(error).__name__}: {error}") from error
     expected = {key: x.grad.clone() for key, x in model.named_parameters() if x.grad is not None}
     model.zero_grad()
     result = distill(model, ids, attention, TOKENS, mask=None, teacher_hidden=teacher, teacher_head=weight, beta=0.0,

@@ -1,4 +1,4 @@
-"""Heads and adapters that are more than a matrix: right, beside the model's own logits and their gradients, or refused."""
+"""Heads and adapters that are more than a matrix: right, beside the model's own logits and gradients, or refused."""
 
 import copy
 import gc
@@ -486,7 +486,8 @@ def qwen3_vl():
               "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 32, "num_position_embeddings": 16,
               "deepstack_visual_indexes": [0]}  # fmt: skip
     config = tr.Qwen3VLConfig(text_config={**TEXT, "head_dim": 16, "rope_parameters": rope}, vision_config=images,
-                              image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8)  # fmt: skip
+                              image_token_id=5, video_token_id=6, vision_start_token_id=7,
+                              vision_end_token_id=8)  # fmt: skip
     kinds = torch.zeros(1, 11, dtype=torch.int)
     kinds[0, 2:6] = 1
     inputs = {"pixel_values": torch.randn(16, 3 * 2 * 16), "image_grid_thw": torch.tensor([[1, 4, 4]]),
@@ -499,3 +500,305 @@ def test_images_are_seen(build):
     torch.manual_seed(0)
     model, inputs = build()
     is_right(model, **inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measurement.
+
+
+def measurements(monkeypatch):
+    """A list that grows with each."""
+    found, original = [], measured._measure
+    monkeypatch.setattr(measured, "_measure", lambda *arguments: found.append(1) or original(*arguments))
+    return found
+
+
+def step(model):
+    ids, attention = batch()
+    hidden = hidden_states(model, ids, attention, T).detach()
+    return distill(model, ids, attention, T, mask=None, teacher_hidden=hidden)
+
+
+def test_it_is_measured_once_for_each_state(monkeypatch):
+    found = measurements(monkeypatch)
+    model = shaken(peft.get_peft_model(llama(), lora())).eval()
+    patch_lm_head(model)
+    assert len(found) == 1
+    step(model)
+    model.train()
+    step(model).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    step(model)
+    model.config.use_cache = False
+    step(model)
+    assert len(found) == 1  # modes, steps of the optimiser and switches change no head
+    changes = [
+        lambda: model.add_adapter("other", lora(r=2)),
+        lambda: model.set_adapter("other"),
+        lambda: model.merge_adapter(),
+        lambda: model.unmerge_adapter(),
+        lambda: setattr(model.model.config, "of_no_known_name", 2.0),
+        lambda: scaled_behind(model.model),
+        lambda: setattr(model.model, "lm_head", nn.Linear(32, VOCABULARY)),
+    ]
+    for number, change in enumerate(changes):
+        before = len(found)
+        change()
+        step(model)
+        step(model)
+        assert len(found) - before == (0 if number == 3 else 1), number  # unmerged, it is where it was
+    before = len(found)
+    for _ in range(3):
+        with model.disable_adapter():
+            hidden_states(model, *batch(), T)
+        step(model)
+    assert len(found) - before <= 1  # going back and forth costs nothing
+
+
+def test_it_leaves_no_trace():
+    model = peft.get_peft_model(llama(), lora(lora_dropout=0.0)).train()
+    model.model.model.layers[0].eval()
+    modes = [x.training for x in model.modules()]
+    hooks = [(len(x._forward_hooks), len(x._forward_pre_hooks)) for x in model.modules()]
+    random, values = torch.get_rng_state(), {key: x.clone() for key, x in model.state_dict().items()}
+    names, attributes = list(dict(model.named_modules())), {*vars(model), *vars(model.model)}
+    patch_lm_head(model)
+    head_of(model)
+    assert torch.equal(torch.get_rng_state(), random) and [x.training for x in model.modules()] == modes
+    assert [(len(x._forward_hooks), len(x._forward_pre_hooks)) for x in model.modules()] == hooks
+    assert list(dict(model.named_modules())) == names and {*vars(model), *vars(model.model)} == attributes
+    assert all(torch.equal(x, values[key]) for key, x in model.state_dict().items())
+    assert all(x.grad is None for x in model.parameters())
+
+
+def test_a_failed_measurement_leaves_no_trace_either():
+    model = of_class(Cosine).train()
+    head = model.lm_head
+    with pytest.raises(ValueError, match="affine"):
+        patch_lm_head(model)
+    assert model.lm_head is head and all(x.training for x in model.modules()) and "forward" not in vars(model)
+    assert model(*batch()).logits.shape == (2, 11, VOCABULARY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_passes_and_little_more_does_not(dtype, seed):
+    """In 16 bits a scale of 1.02 inside the head shows, in fp32 one of 1.00001; the formula's own rounding does not."""
+    patch_lm_head(shaken(peft.get_peft_model(llama(seed, vocab_size=700), lora())).to(dtype))
+    patch_lm_head(llama(seed, vocab_size=700).to(dtype))
+    model = llama(seed, vocab_size=700).to(dtype)
+    by = {torch.float32: 1.00001, torch.bfloat16: 1.05, torch.float16: 1.01}[dtype]
+    model.lm_head.register_forward_hook(lambda module, args, output: by * output)
+    with pytest.raises(ValueError, match=r"away from it on 8 tokens \(root mean square; rounding gives"):
+        patch_lm_head(model)
+
+
+def test_autocast_is_that_of_the_models_own_forward():
+    """As Accelerate puts it around a forward that distill replaces: the whole pass runs in it, the head's loss too."""
+    model = llama()
+    forward = model.forward
+
+    def in_autocast(*arguments, **options):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*arguments, **options)
+
+    model.forward = in_autocast
+    ids, attention = batch()
+    target = ids[:, -T:]
+    with torch.no_grad():
+        log_p = own_log_p(model, ids, attention).gather(-1, target[..., None])[..., 0]
+    dtypes = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, output: dtypes.append(output.dtype))
+    hidden = hidden_states(model, ids, attention, T).detach()
+    result = distill(model, ids, attention, T, mask=None, teacher_hidden=hidden, target_ids=target)
+    assert set(dtypes) == {torch.bfloat16}
+    torch.testing.assert_close(result.student_logp.double(), log_p, rtol=0.01, atol=0.05)
+    result.loss.backward()
+
+
+def test_seconds_of_a_measurement():
+    """A few tokens, not a training step."""
+    model = llama(hidden_size=256, intermediate_size=1024, vocab_size=32000, num_hidden_layers=4)
+    ids = torch.randint(0, 32000, (4, 128))
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(ids)
+    forward = time.perf_counter() - start
+    start = time.perf_counter()
+    patch_lm_head(model)
+    assert time.perf_counter() - start < 2 * forward + 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Lifetime.
+
+
+def test_a_patched_model_is_freed_by_del():
+    gc.collect()
+    gc.disable()
+    try:
+        model = llama()
+        patch_lm_head(model)
+        step(model)
+        weight = weakref.ref(model.lm_head.weight)
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_copies_and_pickles_have_their_own_heads():
+    model = llama()
+    patch_lm_head(model)
+    ids, attention = batch()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.lm_head.forward.head() is other.lm_head
+        with torch.no_grad():
+            other.lm_head.weight.mul_(2)
+        torch.testing.assert_close(other(ids, attention).logits, 2 * model(ids, attention).logits)
+        is_right(other)
+
+
+def test_a_patched_head_is_called_as_before():
+    model = llama()
+    patch_lm_head(model)
+    x = torch.randn(3, 32)
+    assert torch.equal(model.lm_head(input=x), model.lm_head(x))
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match=r"expected config\.return_dict=True, got False"):
+        step(model)
+    model.config.return_dict = True
+    hidden_states(model, *batch(), T, backbone={"return_dict": False})
+
+
+def test_unpatching_gives_back_what_was_there():
+    model = llama()
+    patch_lm_head(model)
+    unpatch_lm_head(model)
+    assert "forward" not in vars(model.lm_head)
+
+    def own(x):
+        return F.linear(x, model.lm_head.weight) / 2
+
+    model.lm_head.forward = own
+    is_right(model)
+    unpatch_lm_head(model)
+    assert model.lm_head.forward is own
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments.
+
+
+@pytest.mark.parametrize("tokens, error, message", [
+    (0, ValueError, "tokens: expected 1 to 10, of sequences of 11 tokens, got 0"),
+    (-1, ValueError, "got -1"),
+    (11, ValueError, "got 11"),
+    (True, TypeError, "expected an int, or positions"),
+    (5.0, TypeError, "got float"),
+    (torch.tensor(5), ValueError, r"got shape \(\) and torch.int64"),
+    (torch.tensor([1.0]), ValueError, "torch.float32"),
+    (torch.tensor([0, -1]), ValueError, "positions from 0 to 21, got -1 to 0"),
+    (torch.tensor([22]), ValueError, "got 22 to 22"),
+])  # fmt: skip
+def test_tokens_that_are_not_there_are_refused(tokens, error, message):
+    model, (ids, attention) = llama(), batch()
+    with pytest.raises(error, match=message):
+        hidden_states(model, ids, attention, tokens)
+    with pytest.raises(error, match=message):
+        distill(model, ids, attention, tokens, mask=None)
+
+
+def test_positions_are_those_of_the_tokens():
+    model, (ids, attention) = llama(), batch()
+    positions = torch.cat([torch.arange(5, 10), torch.arange(16, 21)])
+    by_number, by_position = (hidden_states(model, ids, attention, x) for x in (T, positions))
+    assert torch.equal(by_number.flatten(0, 1), by_position)
+    assert torch.equal(model.lm_head(by_number), model(ids, attention).logits[:, -T - 1 : -1])
+
+
+def test_a_mask_is_required():
+    model, (ids, attention) = llama(), batch()
+    with pytest.raises(TypeError, match="mask"):
+        distill(model, ids, attention, T)
+    with pytest.raises(ValueError, match="mask: expected None with positions"):
+        distill(model, ids, attention, torch.tensor([3]), mask=torch.ones(2, T))
+    with pytest.raises(ValueError, match="question_ids: expected None with mask=None"):
+        distill(model, ids, attention, T, mask=None, question_ids=[1, 1])
+
+
+def test_a_batch_that_is_padded_on_the_right_is_refused():
+    """As student or as teacher; the end of a response may be padding where the mask is 0."""
+    model, (ids, attention) = llama(), batch()
+    lengths = torch.tensor([5, 3])
+    mask = (torch.arange(T) < lengths[:, None]).long()
+    inside = attention.clone()
+    inside[:, -T:] = mask
+    given = {"question_weight": torch.ones(2)}
+    hidden = hidden_states(model, ids, inside, T).detach()
+    distill(model, ids, inside, T, mask=mask, teacher_hidden=hidden, **given).loss.backward()
+    right = torch.ones_like(attention)
+    right[1, -3:] = 0  # of a prompt and a response that are shorter
+    message = "mask: expected response tokens among the last 5 of a sequence, got 1 that are padding .* row 1"
+    with pytest.raises(ValueError, match=message):
+        distill(model, ids, right, T, mask=mask, teacher_hidden=hidden, **given)
+    other = hidden_states(model, ids, right, T).detach()
+    with pytest.raises(ValueError, match="got 1 that are padding"):
+        distill(model, ids, inside, T, mask=mask, teacher_hidden=hidden_states(model, ids, right, T), **given)
+    distill(model, ids, inside, T, mask=mask, teacher_hidden=other, **given)  # a copy: nobody knows whose it is
+    full = torch.ones(2, 11).long()
+    full[0, :7] = 0
+    with pytest.raises(ValueError, match="pad prompts on the left"):
+        distill(model, ids, full, T, mask=torch.ones(2, T), **given)
+
+
+def test_a_teachers_head_that_is_forgotten_is_refused():
+    student, teacher, (ids, attention) = llama(), llama(1), batch()
+    hidden = hidden_states(teacher, ids, attention, T)
+    with pytest.raises(ValueError, match=r"teacher_head: expected head_of\(teacher\), got None"):
+        distill(student, ids, attention, T, mask=None, teacher_hidden=hidden)
+    distill(student, ids, attention, T, mask=None, teacher_hidden=hidden, teacher_head=head_of(teacher))
+
+
+def test_question_ids_of_any_kind():
+    same = [[7, 7, 9], ["a", "a", "b"], [("u", 1), ("u", 1), ("u", 2)], torch.tensor([7, 7, 9])]
+    for ids in same:
+        numbers = question_numbers(ids)
+        assert numbers.dtype == torch.int64 and numbers[0] == numbers[1] != numbers[2]
+    assert question_numbers([7, 7, 9]).tolist() == [7, 7, 9]
+    assert question_numbers(["a", "b", "a"])[0] == question_numbers(["c", "a"])[1]  # in every process
+    for wrong in ([1.0, 1.0], torch.tensor([1.0]), torch.tensor([[1], [1]])):
+        with pytest.raises(TypeError, match="question_ids: expected integers"):
+            question_numbers(wrong)
+
+
+def test_questions_of_strings_have_the_weights_of_numbers():
+    model, (ids, attention) = llama(), batch()
+    mask, rewards = torch.ones(2, T), torch.tensor([1.0, 0.0])
+    hidden, head = hidden_states(llama(1), ids, attention, T), head_of(llama(1))
+    losses = [
+        distill(model, ids, attention, T, mask=mask, teacher_hidden=hidden, teacher_head=head, rewards=rewards,
+                question_ids=questions).loss.item()
+        for questions in (["q", "q"], torch.tensor([3, 3]))
+    ]  # fmt: skip
+    assert losses[0] == losses[1] > 0
+
+
+def test_one_warning_where_no_question_occurs_twice():
+    scsdpo_head._warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        question_numbers(["a", "a", "b"])
+        assert not seen
+        for _ in range(2):
+            question_numbers(["a", "b", "c"])
+    (warning,) = seen
+    assert "none of 3 occurs twice, so every question has one rollout" in str(warning.message)
+
+
+def test_a_head_is_what_the_operator_takes():
+    model, (ids, attention) = scaled_behind(llama(), cap=2.5), batch()
+    hidden = hidden_states(model, ids, attention, T)
+    log_p = own_log_p(model, ids, attention).gather(-1, ids[:, -T:, None])[..., 0]
+    result = linear_divergence(hidden, head_of(model), hidden, target_ids=ids[:, -T:])
+    torch.testing.assert_close(result.student_logp.double(), log_p, rtol=1e-4, atol=1e-5)

@@ -475,7 +475,8 @@ def in_bfloat16(layout: str, live: bool) -> tuple[float, float]:
     with torch.no_grad():
         hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"], TOKENS)
     inputs = student, batch["student_ids"], batch["student_mask"], TOKENS
-    given |= {"mask": None, "target_ids": batch["student_ids"][:, -TOKENS:], "teacher_hidden": hidden, "token_weight": weight}
+    given |= {"target_ids": batch["student_ids"][:, -TOKENS:], "teacher_hidden": hidden, "token_weight": weight}
+    given["mask"] = None
     with torch.no_grad():
         old = distill(*inputs, **given).student_logp
     result = distill(*inputs, **given, old_logp=old)

@@ -1,7 +1,7 @@
 """A model's own forward, and what is done inside it: its head's input is taken, its head does something else.
 
-A wrapper (DDP, FSDP2, ZeRO-3) gathers a module's parameters around that module's own forward and reduces their gradients
-afterwards. So everything happens there: `inside_forward` within the wrapper's, `_HeadForward` within the head's.
+A wrapper (DDP, FSDP2, ZeRO-3) gathers a module's parameters around that module's own forward and reduces their
+gradients afterwards. So everything happens there: `inside_forward` within the wrapper's, `visit` within the head's.
 """
 
 import inspect
@@ -81,6 +81,12 @@ def at_head(
     parent._modules[key] = stand_in
     try:
         output = inner.forward(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+    except AttributeError as error:
+        if getattr(base.config, "return_dict", True):
+            raise
+        raise ValueError(
+            f"{name}: expected config.return_dict=True, got False, with which its own forward fails: {error}"
+        ) from error
     finally:
         parent._modules[key] = head
     if len(stand_in.calls) != 1:
@@ -200,6 +206,12 @@ def unpatch(head: nn.Module) -> None:
             setattr(head, place, patched.before or type(head).forward.__get__(head))
 
 
+def set_forward(module: nn.Module) -> Callable | None:
+    """What somebody has set as a module's forward in place of its class's; accelerate's hooks and ours are none."""
+    found = None if "_old_forward" in vars(module) else vars(module).get("forward")
+    return found.before if isinstance(found, _HeadForward) else found
+
+
 def visit(inner: nn.Module, state: AtHead, run: Callable[[Tensor, nn.Module, Callable], Any]) -> Any:
     """run(hidden, head, its own forward), from inside the head's forward, in the autocast that the model gives it."""
     head = output_head(base_model(inner))
@@ -220,7 +232,7 @@ def _place(head: nn.Module) -> str:
 
 @contextmanager
 def without_trace(inner: nn.Module):
-    """In evaluation mode and without gradients; afterwards modes, attributes, buffers and random states are as before."""
+    """In evaluation mode, without gradients; afterwards modes, attributes, buffers and random states are as before."""
     device = next((x.device for x in inner.parameters()), torch.device("cpu"))
     devices = [device] if device.type not in ("cpu", "meta") else []
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in inner.modules()]
@@ -248,6 +260,7 @@ __all__ = [
     "output_head",
     "patch",
     "path_to",
+    "set_forward",
     "unpatch",
     "unwrapped",
     "visit",

@@ -16,7 +16,6 @@ logits are what the operator computes (`scsdpo.measured`). A head for which they
 import functools
 import hashlib
 import numbers
-import operator
 import warnings
 import weakref
 from collections.abc import Hashable, Sequence
@@ -237,7 +236,7 @@ def _check_tokens(tokens: int | Tensor, input_ids: Tensor) -> None:
             f"tokens: expected an int, or positions of shape (R,) and dtype int64, got shape {tuple(tokens.shape)} and "
             f"{tokens.dtype}"
         )
-    if tokens.device.type == "cpu" and tokens.numel() and not (0 <= tokens.min() and tokens.max() < input_ids.numel()):
+    if tokens.device.type == "cpu" and tokens.numel() and not (tokens.min() >= 0 and tokens.max() < input_ids.numel()):
         raise ValueError(
             f"tokens: expected positions from 0 to {input_ids.numel() - 1}, got {tokens.min()} to {tokens.max()}"
         )

@@ -1,7 +1,7 @@
 """The layer that a head is, as a `Head`: its parameters, read from inside its own forward.
 
-A linear layer and LoRA (PEFT) on one are the operator's own. Any other layer that is affine in its input is taken by its
-own forward, on the unit vectors: `scsdpo.measured` sees whether it is.
+A linear layer and LoRA (PEFT) on one are the operator's own. Any other layer that is affine in its input is taken by
+its own forward, on the unit vectors: `scsdpo.measured` sees whether it is.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from scsdpo_kernels import Head, LoRA
+
+from .forward import set_forward
 
 
 def read(hidden: Tensor, head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Head:
@@ -35,7 +37,7 @@ def _at_work(head: nn.Module) -> nn.Module:
 
 def _is_linear(layer: object) -> bool:
     """And nothing else, as a subclass may be."""
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and set_forward(layer) is None
 
 
 def _with_lora(layer: nn.Module) -> Head | None:
@@ -77,7 +79,7 @@ def _by_its_forward(forward: Callable[[Tensor], Tensor], hidden: Tensor) -> Head
 
 
 def refuse(name: str, head: nn.Module) -> None:
-    """ValueError for what no measurement of values shows: random numbers, and numbers that are rounded as they are stored.
+    """ValueError for what no measurement of values shows: dropout, and weights that are rounded where they are stored.
 
     name: of the model, for the message.
     """

@@ -2,9 +2,9 @@
 
     logits = c tanh(s (layer(hidden)) / c)
 
-s and c are not looked up in a config, where their names differ and their use, too: numbers are put in place of the head's
-output, and the model's forward shows what it makes of them. Then the model's own logits are compared with the formula.
-A model is measured again when what may change this has changed: `state_of`.
+s and c are not looked up in a config, where their names differ and their use, too: numbers are put in place of the
+head's output, and the model's forward shows what it makes of them. Then the model's own logits are compared with the
+formula. A model is measured again when what may change this has changed: `state_of`.
 """
 
 import weakref
@@ -16,7 +16,19 @@ from torch import Tensor, nn
 
 from scsdpo_kernels import Head
 
-from .forward import AtHead, at_head, base_model, inside_forward, output_head, patch, path_to, unwrapped, visit, without_trace
+from .forward import (
+    AtHead,
+    at_head,
+    base_model,
+    inside_forward,
+    output_head,
+    patch,
+    path_to,
+    set_forward,
+    unwrapped,
+    visit,
+    without_trace,
+)
 from .layers import read, refuse
 
 TOKENS = 8  # of the probe
@@ -75,7 +87,7 @@ def state_of(base: nn.Module) -> tuple[tuple, tuple]:
     """
     outer = output_head(base)
     above = [base, *(module for module, _ in path_to(base, outer)[1:])]
-    of_head = tuple((id(x), type(x), tuple(x._forward_hooks), _plain(x)) for x in outer.modules())
+    of_head = tuple((id(x), type(x), id(set_forward(x)), tuple(x._forward_hooks), _plain(x)) for x in outer.modules())
     around = tuple((id(x), type(x), id(vars(x).get("forward")), tuple(x._forward_hooks), _numbers(x)) for x in above)
     return of_head, (*around, *_numbers(base.config, deep=True))
 
@@ -114,8 +126,8 @@ def _measure(model: nn.Module, base: nn.Module, state: tuple) -> Measured:
     inner, name, head = unwrapped(model), type(base).__name__, output_head(base)
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{name}: expected a decoder, got an encoder-decoder, whose two inputs distill() does not have; compute its "
-            "loss from hidden states with linear_divergence"
+            f"{name}: expected a decoder, got an encoder-decoder, whose two inputs distill() does not have; compute "
+            "its loss from hidden states with linear_divergence"
         )
     ids = _probe(base, next(inner.parameters()).device)
     ones = torch.ones_like(ids)
@@ -188,7 +200,7 @@ def _ladder(like: Tensor) -> Tensor:
 
 
 def _behind(name: str, given: Tensor, shown: Any, named: list[float]) -> tuple[float, float | None]:
-    """Scale and softcap by which a model has made `shown` of `given`; numbers that its config names are meant exactly."""
+    """Scale and softcap by which a model has made `shown` of `given`; numbers that its config has are meant exactly."""
     if not isinstance(shown, Tensor) or shown.shape != given.shape:
         got = tuple(shown.shape) if isinstance(shown, Tensor) else type(shown).__name__
         raise ValueError(
@@ -198,10 +210,10 @@ def _behind(name: str, given: Tensor, shown: Any, named: list[float]) -> tuple[f
     given, shown = given.flatten(0, -2), shown.flatten(0, -2)
     precision = 8 * torch.finfo(shown.dtype).eps if shown.is_floating_point() else 0.0
     given, shown = given.cpu().double(), shown.cpu().double()
-    if changed := int((shown[0].abs() > 1e-6).sum()):
+    if len(others := shown[0][shown[0].abs() > 1e-6]):
         raise ValueError(
-            f"{name}: expected logits of 0 where its head gives 0, got {changed} of {shown.shape[-1]} others, as "
-            f"{shown[0][shown[0].abs() > 1e-6][0].item():.3g}: its forward forbids tokens, or adds a bias, behind its head"
+            f"{name}: expected logits of 0 where its head gives 0, got {len(others)} of {shown.shape[-1]} others, as "
+            f"{others[0].item():.3g}: its forward forbids tokens, or adds a bias, behind its head"
         )
     scale = _as_named((shown[1] / given[1]).median().item(), precision, named)
     small = (scale * given).abs() < 6e4  # an fp16's range
@@ -278,7 +290,8 @@ def _rows(head: Head, rows: slice) -> Head:
 
 def _cast(head: Head, dtype: torch.dtype) -> Head:
     lora = head.lora and head.lora._replace(a=head.lora.a.to(dtype), b=head.lora.b.to(dtype))
-    return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype), lora=lora)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    return head._replace(weight=head.weight.to(dtype), bias=bias, lora=lora)
 
 
 def _logits_of(hidden: Tensor, head: Head) -> Tensor:
