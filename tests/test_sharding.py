@@ -212,6 +212,7 @@ def sharded_step(
     weight: list[float] | None = None,
     questions: tuple[list[float], list[int]] | None = None,
     distil=distill,
+    head: type[nn.Linear] | None = None,
 ) -> dict[str, object]:
     """The last step's loss and gradients: how far two ranks and one process are apart, and how large they are.
 
@@ -220,6 +221,8 @@ def sharded_step(
     """
     student = tiny(1, tied=tied, bias=bias)
     teacher = student if live else tiny(2, tied=tied, bias=bias, width=48).requires_grad_(False)
+    if head is not None:
+        student.lm_head.__class__ = teacher.lm_head.__class__ = head
     oracle, oracle_teacher = doubled(student, teacher)
     if checkpointing:
         student.gradient_checkpointing_enable()
@@ -505,6 +508,51 @@ def plain_forward(layout: str) -> float:
 def test_plain_forward_is_untouched(ranks, layout):
     """The patched head of a sharded model gives logits where it is not asked to distil."""
     assert max(ranks(plain_forward, layout=layout)) < 1e-5
+
+
+class Doubled(nn.Linear):
+    """A head with a forward of its own."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) * 2
+
+
+class Squared(nn.Linear):
+    """A head that is not affine."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) ** 2
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live teacher", "frozen teacher"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_that_is_taken_by_its_own_forward(ranks, layout, live):
+    """On unit vectors, inside the wrapper's forward; a sharded teacher's in full."""
+    agrees(ranks(sharded_step, layout=layout, live=live, head=Doubled))
+
+
+def refusals(layout: str) -> list[str]:
+    """What each call says of a head that is not affine; which is once measured, at the first."""
+    model, batch = tiny(1), rows_of(whole_batch(), own_rows())
+    model.lm_head.__class__ = Squared
+    wrapped = LAYOUTS[layout](model)
+    if layout != "ddp":
+        patch_lm_head(wrapped)  # its weights are not here
+    inputs = wrapped, batch["student_ids"], batch["student_mask"], TOKENS
+    calls = [lambda: hidden_states(*inputs), lambda: distill(*inputs, mask=None), lambda: head_of(wrapped)]
+    found = []
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sharded_head_is_refused_on_all_ranks(ranks, layout):
+    for found in ranks(refusals, layout=layout):
+        assert len(found) == 3 and all("may not be affine" in message for message in found)
 
 
 # COUNTEREXAMPLES: what this file would notice if the head's weight were read outside of the head's forward.

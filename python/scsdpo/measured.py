@@ -32,7 +32,8 @@ from .forward import (
 from .layers import read, refuse
 
 TOKENS = 8  # of the probe
-TILE = 2**23  # entries of the head that are compared at a time
+TILE = 2**24  # entries of the head that are compared at a time
+SAMPLE = 4096  # of the vocabulary, in float64
 FACTOR = 4  # times the error that the formula itself has in the model's precision
 
 
@@ -237,7 +238,7 @@ def _as_named(value: float, precision: float, named: list[float]) -> float:
 
 
 def _compare(name: str, layer: nn.Module, hidden: Tensor, head: Head, own: Tensor) -> None:
-    """ValueError where own logits are further from the formula than rounding brings the formula itself."""
+    """ValueError where own logits are further from the formula than rounding brings them."""
     hidden, own = hidden.flatten(0, -2), own.flatten(0, -2)
     error, bound = _difference(hidden, head, own)
     if not (error <= bound).all():
@@ -256,26 +257,27 @@ def _formula(head: Head) -> str:
 
 
 def _difference(hidden: Tensor, head: Head, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Per row: root mean square of own logits minus the formula's in float64, and what rounding makes of the formula.
+    """Per row: root mean square of own logits minus the formula's, and what rounding may make of it.
 
-    The measuring stick is the formula in the precision in which the model computes, on plain torch.
+    The formula is computed by plain torch in the precision in which the model computes. The measuring stick is its own
+    error there, against float64 on a sample of the vocabulary.
     """
-    exactly = torch.float32 if hidden.device.type == "mps" else torch.float64
-    error, stick, size = (torch.zeros(len(own), dtype=exactly, device=own.device) for _ in range(3))
-    rounding = 0.0
     vocabulary = head.weight.shape[0]
+    error, size, rounding = own.new_zeros(len(own)).float(), own.new_zeros(len(own)).float(), 0.0
     step = max(1, TILE // head.weight.shape[1])
     for start in range(0, vocabulary, step):
-        part = _rows(head, slice(start, start + step))
-        plain = _logits_of(hidden, part)
+        rows = slice(start, start + step)
+        plain = _logits_of(hidden, _rows(head, rows))
         rounding = max(rounding, torch.finfo(plain.dtype).eps)
-        with torch.autocast(hidden.device.type, enabled=False):
-            exact = _logits_of(hidden.to(exactly), _cast(part, exactly))
-        found = own[:, start : start + step].to(exactly)
-        error += _squares(found, exact)
-        stick += _squares(plain.to(exactly), exact)
-        size += exact.nan_to_num(posinf=0.0, neginf=0.0).square().sum(-1)
-    error, stick, size = ((x / vocabulary).sqrt() for x in (error, stick, size))
+        error += _squares(own[:, rows].float(), plain.float())
+        size += plain.float().nan_to_num(posinf=0.0, neginf=0.0).square().sum(-1)
+    sample = _rows(head, slice(None, None, -(-vocabulary // SAMPLE)))
+    exactly = torch.float32 if hidden.device.type == "mps" else torch.float64
+    plain = _logits_of(hidden, sample)
+    with torch.autocast(hidden.device.type, enabled=False):
+        exact = _logits_of(hidden.to(exactly), _cast(sample, exactly))
+    stick = (_squares(plain.to(exactly), exact) / exact.shape[1]).sqrt().float()
+    error, size = ((x / vocabulary).sqrt() for x in (error, size))
     return error, FACTOR * stick + rounding * size
 
 
