@@ -529,9 +529,7 @@ def test_it_is_measured_once_for_each_state(monkeypatch):
     step(model).loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     step(model)
-    model.config.use_cache = False
-    step(model)
-    assert len(found) == 1  # modes, steps of the optimiser and switches change no head
+    assert len(found) == 1  # modes and steps of the optimiser change no head
     changes = [
         lambda: model.add_adapter("other", lora(r=2)),
         lambda: model.set_adapter("other"),

@@ -232,38 +232,66 @@ def recipe():
     return names["DistillationTrainer"]
 
 
-def test_the_recipe_for_transformers_trainer(tmp_path):
-    """Two optimiser steps of two micro-batches each have the parameters of a loop on full logits."""
+def data_for_recipe(labels=False):
     rows = 8
     generator = torch.Generator().manual_seed(0)
     ids, teacher_ids = (torch.randint(3, 151, (rows, n), generator=generator) for n in (12, 15))
     teacher_ids[:, -5:] = ids[:, -5:]
-    mask = (torch.rand(rows, 5, generator=generator) < 0.7).long()
-    weight = torch.rand(rows, generator=generator)
     columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "teacher_input_ids": teacher_ids,
-               "teacher_attention_mask": torch.ones_like(teacher_ids), "mask": mask,
-               "question_weight": weight}  # fmt: skip
+               "teacher_attention_mask": torch.ones_like(teacher_ids),
+               "mask": (torch.rand(rows, 5, generator=generator) < 0.7).long(),
+               "question_weight": torch.rand(rows, generator=generator)}  # fmt: skip
+    return columns | ({"labels": ids} if labels else {})
+
+
+def trainer_of_recipe(folder, columns, model, teacher, **options):
     data = Dataset.from_dict({name: x.tolist() for name, x in columns.items()})
-    model, teacher, other = build("qwen3"), build("qwen3", seed=1), build("qwen3")
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2,
+        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2,
         learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, report_to="none", use_cpu=True,
         remove_unused_columns=False, save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
+        **options,
     )  # fmt: skip
-    recipe()(model, arguments, train_dataset=data, teacher=teacher).train()
+    return recipe()(model, arguments, train_dataset=data, eval_dataset=data, teacher=teacher)
 
+
+def loss_on_full_logits(model, teacher, columns, rows):
+    given = {name: x[rows] for name, x in columns.items()}
+    log_p = model(given["input_ids"]).logits[:, -6:-1].log_softmax(-1)
+    with torch.no_grad():
+        log_q = teacher(given["teacher_input_ids"]).logits[:, -6:-1].log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
+    divergence = 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
+    return (divergence * given["mask"] * given["question_weight"][:, None]).sum() / given["mask"].sum()
+
+
+def test_the_recipe_for_transformers_trainer(tmp_path):
+    """Two optimiser steps of two micro-batches each have the parameters of a loop on full logits."""
+    columns = data_for_recipe()
+    model, teacher, other = build("qwen3"), build("qwen3", seed=1), build("qwen3")
+    trainer_of_recipe(tmp_path, columns, model, teacher).train()
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     for step in range(2):
         optimizer.zero_grad()
         for start in (4 * step, 4 * step + 2):
-            of = slice(start, start + 2)
-            log_p = other(ids[of]).logits[:, -6:-1].log_softmax(-1)
-            with torch.no_grad():
-                log_q = teacher(teacher_ids[of]).logits[:, -6:-1].log_softmax(-1)
-            log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
-            divergence = 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
-            loss = (divergence * mask[of] * weight[of, None]).sum() / mask[of].sum()
-            (loss / 2).backward()
+            (loss_on_full_logits(other, teacher, columns, slice(start, start + 2)) / 2).backward()
         optimizer.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_recipe_evaluates(tmp_path, labels):
+    columns = data_for_recipe(labels)
+    model, teacher = build("qwen3"), build("qwen3", seed=1)
+    trainer = trainer_of_recipe(tmp_path, columns, model, teacher, per_device_eval_batch_size=8)
+    loss = loss_on_full_logits(model, teacher, columns, slice(None)).item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_the_recipe_computes_in_bf16_where_it_is_told_to(tmp_path):
+    model, dtypes = build("qwen3"), set()
+    trainer = trainer_of_recipe(tmp_path, data_for_recipe(), model, build("qwen3", seed=1), bf16=True)
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, output: dtypes.add(output.dtype))
+    trainer.train()
+    assert dtypes == {torch.bfloat16}

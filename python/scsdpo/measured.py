@@ -32,6 +32,7 @@ from .forward import (
 from .layers import read, refuse
 
 TOKENS = 8  # of the probe
+STATES = 32  # that are remembered of a head
 TILE = 2**24  # entries of the head that are compared at a time
 SAMPLE = 4096  # of the vocabulary, in float64
 FACTOR = 4  # times the error that the formula itself has in the model's precision
@@ -66,6 +67,8 @@ def measured(model: nn.Module) -> Measured:
     state, known = state_of(base), _MEASURED.setdefault(head, {})
     if state not in known:
         result = _measure(model, base, state)
+        if len(known) >= STATES:
+            known.clear()
         known[state_of(base)] = known[state] = result
     return known[state]
 
@@ -109,10 +112,10 @@ def _is_plain(value: Any) -> bool:
 
 
 def _numbers(of: Any, deep: bool = False) -> tuple:
-    """Names and values of the numbers among an object's attributes, and of configs among them."""
+    """Names and values of the numbers and switches among an object's attributes, and of configs among them."""
     found = []
     for name, value in vars(of).items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and name not in _OF_EVERY and name[0] != "_":
             found.append((name, value))
         elif deep and hasattr(value, "to_dict") and hasattr(value, "__dict__"):
             found += _numbers(value, deep=True)
@@ -132,7 +135,7 @@ def _measure(model: nn.Module, base: nn.Module, state: tuple) -> Measured:
         )
     ids = _probe(base, next(inner.parameters()).device)
     ones = torch.ones_like(ids)
-    named = [v for _, v in _numbers(base.config, deep=True)]
+    named = [v for _, v in _numbers(base.config, deep=True) if not isinstance(v, bool)]
 
     def run(inner: nn.Module) -> Measured:
         patched = patch(unwrapped(head))
