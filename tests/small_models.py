@@ -49,21 +49,29 @@ SECTIONS = (None, [2, 3, 3], [1, 1, 2])  # of rotary embeddings in three dimensi
 # What no rule says.
 EXPLICIT = {
     "BambaForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16},
+    "BltForCausalLM": {"encoder_hash_byte_group_vocab": 50},
+    "ChameleonForConditionalGeneration": {"vocabulary_map": {"<image>": 5, "IMGIMGA": 6}},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2, "head_dim": 8},
+    "Emu3ForConditionalGeneration": {"vocabulary_map": {"<image>": 5}},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
-    "Glm5NextForConditionalGeneration": {"index_topk": 16, "index_kpool": 16},
+    "Gemma3nForCausalLM": {
+        "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "GraniteMoeHybridForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16},
     "HunYuanDenseV1ForCausalLM": {"head_dim": 16},
     "Inkling2ForCausalLM": {"rel_extent": 16, "unpadded_vocab_size": VOCABULARY},
     "InklingForCausalLM": {"rel_extent": 16},
     "HunYuanMoEV1ForCausalLM": {"head_dim": 16},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
-    "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16},
+    "Mamba2ForCausalLM": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "MinistralForCausalLM": {"head_dim": 16, "sliding_window": 8},
+    "MusicgenForCausalLM": {"num_codebooks": 1},
     "NemotronForCausalLM": {"num_key_value_heads": 2, "head_dim": 16},
     "ReformerModelWithLMHead": {"axial_pos_embds": False, "is_decoder": True, "attn_layers": ["local", "local"]},
-    "Zamba2ForCausalLM": {"layer_types": ["mamba", "hybrid"], "mamba_ngroups": 1, "n_mamba_heads": 4},
-    "ZambaForCausalLM": {"layer_types": ["mamba", "hybrid"]},
+    "XLMWithLMHeadModel": {"emb_dim": 32},
+    "XmodForCausalLM": {"default_language": "en_XX"},
 }
 TOKEN = re.compile(r"_(token_id|token_index)$|^(pad|bos|eos|image|video|audio|sep|cls|boi|eoi)_(token_)?(id|index)$")
 

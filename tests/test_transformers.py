@@ -179,7 +179,7 @@ def test_public_names_are_here_without_a_trainer():
 
 
 def test_a_model_without_a_head_is_refused():
-    with pytest.raises(ValueError, match=r"expected a model with an output head, get_output_embeddings\(\) gave None"):
+    with pytest.raises(ValueError, match=r"expected a model with one output head, get_output_embeddings\(\) gave None"):
         patch_lm_head(build("qwen3").model)
 
 

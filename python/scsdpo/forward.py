@@ -127,9 +127,9 @@ class _StandIn(nn.Module):
 def output_head(base: nn.Module) -> nn.Module:
     """A model's output head as it stands in it; ValueError without one."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    if not isinstance(head, nn.Module):
+    if not isinstance(head, nn.Module) or isinstance(head, nn.ModuleList):
         raise ValueError(
-            f"{type(base).__name__}: expected a model with an output head, get_output_embeddings() gave "
+            f"{type(base).__name__}: expected a model with one output head, get_output_embeddings() gave "
             f"{'None' if head is None else type(head).__name__}"
         )
     return head
