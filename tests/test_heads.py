@@ -6,17 +6,18 @@ import pickle
 import warnings
 import weakref
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers as tr
 from torch import nn
 
 from scsdpo import head as scsdpo_head
 from scsdpo import measured
 from scsdpo.head import distill, head_of, hidden_states, patch_lm_head, question_numbers, unpatch_lm_head
 from scsdpo_kernels import linear_divergence
+
+peft = pytest.importorskip("peft", reason="peft: pip install '.[trl]'")
+tr = pytest.importorskip("transformers", reason="transformers: pip install '.[transformers]'")
 
 T = 5
 VOCABULARY = 151
@@ -230,6 +231,8 @@ def of_class(kind, seed=0):
 
 
 def dory():
+    if not hasattr(tr, "DoryForCausalLM"):
+        pytest.skip("this transformers has no Dory")
     torch.manual_seed(0)
     model = tr.DoryForCausalLM(tr.DoryConfig(**TEXT, head_dim=16))
     model.lm_head.logit_scale.data.mul_(1 + 0.5 * torch.rand(VOCABULARY))
@@ -375,7 +378,7 @@ ADAPTERS = {  # adapter, what happens after patch_lm_head
     "HRA": (peft.HRAConfig(**BOTH), None),
     "DeLoRA": (peft.DeloraConfig(**BOTH), None),
     "OSF": (peft.OSFConfig(**BOTH), None),
-    "Bone": (peft.MissConfig(**BOTH, r=4), None),
+    "MiSS": (peft.MissConfig(**BOTH, r=4), None),
     "LN": (peft.LNTuningConfig(target_modules=["norm"]), None),
     "AdaLoRA": (peft.AdaLoraConfig(**BOTH, init_r=6, target_r=4, total_step=10), None),
     "LoRA, rank-stabilised": (lora(use_rslora=True, lora_alpha=4), None),

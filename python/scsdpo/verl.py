@@ -69,11 +69,9 @@ def question_weight_advantages(
         exponent = config.get("question_weight_exponent", exponent)
         threshold = config.get("question_success_threshold", threshold)
     rewards = token_level_rewards.sum(-1)
-    weight = question_weights(
-        rewards, question_numbers(index, device=rewards.device), exponent=exponent, success_threshold=threshold
-    )
-    numbers = {uid: number for number, uid in enumerate(dict.fromkeys(index))}
-    question = torch.tensor([numbers[uid] for uid in index], device=rewards.device)
+    question = question_numbers(index, device=rewards.device)
+    weight = question_weights(rewards, question, exponent=exponent, success_threshold=threshold)
+    question = question.unique(return_inverse=True)[1]
     success = rewards if threshold is None else (rewards >= threshold).to(rewards)
     count = torch.bincount(question)
     pass_rate = torch.zeros(len(count), dtype=rewards.dtype, device=rewards.device).index_add_(0, question, success)
