@@ -616,7 +616,7 @@ def test_autocast_is_that_of_the_models_own_forward():
     result.loss.backward()
 
 
-def test_a_measurement_is_two_forwards_of_eight_tokens():
+def test_a_measurement_is_two_forwards_of_eight_tokens_in_evaluation_mode():
     model, seen = llama(), []
     model.model.register_forward_pre_hook(
         lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
