@@ -617,13 +617,11 @@ def test_autocast_is_that_of_the_models_own_forward():
 
 
 def test_a_measurement_is_two_forwards_of_eight_tokens_in_evaluation_mode():
-    model, seen = llama(), []
-    model.model.register_forward_pre_hook(
-        lambda m, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
+    model, seen = llama().train(), []
+    model.model.embed_tokens.register_forward_hook(lambda m, args, output: seen.append((m.training, args[0].shape)))
     patch_lm_head(model)
     head_of(model)
-    assert seen == [(1, 8), (1, 8)]
+    assert seen == [(False, (1, 8))] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
