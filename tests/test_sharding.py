@@ -152,18 +152,19 @@ def doubled(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Modul
 
 def head_of_teacher(teacher: nn.Module, student: nn.Module) -> Head | None:
     """None: both share one, of which nothing is gathered."""
-    return None if teacher is student else head_of(teacher, in_full=True)
+    return None if teacher is student else head_of(teacher)
 
 
 def local_loss(student, teacher, batch: dict[str, torch.Tensor], count: torch.Tensor, distil) -> torch.Tensor:
     """This rank's share of the token mean, times the number of ranks, over which DDP, FSDP2 and ZeRO average."""
     with torch.no_grad():
-        hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])[:, -TOKENS - 1 : -1]
+        hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"], TOKENS)
     result = distil(
         student,
         batch["student_ids"],
         batch["student_mask"],
         TOKENS,
+        mask=None,
         teacher_hidden=hidden,
         token_weight=batch["weight"][:, None] * batch["mask"],
         beta=BETA,
@@ -211,6 +212,7 @@ def sharded_step(
     weight: list[float] | None = None,
     questions: tuple[list[float], list[int]] | None = None,
     distil=distill,
+    head: type[nn.Linear] | None = None,
 ) -> dict[str, object]:
     """The last step's loss and gradients: how far two ranks and one process are apart, and how large they are.
 
@@ -219,6 +221,8 @@ def sharded_step(
     """
     student = tiny(1, tied=tied, bias=bias)
     teacher = student if live else tiny(2, tied=tied, bias=bias, width=48).requires_grad_(False)
+    if head is not None:
+        student.lm_head.__class__ = teacher.lm_head.__class__ = head
     oracle, oracle_teacher = doubled(student, teacher)
     if checkpointing:
         student.gradient_checkpointing_enable()
@@ -427,7 +431,7 @@ def test_questions_that_straddle_the_ranks(ranks):
     agrees(ranks(sharded_step, layout="own unit", questions=questions))
 
 
-def by_scsdpo_loss(model, input_ids, attention_mask, tokens, *, token_weight, **distill_args):
+def by_scsdpo_loss(model, input_ids, attention_mask, tokens, *, mask, token_weight, **distill_args):
     """As `distill`, with each row's weight split into its rollout's and a mask."""
     mask = (token_weight != 0).float()
     weight = token_weight.amax(dim=1)
@@ -447,8 +451,8 @@ def gathered_teacher(layout: str, after_forward: bool) -> tuple[bool, bool]:
     teacher, batch = LAYOUTS[layout](teacher), whole_batch()
     if after_forward:
         with torch.no_grad():
-            hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])
-    found = head_of(teacher, in_full=True)
+            hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"], TOKENS)
+    found = head_of(teacher)
     assert found == Head(found.weight, found.bias) and not found.weight.requires_grad and not found.bias.requires_grad
     return torch.equal(found.weight, weight), torch.equal(found.bias, bias)
 
@@ -472,9 +476,10 @@ def in_bfloat16(layout: str, live: bool) -> tuple[float, float]:
     weight = batch["weight"][:, None] * batch["mask"] / 3
     given = {"teacher_head": head_of_teacher(teacher, student)}
     with torch.no_grad():
-        hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"])[:, -TOKENS - 1 : -1]
+        hidden = hidden_states(teacher, batch["teacher_ids"], batch["teacher_mask"], TOKENS)
     inputs = student, batch["student_ids"], batch["student_mask"], TOKENS
     given |= {"target_ids": batch["student_ids"][:, -TOKENS:], "teacher_hidden": hidden, "token_weight": weight}
+    given["mask"] = None
     with torch.no_grad():
         old = distill(*inputs, **given).student_logp
     result = distill(*inputs, **given, old_logp=old)
@@ -505,16 +510,61 @@ def test_plain_forward_is_untouched(ranks, layout):
     assert max(ranks(plain_forward, layout=layout)) < 1e-5
 
 
+class Doubled(nn.Linear):
+    """A head with a forward of its own."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) * 2
+
+
+class Squared(nn.Linear):
+    """A head that is not affine."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) ** 2
+
+
+@pytest.mark.parametrize("live", [True, False], ids=["live teacher", "frozen teacher"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_head_that_is_taken_by_its_own_forward(ranks, layout, live):
+    """On unit vectors, inside the wrapper's forward; a sharded teacher's in full."""
+    agrees(ranks(sharded_step, layout=layout, live=live, head=Doubled))
+
+
+def refusals(layout: str) -> list[str]:
+    """What each call says of a head that is not affine; which is once measured, at the first."""
+    model, batch = tiny(1), rows_of(whole_batch(), own_rows())
+    model.lm_head.__class__ = Squared
+    wrapped = LAYOUTS[layout](model)
+    if layout != "ddp":
+        patch_lm_head(wrapped)  # its weights are not here
+    inputs = wrapped, batch["student_ids"], batch["student_mask"], TOKENS
+    calls = [lambda: hidden_states(*inputs), lambda: distill(*inputs, mask=None), lambda: head_of(wrapped)]
+    found = []
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sharded_head_is_refused_on_all_ranks(ranks, layout):
+    for found in ranks(refusals, layout=layout):
+        assert len(found) == 3 and all("may not be affine" in message for message in found)
+
+
 # COUNTEREXAMPLES: what this file would notice if the head's weight were read outside of the head's forward.
 
 
-def with_the_shard(model, input_ids, attention_mask, tokens, **distill_args):
+def with_the_shard(model, input_ids, attention_mask, tokens, *, mask, **distill_args):
     """The weight as the module has it, after the wrapper's forward."""
-    hidden = hidden_states(model, input_ids, attention_mask)[:, -tokens - 1 : -1]
+    hidden = hidden_states(model, input_ids, attention_mask, tokens)
     return linear_divergence(hidden, base_model(model).lm_head.weight, **distill_args)
 
 
-def with_the_gathered_weight(model, input_ids, attention_mask, tokens, **distill_args):
+def with_the_gathered_weight(model, input_ids, attention_mask, tokens, *, mask, **distill_args):
     """The weight gathered by hand, inside the root's forward but not the head's."""
 
     def student(inner: nn.Module):

@@ -1,83 +1,57 @@
 """The output head of a Hugging Face model as the place where distillation happens.
 
-A wrapper (DDP, FSDP2, ZeRO-3) gathers the head's weight around the head's own forward and reduces its gradient
-afterwards. So the loss has to be computed there, and inside the wrapper's forward:
+    teacher = hidden_states(teacher_model, teacher_ids, teacher_attention_mask, T)        under torch.no_grad()
+    result = distill(model, input_ids, attention_mask, T, mask=mask, teacher_hidden=teacher,
+                     teacher_head=head_of(teacher_model), question_weight=weight)
 
-    patch_lm_head(model)                      once, before the model is wrapped or after
-    teacher = hidden_states(teacher_model, input_ids, attention_mask)         (B, L, D), without gradient
-    result = distill(model, input_ids, attention_mask, tokens, teacher_hidden=teacher[:, -T-1:-1], ...)
+Both run a model's own forward and take what its head is given: layers behind the backbone, images and adapters are in
+it. `distill` then runs the loss as the head's forward, where a wrapper (DDP, FSDP2, ZeRO-3) has gathered the head's
+weight. Generation and evaluation notice nothing.
 
-`distill` runs the backbone and then `lm_head(hidden, distill_args)`, whose forward is `linear_divergence` on the weight
-that it finds in itself. A teacher whose head is another comes with `teacher_head=head_of(teacher_model, in_full=True)`.
-Without distill_args the head is what it was: generation and evaluation notice nothing.
+Nothing about a head is taken from names. A model is measured when it comes here first, and again when its adapters, its
+head, or numbers of its config have changed: two forwards of 8 tokens say what stands behind the head, and that its own
+logits are what the operator computes (`scsdpo.measured`). A head for which they are not is refused with ValueError.
 """
 
-import re
-from collections.abc import Callable
+import functools
+import hashlib
+import numbers
+import warnings
+import weakref
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scsdpo_kernels import Head, LinearDivergence, LoRA, linear_divergence, scsdpo_loss
+from scsdpo_kernels import Head, LinearDivergence, linear_divergence, scsdpo_loss
 
-# What a text config calls them; every other name like these is refused, unless it says that there is none.
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_SCALES = ("logit_scale", "lm_head_multiplier")
-_DIVISORS = ("logits_scaling",)
-_LIKE_THESE = re.compile(r"(logits?_|_logits?$|_logits?_|lm_head_mult|soft_?cap)")
-_OF_SOMETHING_ELSE = re.compile(r"(attn|attention|router|aux|to_keep|output_logits|temperature|init_value)")
+from . import forward, measured
+from .forward import base_model, inside_forward
+from .layers import read
 
 
 def patch_lm_head(model: nn.Module) -> nn.Module:
-    """Teaches a model's output head to distil; returns the head. On this instance only, and once however often called.
+    """Lets a model's head distil, and measures the model where its weights are whole; returns the head.
 
-    The head's forward takes `distill_args`, keyword arguments of `linear_divergence` without the student's (or, where
-    `mask` is among them, of `scsdpo_loss`), and then returns a LinearDivergence in place of logits. Bias, softcap and
-    logit scale come from the head and the model's config; a single LoRA adapter (PEFT) on the head goes the operator's
-    own way.
+    `distill` does so by itself. Called before training, it refuses then what would be refused at the first step.
 
     Raises:
-        ValueError: a head that this cannot be right for: prompt learning, modules_to_save, DoRA, LoRA with dropout or
-            several active adapters, a softcap or scale of a name that is not known, a head that is not a linear layer.
+        ValueError: the model has no head, or one that this cannot be right for: quantised, not affine in its input,
+            with dropout in training, not called once with one hidden state a token, with something else behind it
+            than a scale and a softcap. The message has the reason and, where it is one, the size of the difference.
     """
-    base = base_model(model)
-    head = base.get_output_embeddings()
-    _refuse(model, base, head)
-    if not isinstance(vars(head).get("forward"), _HeadForward):
-        head.forward = _HeadForward(base, head)
+    head = forward.unwrapped(forward.output_head(base_model(model)))
+    forward.patch(head)
+    inner = forward.unwrapped(model)
+    if measured.is_whole(inner):
+        measured.measured(inner)
     return head
 
 
-class _HeadForward:
-    """A patched head's forward; an object, not a closure, so that a copy of the model has its own head's."""
-
-    def __init__(self, base: nn.Module, head: nn.Module):
-        self.base, self.original = base, head.forward
-
-    def __call__(self, hidden: Tensor, *args: Any, distill_args: "dict | _Opaque | None" = None, **kwargs: Any):
-        if distill_args is None:
-            return self.original(hidden, *args, **kwargs)
-        given = dict(distill_args.content if isinstance(distill_args, _Opaque) else distill_args)
-        head, teacher, teacher_head = head_of(self.base), given.get("teacher_hidden"), given.get("teacher_head")
-        if teacher is not None and teacher_head is None:  # mixed precision: what this head computes in
-            given["teacher_hidden"] = teacher.to(head.weight.dtype)
-        elif teacher is not None:  # gathered in the precision of the optimiser
-            given["teacher_head"] = _in_dtype(teacher_head, teacher.dtype)
-        loss = scsdpo_loss if "mask" in given else linear_divergence
-        return loss(hidden, head, **given)
-
-
-class _Opaque:
-    """Arguments that a wrapper does not look into: FSDP2 would round every float among them to its param_dtype."""
-
-    def __init__(self, content: dict[str, Any]):
-        self.content = content
-
-
 def unpatch_lm_head(model: nn.Module) -> None:
-    """The head's forward as the class has it."""
-    vars(base_model(model).get_output_embeddings()).pop("forward", None)
+    """The head's forward as it was before."""
+    forward.unpatch(forward.unwrapped(forward.output_head(base_model(model))))
 
 
 def distill(
@@ -86,19 +60,56 @@ def distill(
     attention_mask: Tensor | None,  # (B, L); None: every token is one, or position_ids tell packed sequences apart
     tokens: int | Tensor,  # T: the last so many of L are the response. Or (R,): positions, in B·L, that predict one
     *,
-    backbone: dict[str, Any] | None = None,  # further arguments of the backbone, as position_ids
+    mask: Tensor | None,  # (B, T) 1 at response tokens that have a teacher. None: token_weight says it all
+    teacher_hidden: Tensor | None = None,  # (B, T, D_t), or (R, D_t), from hidden_states; None with TopLogprobs
+    teacher_head: Head | Tensor | None = None,  # head_of(teacher); None: the student's own
+    question_ids: Tensor | Sequence[Hashable] | None = None,  # (B,) integers, strings or other ids, with rewards
+    backbone: dict[str, Any] | None = None,  # further inputs of the model, as position_ids or pixel_values
     **distill_args: Any,
 ) -> LinearDivergence:  # (B, T) fields, or (R,)
-    """Runs the student and, as its head's forward, `linear_divergence`, all inside the wrapper's forward.
+    """Runs the student and, as its head's forward, `scsdpo_loss`, all inside the wrapper's forward.
 
-    distill_args are keyword arguments of `linear_divergence`, as teacher_hidden (B, T, D_t), token_weight (B, T), or,
-    where `mask` (B, T) is among them, of `scsdpo_loss`.
+    Patches the head where it is not patched. With mask=None it is `linear_divergence`, whose loss is a sum over all
+    tokens times token_weight: write it out if that is what you want.
+
+    Args:
+        distill_args: further keyword arguments of `scsdpo_loss` (question_weight, denominator, beta, ...), or of
+            `linear_divergence` where mask is None.
+
+    Raises:
+        ValueError, TypeError: as `patch_lm_head` and the loss; `tokens` outside of the sequence; a response token of
+            `mask` that attention_mask calls padding, as in a batch that is padded on the right (on a GPU the loss is
+            NaN then); teacher_hidden of another head than the student's without teacher_head.
     """
+    _check_tokens(tokens, input_ids)
+    if mask is None and question_ids is not None:
+        raise ValueError("question_ids: expected None with mask=None, whose loss has no questions")
+    if mask is not None and not isinstance(tokens, int):
+        raise ValueError("mask: expected None with positions as tokens; token_weight has one number for each")
+    found = measured.measured(model)
+    if mask is not None:
+        mask = _without_padding(mask, attention_mask, tokens)
+    if (made := getattr(teacher_hidden, "_made", None)) is not None:
+        made.check(model, found, teacher_head is not None)
+        mask = mask if mask is None else made.without_padding(mask)
+    if question_ids is not None:
+        distill_args["question_ids"] = question_numbers(question_ids, device=input_ids.device)
+    if mask is not None:
+        distill_args["mask"] = mask
+
+    def loss(hidden: Tensor, layer: nn.Module, original: Any) -> LinearDivergence:
+        head = found.behind(read(hidden, layer, original))
+        teacher, other = teacher_hidden, teacher_head
+        if teacher is not None and other is None:  # mixed precision: what this head computes in
+            teacher = teacher.to(head.weight.dtype)
+        elif teacher is not None:  # gathered in the precision of the optimiser
+            other = _in_dtype(other, teacher.dtype)
+        function = linear_divergence if mask is None else scsdpo_loss
+        return function(hidden, head, teacher, other, **distill_args)
 
     def student(inner: nn.Module) -> LinearDivergence:
-        hidden = _run_backbone(inner, input_ids, attention_mask, backbone)
-        hidden = hidden[:, -tokens - 1 : -1] if isinstance(tokens, int) else hidden.flatten(0, 1)[tokens]
-        return base_model(inner).get_output_embeddings()(hidden, distill_args=_Opaque(distill_args))
+        state = _at_head(inner, found, input_ids, attention_mask, backbone)
+        return forward.visit(inner, state._replace(hidden=_at(state.hidden, tokens)), loss)
 
     return inside_forward(model, student)
 
@@ -107,94 +118,158 @@ def hidden_states(
     model: nn.Module,  # wrapped or not
     input_ids: Tensor,  # (B, L)
     attention_mask: Tensor | None,  # (B, L)
+    tokens: int | Tensor,  # T or (R,), as of distill
     *,
-    backbone: dict[str, Any] | None = None,
-) -> Tensor:  # (B, L, D)
-    """What a model hands to its head. Call it under torch.no_grad() for a teacher.
+    backbone: dict[str, Any] | None = None,  # further inputs of the model, as position_ids or pixel_values
+) -> Tensor:  # (B, T, D), or (R, D): what distill takes as teacher_hidden
+    """What a model hands to its head at the tokens that predict the response. Under torch.no_grad() for a teacher.
 
-    Accelerate puts autocast around the forward that this replaces: under mixed_precision, call this and `distill`
+    Accelerate puts autocast around the forward of a model that it has prepared; a teacher that it has not is called
     inside accelerator.autocast().
+
+    Raises:
+        ValueError, TypeError: as `patch_lm_head`; `tokens` outside of the sequence.
     """
-    return inside_forward(model, lambda inner: _run_backbone(inner, input_ids, attention_mask, backbone))
+    _check_tokens(tokens, input_ids)
+    found = measured.measured(model)
+
+    def teacher(inner: nn.Module) -> Tensor:
+        return _at(_at_head(inner, found, input_ids, attention_mask, backbone).hidden, tokens)
+
+    hidden = inside_forward(model, teacher)
+    hidden._made = _Made(model, found, attention_mask, tokens)
+    return hidden
 
 
-def head_of(model: nn.Module, *, in_full: bool = False) -> Head:
-    """What the head of a model, wrapped or not, is to `linear_divergence`: parameters, and numbers of the config.
+def head_of(model: nn.Module) -> Head:
+    """A teacher's head for `distill`: all of it, detached, measured. A teacher that is the student needs none.
 
-    in_full: for a teacher. Parameters are detached, and gathered where they are sharded (FSDP2, ZeRO-3). They exist in
-    full for as long as this is held: gather once a step. A teacher whose head is the student's own needs none.
+    Parameters that are sharded or offloaded are gathered (a collective) and exist in full for as long as this is held:
+    call it once a step. Otherwise they are the model's own and follow it.
+
+    Raises:
+        ValueError: as `patch_lm_head`.
     """
-    base = base_model(model)
-    head, config = base.get_output_embeddings(), base.config.get_text_config()
-    linear, lora, scale = getattr(head, "base_layer", head), None, 1.0  # the layer under an adapter
-    if (active := _active_adapters(head)) and not head.disable_adapters:
-        (adapter,) = active
-        lora = LoRA(head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
-    for name in _SCALES:
-        scale *= _number(config, name)
-    for name in _DIVISORS:
-        scale /= _number(config, name)
-    softcaps = [float(getattr(config, name)) for name in _SOFTCAPS if getattr(config, name, None)]
-    softcap = softcaps[0] if softcaps else None
-    weight, bias = linear.weight, getattr(linear, "bias", None)
-    if in_full:
-        weight, bias = _in_full(weight), None if bias is None else _in_full(bias)
-        lora = None if lora is None else LoRA(_in_full(lora.a), _in_full(lora.b), lora.scale)
-    return Head(weight, bias, lora, logit_scale=scale, softcap=softcap)
+    found = measured.measured(model)
+    layer = forward.unwrapped(forward.output_head(base_model(model)))
+    stays = measured.is_whole(layer)
+
+    def gathered(hidden: Tensor, layer: nn.Module, original: Any) -> Head:
+        with torch.no_grad():
+            head = read(hidden, layer, original)
+
+        def own(x: Tensor | None) -> Tensor | None:
+            return x if x is None else x.detach() if stays else x.detach().clone()
+
+        lora = head.lora and head.lora._replace(a=own(head.lora.a), b=own(head.lora.b))
+        return found.behind(Head(own(head.weight), own(head.bias), lora))
+
+    return inside_forward(model, lambda inner: forward.visit(inner, found.at_head, gathered))
 
 
-def inside_forward(model: nn.Module, run: Callable[[nn.Module], Any]) -> Any:
-    """run(inner model), from inside the forward of the model that wraps it: hooks before and after are its own."""
-    inner = _unwrapped(model)
-    original = vars(inner).get("forward")
+def question_numbers(
+    ids: "Tensor | Sequence[Hashable]", *, device: "torch.device | str | None" = None
+) -> Tensor:  # (B,) int64
+    """Question ids of any kind (integers, strings, uids) as the integers that `question_weights` takes.
 
-    def forward() -> Any:
-        restore()
-        return run(inner)
+    The same id has the same number in every process. Warns, once, where there is one process and no id occurs twice:
+    each question then has one rollout, a pass rate of 0 or 1, and weight 0 for ever.
 
-    def restore() -> None:
-        if original is None:
-            vars(inner).pop("forward", None)
-        else:
-            inner.forward = original
-
-    inner.forward = forward
-    try:
-        return model()
-    finally:
-        restore()
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside wrappers and PEFT."""
-    inner = _unwrapped(model)
-    return inner.get_base_model() if hasattr(inner, "peft_config") and hasattr(inner, "get_base_model") else inner
-
-
-def _active_adapters(head: nn.Module) -> list[str]:
-    """Those that are on the head."""
-    adapters = getattr(head, "lora_A", None)
-    return [] if adapters is None else [name for name in head.active_adapters if name in adapters]
+    Raises:
+        TypeError: ids that are not one-dimensional, or numbers that are not integers.
+    """
+    if isinstance(ids, Tensor) and ids.device.type != "cpu":
+        return ids  # not looked at: that would wait for the device
+    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if isinstance(ids, Tensor) and (ids.dim() != 1 or ids.is_floating_point()):
+        raise TypeError(f"question_ids: expected integers of shape (B,), got {ids.dtype} of shape {tuple(ids.shape)}")
+    if any(isinstance(x, float | list) for x in values):
+        raise TypeError(f"question_ids: expected integers, strings or other ids, got {type(values[0]).__name__}")
+    alone = not torch.distributed.is_available() or not torch.distributed.is_initialized()
+    if len(values) > 1 and len(set(values)) == len(values) and (alone or torch.distributed.get_world_size() == 1):
+        _warn_once(
+            f"question_ids: none of {len(values)} occurs twice, so every question has one rollout and weight 0; "
+            "rollouts of one question share its id"
+        )
+    if not all(isinstance(x, numbers.Integral) for x in values):
+        digests = (hashlib.blake2b(str(x).encode(), digest_size=8).digest() for x in values)
+        values = [int.from_bytes(x, "big", signed=True) for x in digests]
+    return torch.tensor([int(x) for x in values], dtype=torch.int64, device=device)
 
 
-def _number(config: Any, name: str) -> float:
-    value = getattr(config, name, None)
-    return 1.0 if value is None else float(value)
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
-    return model
+class _Made:
+    """What hidden states were made by: goes along with them, as an attribute, as long as they are not changed."""
+
+    def __init__(self, model: nn.Module, found: measured.Measured, attention_mask: Tensor | None, tokens: int | Tensor):
+        self.head = weakref.ref(forward.unwrapped(forward.output_head(base_model(model))))
+        self.state, self.attention_mask, self.tokens = found.state[0], attention_mask, tokens
+
+    def check(self, student: nn.Module, found: measured.Measured, has_head: bool) -> None:
+        own = forward.unwrapped(forward.output_head(base_model(student)))
+        if not has_head and (self.head() is not own or self.state != found.state[0]):
+            raise ValueError(
+                "teacher_head: expected head_of(teacher), got None, with hidden states of another head than the "
+                "student's, or of the same head with other adapters"
+            )
+
+    def without_padding(self, mask: Tensor) -> Tensor:
+        return _without_padding(mask, self.attention_mask, self.tokens) if isinstance(self.tokens, int) else mask
 
 
-def _run_backbone(inner: nn.Module, input_ids, attention_mask, backbone) -> Tensor:
-    base = base_model(inner)
-    decoder = base.get_decoder()
-    if decoder is base:
-        raise ValueError(f"{type(base).__name__}: expected a model whose backbone get_decoder() returns")
-    options = {"use_cache": False, **(backbone or {})}
-    return decoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+def _check_tokens(tokens: int | Tensor, input_ids: Tensor) -> None:
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids: expected shape (B, L), got {tuple(input_ids.shape)}")
+    if not isinstance(tokens, Tensor):
+        length = input_ids.shape[1]
+        if isinstance(tokens, bool) or not isinstance(tokens, int):
+            raise TypeError(f"tokens: expected an int, or positions of shape (R,), got {type(tokens).__name__}")
+        if not 1 <= tokens < length:
+            raise ValueError(f"tokens: expected 1 to {length - 1}, of sequences of {length} tokens, got {tokens}")
+        return
+    if tokens.dim() != 1 or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"tokens: expected an int, or positions of shape (R,) and dtype int64, got shape {tuple(tokens.shape)} and "
+            f"{tokens.dtype}"
+        )
+    if tokens.device.type == "cpu" and tokens.numel() and not (tokens.min() >= 0 and tokens.max() < input_ids.numel()):
+        raise ValueError(
+            f"tokens: expected positions from 0 to {input_ids.numel() - 1}, got {tokens.min()} to {tokens.max()}"
+        )
+
+
+def _without_padding(mask: Tensor, attention_mask: Tensor | None, tokens: int) -> Tensor:
+    """The mask; ValueError, or NaN in it on a GPU, where it has a token that is padding or that padding predicts."""
+    if attention_mask is None or attention_mask.dim() != 2 or mask.shape != (len(attention_mask), tokens):
+        return mask
+    there = attention_mask[:, -tokens - 1 :] != 0
+    wrong = (mask != 0) & ~(there[:, 1:] & there[:, :-1])
+    if mask.device.type != "cpu":
+        return torch.where(wrong, float("nan"), mask.float())
+    if wrong.any():
+        row = int(wrong.any(1).nonzero()[0])
+        raise ValueError(
+            f"mask: expected response tokens among the last {tokens} of a sequence, got {int(wrong.sum())} that are "
+            f"padding or follow it by attention_mask, first in row {row}; pad prompts on the left"
+        )
+    return mask
+
+
+def _at_head(
+    inner: nn.Module, found: measured.Measured, input_ids: Tensor, attention_mask: Tensor | None, backbone: dict | None
+) -> forward.AtHead:
+    def no_logits(hidden: Tensor) -> Tensor:
+        return hidden.new_empty(*hidden.shape[:-2], 0, found.vocabulary)
+
+    return forward.at_head(inner, no_logits, input_ids, attention_mask, **(backbone or {}))
+
+
+def _at(hidden: Tensor, tokens: int | Tensor) -> Tensor:
+    return hidden[:, -tokens - 1 : -1] if isinstance(tokens, int) else hidden.flatten(0, 1).index_select(0, tokens)
 
 
 def _in_dtype(head: Head | Tensor, dtype: torch.dtype) -> Head:
@@ -203,53 +278,4 @@ def _in_dtype(head: Head | Tensor, dtype: torch.dtype) -> Head:
     return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
 
 
-def _in_full(parameter: Tensor) -> Tensor:
-    """Detached, and all of it."""
-    if hasattr(parameter, "full_tensor"):  # FSDP2
-        return parameter.detach().full_tensor()
-    if hasattr(parameter, "ds_id"):  # ZeRO-3
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    return parameter.detach()
-
-
-def _refuse(model: nn.Module, base: nn.Module, head: nn.Module | None) -> None:
-    name = type(base).__name__
-    if head is None:
-        raise ValueError(f"{name}: expected a model with an output head, get_output_embeddings() returned None")
-    peft = getattr(_unwrapped(model), "peft_config", None) or {}
-    for adapter in peft.values():
-        if getattr(adapter, "is_prompt_learning", False):
-            raise ValueError(
-                f"{name}: prompt learning (PEFT) puts tokens in front of the backbone's input, which a distilled head "
-                "does not see; use LoRA"
-            )
-    if hasattr(head, "modules_to_save"):
-        raise ValueError(
-            f"{name}: the head is in modules_to_save, a copy beside the head that is patched; train it in full, or put "
-            "'lm_head' into LoRA's target_modules"
-        )
-    if active := _active_adapters(head):
-        dropout = [x for x in active if not isinstance(head.lora_dropout[x], nn.Identity)]
-        variant = [x for x in active if getattr(head, "use_dora", {}).get(x)]
-        if len(active) > 1 or dropout or variant:
-            raise ValueError(
-                f"{name}: LoRA on the head has to be one active adapter without dropout and DoRA, got adapters "
-                f"{active}, with dropout {dropout}, with DoRA {variant}; or leave 'lm_head' out of target_modules"
-            )
-    linear = getattr(head, "base_layer", head)
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(f"{name}: expected a linear output head, got {type(linear).__name__}")
-    known = (*_SOFTCAPS, *_SCALES, *_DIVISORS)
-    for key, value in base.config.get_text_config().to_dict().items():
-        like = _LIKE_THESE.search(key) and not _OF_SOMETHING_ELSE.search(key)
-        if like and key not in known and not isinstance(value, bool) and value not in (None, 1, 1.0, 0):
-            raise ValueError(
-                f"{name}: its config has {key}={value}, which may change the logits behind the head and is not known "
-                "here; compute its loss from hidden states with linear_divergence and the arguments that it needs"
-            )
-
-
-__all__ = ["distill", "head_of", "hidden_states", "patch_lm_head", "unpatch_lm_head"]
+__all__ = ["distill", "head_of", "hidden_states", "patch_lm_head", "question_numbers", "unpatch_lm_head"]

@@ -80,6 +80,7 @@ class SCSDPOTrainer(SDPOTrainer):
         if self.args.distillation_mode == "topk_logits" and self.args.distillation_topk is None:
             raise ValueError("distillation_topk: expected a number with distillation_mode='topk_logits', got None")
         head = patch_lm_head(self.model)
+        patch_lm_head(self.teacher_model)
         if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind != "live":
             raise ValueError(
                 "teacher_model_kind: expected 'live' where LoRA adapts the head, got "
@@ -119,6 +120,7 @@ class SCSDPOTrainer(SDPOTrainer):
                 torch.cat([prompt_ids, completion_ids], dim=1),
                 torch.cat([prompt_mask, completion_mask], dim=1),
                 completion_ids.shape[1],
+                mask=None,
                 temperature=self.temperature,
                 target_ids=completion_ids,
                 # A teacher who has said one token: the student alone is projected.
@@ -143,14 +145,14 @@ class SCSDPOTrainer(SDPOTrainer):
         with self.accelerator.autocast():
             with torch.no_grad(), self._get_teacher_context_for_self_distillation():
                 teacher = hidden_states(
-                    self.teacher_model, inputs["teacher_input_ids"], inputs["teacher_attention_mask"]
+                    self.teacher_model, inputs["teacher_input_ids"], inputs["teacher_attention_mask"], tokens
                 )
             result = distill(
                 model,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
                 torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
                 tokens,
-                teacher_hidden=teacher[:, -tokens - 1 : -1],
+                teacher_hidden=teacher,
                 teacher_head=self._head_of_teacher(),
                 mask=mask,
                 question_weight=inputs["question_weight"],
@@ -179,7 +181,7 @@ class SCSDPOTrainer(SDPOTrainer):
         """Gathered once an optimiser step; None of a teacher whose head is the student's own."""
         if self._teacher_head[0] != self.state.global_step:
             own, other = (base_model(x).get_output_embeddings() for x in (self.model, self.teacher_model))
-            head = None if other is own else head_of(self.teacher_model, in_full=True)
+            head = None if other is own else head_of(self.teacher_model)
             self._teacher_head = (self.state.global_step, head)
         return self._teacher_head[1]
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from scsdpo_kernels import TopLogprobs, question_weights
 
-from .head import distill, hidden_states, patch_lm_head
+from .head import distill, hidden_states, patch_lm_head, question_numbers
 
 TESTED = ">=0.9.1,<0.10"
 
@@ -69,9 +69,9 @@ def question_weight_advantages(
         exponent = config.get("question_weight_exponent", exponent)
         threshold = config.get("question_success_threshold", threshold)
     rewards = token_level_rewards.sum(-1)
-    numbers = {uid: number for number, uid in enumerate(dict.fromkeys(index))}
-    question = torch.tensor([numbers[uid] for uid in index], device=rewards.device)
+    question = question_numbers(index, device=rewards.device)
     weight = question_weights(rewards, question, exponent=exponent, success_threshold=threshold)
+    question = question.unique(return_inverse=True)[1]
     success = rewards if threshold is None else (rewards >= threshold).to(rewards)
     count = torch.bincount(question)
     pass_rate = torch.zeros(len(count), dtype=rewards.dtype, device=rewards.device).index_add_(0, question, success)
@@ -172,6 +172,7 @@ class SCSDPOEngine(FSDPEngineWithLMHead):
                 inputs.pop("input_ids"),
                 inputs.pop("attention_mask"),
                 position,
+                mask=None,
                 backbone=inputs,
                 token_weight=weight[rows],
                 **distill_args,
@@ -201,13 +202,13 @@ class SCSDPOEngine(FSDPEngineWithLMHead):
         base = nullcontext() if self.teacher_model_kind == "live" else self.module.disable_adapter()
         training = self.module.training
         self.module.eval()  # no dropout
+        ids, attention_mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+        position = _predicting(length, responses.length[run], ids) if run.any() else length.new_zeros(0)
         with base:
-            hidden = hidden_states(self.module, inputs.pop("input_ids"), inputs.pop("attention_mask"), backbone=inputs)
+            hidden = hidden_states(self.module, ids, attention_mask, position, backbone=inputs)
         self.module.train(training)
         teacher = hidden.new_zeros(len(rows), hidden.shape[-1])
-        if run.any():
-            position = _predicting(length, responses.length[run], hidden)
-            teacher[run[responses.sequence]] = hidden.flatten(0, 1)[position]
+        teacher[run[responses.sequence]] = hidden
         return teacher[rows]
 
     def _model_inputs(self, batch: TensorDict, sequences: Tensor, position_ids: Tensor) -> dict[str, Any]:
