@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from scsdpo_kernels.kernels import logits_triton, question_weights_triton, row_divergence_triton
+from scsdpo_kernels.kernels import divergence_triton, logits_triton, question_weights_triton, row_divergence_triton
 from scsdpo_kernels.schedules import tiled
 
 # Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
@@ -152,6 +152,13 @@ def kernels(target):
         yield question_weights_triton.question_weights_kernel, {"rewards": "fp32"}, constants, options
 
 
+class Driver:
+    """Stands for the GPU that is compiled for: kernels ask which one it is."""
+
+    def __init__(self, target):
+        self.get_current_target = lambda: target
+
+
 def compiled(kernel, elements, constants, options, target):
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
@@ -160,6 +167,9 @@ def compiled(kernel, elements, constants, options, target):
             signature[name] = "constexpr"
         elif name in elements:
             signature[name] = "*" + elements[name]
+        elif name == "mixture":
+            numbers = ("fp32",) * 8
+            signature[name] = divergence_triton.Mixture("fp32", "fp32", "fp32", numbers, numbers)
         elif name in FP32:
             signature[name] = "*fp32"
         elif name in ("kept", "target", "student_rows", "teacher_rows", "question_ids"):
@@ -174,20 +184,44 @@ def compiled(kernel, elements, constants, options, target):
             signature[name] = "i32" if name in INTEGERS else "fp32"
         aligned = name.endswith("stride") or name in ("width", "teacher_width", "slab_columns", "vocabulary")
         aligned = aligned and constants.get("EVEN", True)
-        if signature[name][0] == "*" or aligned:
+        if str(signature[name])[0] == "*" or aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
 
 
+def instructions_an_entry(kernel, entries):
+    """(all, MUFU) SASS instructions an entry in each loop over whole blocks of logits, in the order of their addresses.
+
+    `entries`: of a thread in one round. These loops alone access 16 bytes at a time. What is outside is once a row.
+    """
+    code = [
+        (int(address, 16), text)
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", _cuobjdump("-sass", kernel.asm["cubin"]))
+        if "NOP" not in text
+    ]
+    loops = []
+    for last, text in code:
+        branch = re.search(r"BRA (?:\S+, )?0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < last:
+            body = [text for address, text in code if int(branch[1], 16) <= address <= last]
+            if any(re.search(r"LD\S*\.128", text) for text in body):
+                loops.append([len(body) / entries, sum("MUFU" in text for text in body) / entries])
+    return loops
+
+
+def _cuobjdump(option, cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        return subprocess.check_output([tool, option, file.name], text=True)
+
+
 def usage(kernel):
     """Registers, bytes of stack (spills and arrays), and how often the target's matrix instruction stands there."""
     if "cubin" in kernel.asm:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(kernel.asm["cubin"])
-            file.flush()
-            tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-            text = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+        text = _cuobjdump("-res-usage", kernel.asm["cubin"])
         ptx = kernel.asm["ptx"]
         return {
             "registers": int(re.search(r"REG:(\d+)", text)[1]),
@@ -206,6 +240,7 @@ def usage(kernel):
 
 def main(name: str) -> None:
     target, shared_memory = TARGETS[name]
+    triton.runtime.driver.set_active(Driver(target))
     for kernel, elements, constants, options in kernels(name):
         result = compiled(kernel, elements, constants, options, target)
         line = {

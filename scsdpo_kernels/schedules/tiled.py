@@ -21,17 +21,22 @@ from torch import Tensor
 
 from ..kernels.divergence_triton import (
     JENSEN_SHANNON,
+    Logits,
+    Moments,
+    Row,
+    added_terms,
+    base,
     concluded,
-    divergence_terms,
-    gradient,
+    finished_terms,
     gradient_scale,
     importance_ratio,
+    logit_gradient,
     merged,
+    mixture,
     moments,
+    no_terms,
     objective,
-    probabilities,
-    top_score,
-    value,
+    with_reference,
 )
 from ..problem import Gradients
 from .plan import Plan
@@ -214,7 +219,7 @@ def _half(x, right):
 
 @triton.jit
 def _part(s, t, part, first_column, vocabulary, difference: tl.constexpr):
-    """s, t and t - s of one eighth of a tile's columns, -inf beyond the vocabulary, and these columns.
+    """One eighth of a tile's columns, -inf beyond the vocabulary, and these columns.
 
     `part` is a run-time number: with constants, the compiler would keep all parts' intermediates at once and spill.
     """
@@ -229,7 +234,7 @@ def _part(s, t, part, first_column, vocabulary, difference: tl.constexpr):
     else:
         t = tl.where(exists, t, float("-inf"))
         d = t - s
-    return s, t, d, columns
+    return Logits(s, t, d), columns
 
 
 @triton.jit
@@ -242,45 +247,59 @@ def _block_of_rows(student_rows, teacher_rows, count, ROWS: tl.constexpr):
 
 @triton.jit
 def _load_row(row, numbers, count, inside):
-    """What `concluded` left for each row."""
-    a = tl.load(row + numbers, inside, 0.0)
-    b = tl.load(row + count + numbers, inside, 0.0)
-    c = tl.load(row + 2 * count + numbers, inside, 0.0)
-    d = tl.load(row + 3 * count + numbers, inside, 0.0)
-    e = tl.load(row + 4 * count + numbers, inside, 0.0)
-    f = tl.load(row + 5 * count + numbers, inside, 0.0)
-    g = tl.load(row + 6 * count + numbers, inside, 0.0)
-    h = tl.load(row + 7 * count + numbers, inside, 0.0)
-    return a, b, c, d, e, f, g, h
+    """What `_store_row` left for each row."""
+    return Row(
+        tl.load(row + numbers, inside, 0.0),
+        tl.load(row + count + numbers, inside, 0.0),
+        tl.load(row + 2 * count + numbers, inside, 0.0),
+        tl.load(row + 3 * count + numbers, inside, 0.0),
+        tl.load(row + 4 * count + numbers, inside, 0.0),
+        tl.load(row + 5 * count + numbers, inside, 0.0),
+        tl.load(row + 6 * count + numbers, inside, 0.0),
+        tl.load(row + 7 * count + numbers, inside, 0.0),
+    )
+
+
+@triton.jit
+def _store_row(row, numbers, count, inside, of_row: Row):
+    tl.store(row + numbers, of_row.bias_student, inside)
+    tl.store(row + count + numbers, of_row.bias_teacher, inside)
+    tl.store(row + 2 * count + numbers, of_row.centre, inside)
+    tl.store(row + 3 * count + numbers, of_row.log_ratio, inside)
+    tl.store(row + 4 * count + numbers, of_row.inverse_student, inside)
+    tl.store(row + 5 * count + numbers, of_row.inverse_teacher, inside)
+    tl.store(row + 6 * count + numbers, of_row.reference, inside)
+    tl.store(row + 7 * count + numbers, of_row.mean_score, inside)
 
 
 @triton.jit
 def _load_moments(partial, at, step, inside):
-    a = tl.load(partial + at, inside, float("-inf"))
-    b = tl.load(partial + at + step, inside, float("-inf"))
-    c = tl.load(partial + at + 2 * step, inside, float("-inf"))
-    d = tl.load(partial + at + 3 * step, inside, 0.0)
-    e = tl.load(partial + at + 4 * step, inside, 0.0)
-    f = tl.load(partial + at + 5 * step, inside, 0.0)
-    g = tl.load(partial + at + 6 * step, inside, 0.0)
-    h = tl.load(partial + at + 7 * step, inside, 0.0)
-    i = tl.load(partial + at + 8 * step, inside, 0.0)
-    j = tl.load(partial + at + 9 * step, inside, 0.0)
-    return a, b, c, d, e, f, g, h, i, j
+    return Moments(
+        tl.load(partial + at, inside, float("-inf")),
+        tl.load(partial + at + step, inside, float("-inf")),
+        tl.load(partial + at + 2 * step, inside, float("-inf")),
+        tl.load(partial + at + 3 * step, inside, 0.0),
+        tl.load(partial + at + 4 * step, inside, 0.0),
+        tl.load(partial + at + 5 * step, inside, 0.0),
+        tl.load(partial + at + 6 * step, inside, 0.0),
+        tl.load(partial + at + 7 * step, inside, 0.0),
+        tl.load(partial + at + 8 * step, inside, 0.0),
+        tl.load(partial + at + 9 * step, inside, 0.0),
+    )
 
 
 @triton.jit
-def _store_moments(partial, at, step, inside, a, b, c, d, e, f, g, h, i, j):
-    tl.store(partial + at, a, inside)
-    tl.store(partial + at + step, b, inside)
-    tl.store(partial + at + 2 * step, c, inside)
-    tl.store(partial + at + 3 * step, d, inside)
-    tl.store(partial + at + 4 * step, e, inside)
-    tl.store(partial + at + 5 * step, f, inside)
-    tl.store(partial + at + 6 * step, g, inside)
-    tl.store(partial + at + 7 * step, h, inside)
-    tl.store(partial + at + 8 * step, i, inside)
-    tl.store(partial + at + 9 * step, j, inside)
+def _store_moments(partial, at, step, inside, m: Moments):
+    tl.store(partial + at, m.max_student, inside)
+    tl.store(partial + at + step, m.max_teacher, inside)
+    tl.store(partial + at + 2 * step, m.own, inside)
+    tl.store(partial + at + 3 * step, m.centre, inside)
+    tl.store(partial + at + 4 * step, m.z_student, inside)
+    tl.store(partial + at + 5 * step, m.z_teacher, inside)
+    tl.store(partial + at + 6 * step, m.h_student, inside)
+    tl.store(partial + at + 7 * step, m.h_teacher, inside)
+    tl.store(partial + at + 8 * step, m.linear, inside)
+    tl.store(partial + at + 9 * step, m.excess, inside)
 
 
 @_tuned
@@ -312,20 +331,15 @@ def moments_kernel(
             shared, difference, descriptors, EVEN, precision, ROWS, COLUMNS, WIDTH,
         )  # fmt: skip
         for part in range(parts):
-            s_part, t_part, d_part, _ = _part(s, t, part, column, vocabulary, difference)
-            a, b, c, d, e, f, g, h, i, j = moments(s_part, t_part, d_part, inverse_temperature, objective)
-            _store_moments(scratch, part * step + at, parts * step, inside, a, b, c, d, e, f, g, h, i, j)
+            entries, _ = _part(s, t, part, column, vocabulary, difference)
+            m = moments(entries, inverse_temperature, objective)
+            _store_moments(scratch, part * step + at, parts * step, inside, m)
         tl.debug_barrier()
-        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = _load_moments(
-            partial, at, step, inside & (tl.full((ROWS,), column, tl.int32) > first)
-        )
+        m = _load_moments(partial, at, step, inside & (tl.full((ROWS,), column, tl.int32) > first))
         for part in range(parts):
-            a, b, c, d, e, f, g, h, i, j = _load_moments(scratch, part * step + at, parts * step, inside)
-            max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = merged(
-                max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above,
-                a, b, c, d, e, f, g, h, i, j, inverse_temperature, objective,
-            )  # fmt: skip
-        _store_moments(partial, at, step, inside, max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above)
+            more = _load_moments(scratch, part * step + at, parts * step, inside)
+            m = merged(m, more, inverse_temperature, objective)
+        _store_moments(partial, at, step, inside, m)
         tl.debug_barrier()  # before the next tile's parts are written to scratch
 
 
@@ -359,57 +373,34 @@ def target_kernel(
 @triton.jit
 def conclude_kernel(
     partial, splits, count, target_logits, old_logp, scalars, row,
-    inverse_temperature, share_s, share_t, importance_clip,
+    inverse_temperature, mixture, importance_clip,
     objective: tl.constexpr, has_target: tl.constexpr, has_old_logp: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Merges the splits' moments in the order of their columns: scalars[:, rows] and row[:, rows]."""
     numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = numbers < count
     step = splits * count
-    max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = _load_moments(partial, numbers, step, inside)
+    m = _load_moments(partial, numbers, step, inside)
     for split in range(1, splits):
-        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9 = _load_moments(partial, split * count + numbers, step, inside)
-        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = merged(
-            max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above,
-            a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, inverse_temperature, objective,
-        )  # fmt: skip
-    (
-        divergence,
-        entropy_s,
-        entropy_t,
-        log_s,
-        log_t,
-        base_s,
-        base_t,
-        centre,
-        offset,
-        scale_s,
-        scale_t,
-        reference,
-        mean,
-    ) = concluded(max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, objective)
+        more = _load_moments(partial, split * count + numbers, step, inside)
+        m = merged(m, more, inverse_temperature, objective)
+    values, of_row = concluded(m, inverse_temperature, objective)
     if objective == JENSEN_SHANNON:
-        reference = top_score(own, centre, offset, share_s, share_t, inverse_temperature, objective)
-    tl.store(scalars + numbers, divergence, inside)
-    tl.store(scalars + count + numbers, entropy_s, inside)
-    tl.store(scalars + 2 * count + numbers, entropy_t, inside)
+        of_row = with_reference(of_row, m.own, inverse_temperature, mixture)
+    tl.store(scalars + numbers, values.divergence, inside)
+    tl.store(scalars + count + numbers, values.student_entropy, inside)
+    tl.store(scalars + 2 * count + numbers, values.teacher_entropy, inside)
     if has_target:
         s = tl.load(target_logits + numbers, inside, 0.0)
         t = tl.load(target_logits + count + numbers, inside, 0.0)
-        logp = (s - base_s) * inverse_temperature - log_s
+        logp = (s - base(m.max_student)) * inverse_temperature - values.log_student
+        teacher_logp = (t - base(m.max_teacher)) * inverse_temperature - values.log_teacher
         tl.store(scalars + 3 * count + numbers, logp, inside)
-        tl.store(scalars + 4 * count + numbers, (t - base_t) * inverse_temperature - log_t, inside)
+        tl.store(scalars + 4 * count + numbers, teacher_logp, inside)
         if has_old_logp:
             ratio = importance_ratio(logp, tl.load(old_logp + numbers, inside, 0.0), importance_clip)
             tl.store(scalars + 5 * count + numbers, ratio, inside)
-    tl.store(row + numbers, base_s, inside)
-    tl.store(row + count + numbers, base_t, inside)
-    tl.store(row + 2 * count + numbers, centre, inside)
-    tl.store(row + 3 * count + numbers, offset, inside)
-    tl.store(row + 4 * count + numbers, scale_s, inside)
-    tl.store(row + 5 * count + numbers, scale_t, inside)
-    tl.store(row + 6 * count + numbers, reference, inside)
-    tl.store(row + 7 * count + numbers, mean, inside)
+    _store_row(row, numbers, count, inside, of_row)
 
 
 @_tuned
@@ -418,7 +409,7 @@ def terms_kernel(
     student, student_stride, student_head, student_head_stride, width,
     teacher, teacher_stride, teacher_head, teacher_head_stride, teacher_width,
     student_rows, teacher_rows, count, vocabulary, magnitude, parts,
-    row, partial, tiles_each, inverse_temperature, share_s, share_t,
+    row, partial, tiles_each, inverse_temperature, mixture,
     shared: tl.constexpr, difference: tl.constexpr, descriptors: tl.constexpr,
     EVEN: tl.constexpr, precision: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -442,34 +433,29 @@ def terms_kernel(
         )  # fmt: skip
         earlier = inside & (tl.full((ROWS,), column, tl.int32) > first)
         for part in range(parts):
-            s_part, t_part, d_part, _columns = _part(s, t, part, column, vocabulary, difference)
-            base_s, base_t, centre, offset, scale_s, scale_t, reference, _mean = _load_row(row, numbers, count, inside)
-            p, q, d_part = probabilities(
-                s_part, t_part, d_part, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature
-            )
-            of_student, of_teacher, score = divergence_terms(p, q, d_part, reference, share_s, share_t)
+            entries, _ = _part(s, t, part, column, vocabulary, difference)
+            of_row = _load_row(row, numbers, count, inside)
+            like = tl.zeros((ROWS,), tl.float32)
+            sums = added_terms(no_terms(like), entries, of_row, inverse_temperature, mixture, 0.0, JENSEN_SHANNON)
+            sums = finished_terms(sums, of_row, JENSEN_SHANNON)
             to = partial + (part * splits + split) * count + numbers
-            tl.store(to, of_student + tl.load(to, earlier, 0.0), inside)
-            tl.store(to + step, of_teacher + tl.load(to + step, earlier, 0.0), inside)
-            tl.store(to + 2 * step, score + tl.load(to + 2 * step, earlier, 0.0), inside)
+            tl.store(to, sums.divergence + tl.load(to, earlier, 0.0), inside)
+            tl.store(to + step, sums.score + tl.load(to + step, earlier, 0.0), inside)
         tl.debug_barrier()  # before the next tile reads the sums
 
 
 @triton.jit
-def value_kernel(partial, parts, count, scalars, row, share_s, share_t, ROWS: tl.constexpr):
+def value_kernel(partial, parts, count, scalars, row, ROWS: tl.constexpr):
     """Sums all parts' terms, always in one order: the divergence, and the mean score of row[:, rows]."""
     numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = numbers < count
-    of_student, of_teacher = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
-    score = tl.zeros((ROWS,), tl.float32)
+    divergence, score = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for part in range(0, parts):
         at = partial + part * count + numbers
-        of_student += tl.load(at, inside, 0.0)
-        of_teacher += tl.load(at + parts * count, inside, 0.0)
-        score += tl.load(at + 2 * parts * count, inside, 0.0)
-    divergence, mean = value(of_student, of_teacher, score, share_s, share_t)
-    tl.store(scalars + numbers, divergence, inside)
-    tl.store(row + 7 * count + numbers, mean, inside)
+        divergence += tl.load(at, inside, 0.0)
+        score += tl.load(at + parts * count, inside, 0.0)
+    tl.store(scalars + numbers, tl.where(divergence < 0, 0.0, divergence), inside)
+    tl.store(row + 7 * count + numbers, score, inside)
 
 
 @_tuned
@@ -478,7 +464,7 @@ def gradient_kernel(
     student, student_stride, student_head, student_head_stride, width,
     teacher, teacher_stride, teacher_head, teacher_head_stride, teacher_width,
     student_rows, teacher_rows, count, vocabulary, magnitude, parts,
-    row, weight, slab, first_column, slab_columns, inverse_temperature, share_s, share_t,
+    row, weight, slab, first_column, slab_columns, inverse_temperature, mixture,
     objective: tl.constexpr, shared: tl.constexpr, difference: tl.constexpr, descriptors: tl.constexpr,
     EVEN: tl.constexpr, precision: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -493,16 +479,12 @@ def gradient_kernel(
         rows_s, rows_t, inside, column, vocabulary,
         shared, difference, descriptors, EVEN, precision, ROWS, COLUMNS, WIDTH,
     )  # fmt: skip
-    base_s, base_t, centre, offset, scale_s, scale_t, reference, mean = _load_row(row, numbers, count, inside)
-    scale = gradient_scale(tl.load(weight + numbers, inside, 0.0), share_s, inverse_temperature, objective)
+    of_row = _load_row(row, numbers, count, inside)
+    scale = gradient_scale(tl.load(weight + numbers, inside, 0.0), mixture, inverse_temperature, objective)
     to = slab + numbers.to(tl.int64)[:, None] * slab_columns - first_column
     for part in range(parts):
-        s_part, t_part, d_part, columns = _part(s, t, part, column, vocabulary, difference)
-        p, q, d_part = probabilities(
-            s_part, t_part, d_part, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature
-        )
-        g = gradient(p, q, d_part, scale, reference, mean, share_s, share_t, objective)
-        g = tl.where(scale[:, None] == 0, 0.0, g)  # whatever the row holds
+        entries, columns = _part(s, t, part, column, vocabulary, difference)
+        g = logit_gradient(entries, of_row, inside, scale, inverse_temperature, mixture, 0.0, objective)
         tl.store(to + columns[None, :], g.to(slab.dtype.element_ty), inside[:, None] & (columns < vocabulary)[None, :])
 
 
@@ -578,7 +560,7 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (rows.scalars, K) fp32
     resident = cache // 2 // (tile.ROWS * (student.shape[1] + teacher.shape[1]) * student.element_size())
     splits, each = splits_of(triton.cdiv(vocabulary, tile.COLUMNS), blocks, processors, resident)
     beta = plan.objective.beta
-    which, constants = objective(beta), (1.0 / plan.objective.temperature, 1.0 - beta, beta)
+    which, constants = objective(beta), (1.0 / plan.objective.temperature, mixture(beta))
     problem = (
         student, student.stride(0), student_weight, student_weight.stride(0), student.shape[1],
         teacher, teacher.stride(0), teacher_weight, teacher_weight.stride(0), teacher.shape[1],
@@ -614,7 +596,7 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (rows.scalars, K) fp32
     )  # fmt: skip
     if which == JENSEN_SHANNON.value:
         terms_kernel[splits, blocks](*problem, magnitude, PARTS, row, scratch, each, *constants, **variant)
-        value_kernel[triton.cdiv(count, 128),](scratch, PARTS * splits, count, scalars, row, *constants[1:], **by_row)
+        value_kernel[triton.cdiv(count, 128),](scratch, PARTS * splits, count, scalars, row, **by_row)
     del partial, scratch
     if grad_hidden is None and grad_weight_dtype is None:
         return scalars, nothing
