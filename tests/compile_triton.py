@@ -52,6 +52,18 @@ OPERANDS = ["student", "teacher", "student_head", "teacher_head", "head", "slab"
 
 def kernels(target):
     """(kernel, element, constants, options) of all that is launched on a target."""
+    for variant in itertools.chain(row_kernels(target), logits_kernels()):
+        kernel, elements, constants, options = variant
+        for multiple in (True, False):  # of 16 entries, as 151936, or not, as 50257
+            yield kernel, elements, {**constants, "multiple": multiple}, options
+    yield from tiled_kernels(target)
+    for exponent, threshold in ((0.5, None), (1.0, 0.5)):
+        constants = {"exponent": exponent, "threshold": threshold, "BLOCK": question_weights_triton.BLOCK}
+        options = {"num_warps": question_weights_triton.WARPS}
+        yield question_weights_triton.question_weights_kernel, {"rewards": "fp32"}, constants, options
+
+
+def row_kernels(target):
     options = row_divergence_triton.options("cuda" if target.startswith("sm") else "hip")
     rows = list(itertools.product((0, 1, 2, 3), ("fp32",), (False, True), ("bf16", "fp32"), (False,)))
     rows += [(objective, "fp64", False, "fp32", False) for objective in (0, 1, 2)]  # of supports
@@ -86,6 +98,9 @@ def kernels(target):
                 {**constants, "has_gradient": True, "has_softcap": softcap},
                 options,
             )
+
+
+def logits_kernels():
     for softcap in (False, True):
         constants = {"has_bias": True, "has_softcap": softcap, "BLOCK": logits_triton.BLOCK}
         yield logits_triton.head_logits_kernel, {}, constants, {"num_warps": logits_triton.WARPS}
@@ -96,6 +111,9 @@ def kernels(target):
                 constants,
                 {"num_warps": logits_triton.WARPS},
             )
+
+
+def tiled_kernels(target):
     for bytes_, tile in ((b, t) for b in (2, 4) for t in tiled.TILES[target, b]):
         # descriptors, shared, difference, precision: fp32 heads that are shared are projected as a difference, and on
         # matrix units where PyTorch is told so
@@ -146,10 +164,6 @@ def kernels(target):
         )
     yield tiled.value_kernel, small, {"ROWS": 128}, {}
     yield tiled.target_kernel, small, {"WIDTH": 1024}, {}
-    for exponent, threshold in ((0.5, None), (1.0, 0.5)):
-        constants = {"exponent": exponent, "threshold": threshold, "BLOCK": question_weights_triton.BLOCK}
-        options = {"num_warps": question_weights_triton.WARPS}
-        yield question_weights_triton.question_weights_kernel, {"rewards": "fp32"}, constants, options
 
 
 class Driver:
@@ -160,6 +174,7 @@ class Driver:
 
 
 def compiled(kernel, elements, constants, options, target):
+    multiple = constants.get("multiple", True) and constants.get("EVEN", True)
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -182,32 +197,35 @@ def compiled(kernel, elements, constants, options, target):
             signature[name] = "i64"
         else:
             signature[name] = "i32" if name in INTEGERS else "fp32"
-        aligned = name.endswith("stride") or name in ("width", "teacher_width", "slab_columns", "vocabulary")
-        aligned = aligned and constants.get("EVEN", True)
+        aligned = name in ("width", "teacher_width", "slab_columns", "vocabulary") and multiple
+        aligned = aligned or (name.endswith("stride") and constants.get("EVEN", True))
         if str(signature[name])[0] == "*" or aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
 
 
-def instructions_an_entry(kernel, entries):
-    """(all, MUFU) SASS instructions an entry in each loop over whole blocks of logits, in the order of their addresses.
+def loops(kernel, result, constants, options):
+    """(all, MUFU) SASS instructions an entry in each of a row kernel's loops over whole blocks, by their addresses.
 
-    `entries`: of a thread in one round. These loops alone access 16 bytes at a time. What is outside is once a row.
+    These loops alone take a block's logits, 16 bytes at a time. The rest of the kernel runs once a row, or a few times.
     """
+    if "BLOCK" not in constants or kernel.__module__ != row_divergence_triton.__name__ or "cubin" not in result.asm:
+        return []
+    entries = constants["BLOCK"] // (32 * options["num_warps"])  # of a thread in one round
     code = [
         (int(address, 16), text)
-        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", _cuobjdump("-sass", kernel.asm["cubin"]))
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", _cuobjdump("-sass", result.asm["cubin"]))
         if "NOP" not in text
     ]
-    loops = []
+    found = []
     for last, text in code:
-        branch = re.search(r"BRA (?:\S+, )?0x([0-9a-f]+)", text)
+        branch = re.search(r"BRA\S* (?:\S+, )?0x([0-9a-f]+)", text)
         if branch and int(branch[1], 16) < last:
             body = [text for address, text in code if int(branch[1], 16) <= address <= last]
-            if any(re.search(r"LD\S*\.128", text) for text in body):
-                loops.append([len(body) / entries, sum("MUFU" in text for text in body) / entries])
-    return loops
+            if 4 * sum(bool(re.search(r"LD\S*\.128", text)) for text in body) >= 2 * entries:
+                found.append((len(body) / entries, sum("MUFU" in text for text in body) / entries))
+    return found
 
 
 def _cuobjdump(option, cubin):
@@ -248,11 +266,14 @@ def main(name: str) -> None:
             "target": name,
             "kernel": kernel.__name__,
             "elements": sorted(set(elements.values())),
-            "constants": {key: str(value) for key, value in constants.items() if key in kernel.arg_names},
+            "constants": {
+                key: str(value) for key, value in constants.items() if key in kernel.arg_names or key == "multiple"
+            },
             **options,
             **usage(result),
             "shared": result.metadata.shared,
             "shared_limit": shared_memory,
+            "loops": loops(kernel, result, constants, options),
         }
         print(json.dumps(line), flush=True)
 

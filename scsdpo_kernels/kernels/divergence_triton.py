@@ -226,10 +226,9 @@ def _is_small(x):
 @triton.jit
 def _log_one_plus(u, x):
     """log(u), to 6e-7 relative, where u is 1 + x rounded, and x still has the digits that u lost."""
-    z = x * _reciprocal(x + 2.0)
+    z = x * _reciprocal(x * 0.5 + 1.0)  # log(1 + x) = 2 artanh(z / 2)
     w = z * z
-    series = w * ((w * 0.14790256 + 0.19994383) * w + 0.33333343)
-    z += z
+    series = w * ((w * 2.3109775e-3 + 1.2496489e-2) * w + 8.3333358e-2)
     return tl.where(tl.abs(x) < 0.29, z * series + z, _log2(u) * _LN_2)
 
 
@@ -450,34 +449,44 @@ def merged(a: Moments, b: Moments, inverse_temperature, objective: tl.constexpr)
 
 
 @triton.jit
-def no_moments(like):
-    """Moments of (R,) empty sets."""
+def _lane_centre(max_student, max_teacher, own, inverse_temperature):
+    """t - s at the largest logit: y is 0 at what may be a row's peak. Where that is too far from the maxima's difference
+    for e^y, or unknown, the latter."""
+    apart = base(max_teacher) - base(max_student)
+    return tl.where(tl.abs(own - apart) * inverse_temperature < 60, own, apart)
+
+
+@triton.jit
+def first_moments(at: Logits, like, objective: tl.constexpr):
+    """Moments of empty lanes that start from the maxima of some entries of the row, rather than each from its own: a lane
+    of entries that nearly forbid themselves then has nothing, as it should."""
+    max_s, max_t = tl.max(largest(at.s), 0), tl.max(largest(at.t), 0)
+    at_top = at.t == max_t if objective == FORWARD else at.s == max_s
+    own = tl.max(largest(tl.where(at_top, at.difference, -_INFINITY)), 0)
     zero = tl.zeros_like(like)
-    nothing = zero - _INFINITY
-    return Moments(nothing, nothing, zero, zero, zero, zero, zero, zero, zero, zero)
+    return Moments(zero + max_s, zero + max_t, zero + own, zero, zero, zero, zero, zero, zero, zero)
 
 
 @triton.jit
 def extended(m: Moments, at: Logits, inverse_temperature, objective: tl.constexpr, difference: tl.constexpr):
-    """Moments with a block more. The centre is t - s at the lane's largest logit: y is 0 at what may be a row's peak.
+    """Moments with a block more.
 
-    Where both sides peak at one entry, that is the difference of the maxima, unless `difference` has more digits. Where
-    they do not, nothing of the row's divergence is small enough to depend on its centre.
+    Jensen-Shannon's centre is the difference of the maxima. That is `own`, where both sides peak at one entry; where
+    they do not, nothing depends on the last digits of η. `difference` has more digits than it.
     """
     block_s, block_t = largest(at.s), largest(at.t)
     max_s, max_t = tl.maximum(m.max_student, block_s), tl.maximum(m.max_teacher, block_t)
-    centre = base(max_t) - base(max_s)
-    if difference:
+    if difference or objective != JENSEN_SHANNON:
         if objective == FORWARD:
             old, new, at_top = m.max_teacher, block_t, at.t == _spread(block_t, at.t)
         else:
             old, new, at_top = m.max_student, block_s, at.s == _spread(block_s, at.s)
         own = largest(tl.where(at_top, at.difference, -_INFINITY))
         own = tl.where(new > old, own, m.own)
-        # Further apart, the sides peak at two entries.
-        centre = tl.where(tl.abs(own - centre) * inverse_temperature < 1.0, own, centre)
+        centre = _lane_centre(max_s, max_t, own, inverse_temperature)
     else:
         own = m.own
+        centre = base(max_t) - base(max_s)
     m = moved(m, max_s, max_t, centre, inverse_temperature, objective)
     block = sums(at, max_s, max_t, own, centre, inverse_temperature, objective)
     both = added(m, block)
@@ -647,10 +656,10 @@ def _far_mixture(d, mixture: Mixture):
     x = tl.maximum(tl.where(turned, -d, d), -120.0)
     share = tl.where(turned, mixture.student, mixture.teacher)
     rest = tl.where(turned, mixture.teacher, mixture.student)
-    ratio = exponential(x)
-    u = ratio * share + rest
-    log_u = _log_one_plus(u, (ratio - 1.0) * share)
-    return share * ratio * x - u * log_u, turned, tl.where(turned, x, 0.0) - log_u
+    part = exponential(x) * share
+    u = part + rest
+    log_u = _log_one_plus(u, part - share)
+    return part * x - u * log_u, turned, tl.where(turned, x, 0.0) - log_u
 
 
 @triton.jit
@@ -667,7 +676,7 @@ def _mixture_entry(p, q, d, mixture: Mixture):
     near = tl.abs(d) < 1
     term = tl.where(near, d * d * _polynomial(mixture.divergence, d), far)
     score = tl.where(near, -d * _polynomial(mixture.score, d), far_score)
-    return tl.where(turned & (tl.abs(d) >= 1), q, p) * term, score
+    return tl.where(turned & ~near, q, p) * term, score
 
 
 @triton.jit
@@ -758,7 +767,7 @@ def logit_gradient(at: Logits, row: Row, mostly_clipped, scale, inverse_temperat
     if objective == JENSEN_SHANNON:
         e_s, _, d = _factors(at, row, inverse_temperature)
         score = mixture_score(d, mixture) - _spread(row.reference, d) - _spread(row.mean_score, d)
-        g = e_s * score * _spread(row.inverse_student * scale, d)
+        slope, scale = e_s * score, row.inverse_student * scale
     else:
         p, q, d = probabilities(at, row, inverse_temperature)
         if objective == FORWARD:
@@ -770,5 +779,5 @@ def logit_gradient(at: Logits, row: Row, mostly_clipped, scale, inverse_temperat
             share = p * _spread(row.mean_score, d)
             few = tl.where(clipped, p, -_excess(p, q, d)) - share
             slope = tl.where(_spread(mostly_clipped, d), tl.where(clipped, share, share - q), few)
-        g = slope * _spread(scale, d)
-    return tl.where(_spread(scale, g) == 0, 0.0, g)  # whatever the row holds
+    # Weight 0 means gradient 0 whatever the row holds.
+    return tl.where(_spread(scale, d) == 0, 0.0, slope) * _spread(scale, d)

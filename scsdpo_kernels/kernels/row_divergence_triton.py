@@ -37,12 +37,12 @@ from .divergence_triton import (
     concluded,
     extended,
     finished_terms,
+    first_moments,
     gradient_scale,
     importance_ratio,
     logit_gradient,
     merged_lanes,
     mixture,
-    no_moments,
     no_terms,
     objective,
     row_of_lse,
@@ -60,7 +60,9 @@ LANES, PACK = tl.constexpr(128), tl.constexpr(4)
 
 def options(device_type: str) -> dict[str, int | bool]:
     """Compiler options of the launch."""
-    registers = {"maxnreg": 208} if device_type == "cuda" and torch.version.hip is None else {}
+    if device_type == "hip" or torch.version.hip is not None:
+        return {"num_warps": WARPS // 2, "enable_fp_fusion": True}  # of 64 lanes
+    registers = {"maxnreg": 208} if device_type == "cuda" else {}
     return {"num_warps": WARPS, "enable_fp_fusion": True, **registers}
 
 
@@ -78,6 +80,12 @@ def _pair(student, teacher, row, student_stride, teacher_stride, vocabulary):
 
 
 @triton.jit
+def _columns(start, BLOCK: tl.constexpr):
+    """start, start + 1, ... No thread shall take more than a pack of them at a time, whatever the gradient's dtype."""
+    return tl.max_contiguous(start + tl.arange(0, BLOCK), PACK)
+
+
+@triton.jit
 def _by_lane(x, LANES_HERE: tl.constexpr):
     """(B,) as (packs of a lane, lanes, entries of a pack): each lane's entries are those that its thread loads."""
     return x.reshape(x.shape[0] // (LANES_HERE * PACK), LANES_HERE, PACK)
@@ -87,7 +95,7 @@ def _by_lane(x, LANES_HERE: tl.constexpr):
 def _load(pair: Pair, start, difference: tl.constexpr, masked: tl.constexpr, LANES_HERE: tl.constexpr,
           BLOCK: tl.constexpr):  # fmt: skip
     """Entries start, start + 1, ...; where masked, -inf beyond the vocabulary."""
-    columns = start + tl.arange(0, BLOCK)
+    columns = _columns(start, BLOCK)
     if masked:
         inside = columns < pair.vocabulary
         s = tl.load(pair.student + columns, inside, float("-inf"))
@@ -133,7 +141,8 @@ def _row_moments(pair: Pair, inverse_temperature, objective: tl.constexpr, diffe
     """Walk 1: a row's moments."""
     LANES_HERE: tl.constexpr = LANES if BLOCK > LANES * PACK else BLOCK // PACK
     REST: tl.constexpr = LANES_HERE * PACK
-    m = no_moments(tl.zeros((LANES_HERE,), tl.float32))
+    start_at = _load_for(pair, 0, objective, difference, True, LANES_HERE, REST)
+    m = first_moments(start_at, tl.zeros((LANES_HERE,), tl.float32), objective)
     top_block = tl.zeros((LANES_HERE,), tl.int32)  # where the lane's largest logit is
     whole = pair.vocabulary // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
@@ -203,7 +212,7 @@ def _write_gradient(to, pair: Pair, row: Row, mostly_clipped, scale, inverse_tem
         g = logit_gradient(at, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip, objective)
         if has_softcap:
             g *= softcap_slope(at.s, inverse_softcap)
-        columns = start + tl.arange(0, BLOCK)
+        columns = _columns(start, BLOCK)
         tl.store(to + columns, g.to(to.dtype.element_ty).reshape(BLOCK))
     for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
         at = _load_for(pair, start, objective, difference, True, LANES_HERE, REST)
@@ -211,7 +220,7 @@ def _write_gradient(to, pair: Pair, row: Row, mostly_clipped, scale, inverse_tem
         g = logit_gradient(at, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip, objective)
         if has_softcap:
             g *= softcap_slope(at.s, inverse_softcap)
-        columns = start + tl.arange(0, REST)
+        columns = _columns(start, REST)
         tl.store(to + columns, g.to(to.dtype.element_ty).reshape(REST), columns < pair.vocabulary)
 
 
