@@ -585,7 +585,7 @@ def concluded(m: Moments, inverse_temperature, objective: tl.constexpr):
 
 
 @triton.jit
-def row_of_lse(student_lse, teacher_lse, centre, log_ratio, mean, inverse_temperature, mixture: Mixture,
+def row_of_lse(student_lse, teacher_lse, centre, log_ratio, inverse_temperature, mixture: Mixture,
                objective: tl.constexpr):  # fmt: skip
     """(R,) of rows whose statistics are known."""
     bits = inverse_temperature * _LOG2_E
@@ -600,7 +600,8 @@ def row_of_lse(student_lse, teacher_lse, centre, log_ratio, mean, inverse_temper
         (base_t.to(tl.float64) * inverse_temperature - teacher_lse).to(tl.float32)
         - tl.fma(base_t, bits, bias_t) * _LN_2
     )
-    row = Row(bias_s, bias_t, centre, log_ratio, inverse_s, inverse_t, tl.zeros_like(centre), mean)
+    zero = tl.zeros_like(centre)
+    row = Row(bias_s, bias_t, centre, log_ratio, inverse_s, inverse_t, zero, zero)
     if objective == JENSEN_SHANNON:
         row = with_reference(row, centre, inverse_temperature, mixture)
     return row
@@ -720,6 +721,13 @@ def _added_clipped_terms(sums: Terms, at: Probabilities, entry_clip):
         sums.score + total(tl.where(clipped, q, 0.0)),
         sums.unclipped + total(tl.where(clipped, 0.0, q)),
         sums.plain + total(tl.where(clipped, entry_clip, term)),
+    )
+
+
+@triton.jit
+def sum_lanes_of_terms(sums: Terms):
+    return Terms(
+        _sum_lanes(sums.divergence), _sum_lanes(sums.score), _sum_lanes(sums.unclipped), _sum_lanes(sums.plain)
     )
 
 

@@ -29,6 +29,7 @@ from .divergence_triton import (
     REVERSE,
     Logits,
     Mixture,
+    Moments,
     Row,
     Terms,
     added_terms,
@@ -40,6 +41,7 @@ from .divergence_triton import (
     first_moments,
     gradient_scale,
     importance_ratio,
+    largest,
     logit_gradient,
     merged_lanes,
     mixture,
@@ -47,22 +49,30 @@ from .divergence_triton import (
     objective,
     row_of_lse,
     softcap_slope,
+    sum_lanes_of_terms,
     with_mean,
     with_reference,
 )
 
 # Entries of a row at a time, warps, and, in the passes that only read, stages of the loads' pipeline.
+#
+# Nothing here has been timed on hardware. What is counted are instructions of sm_90's SASS in the loops over whole
+# blocks, divided by the entries that a thread takes in a round (tests/compile_triton.py): 140 to 148 an entry for
+# Jensen-Shannon with a bf16 gradient, 11 of them on the unit for 2^x, 1/x and log2, which is 8 times as slow: 32, 64 and
+# 45 in the three walks, 3 more where the teacher is a difference. 75 and 64 at beta 0 and 1, 108 with clipped entries.
+# Three programs fit a multiprocessor's registers. Capped to fit four, Jensen-Shannon spills; without a cap, ptxas
+# sometimes spills, too.
 BLOCK, WARPS = 2048, 4
 STAGES = tl.constexpr(3)
-# Lanes, one a thread, and how many neighbouring entries a lane takes with one access.
-LANES, PACK = tl.constexpr(128), tl.constexpr(4)
+# Lanes of a program, one a thread, and how many neighbouring entries a lane takes with one access.
+MAX_LANES, PACK = tl.constexpr(128), tl.constexpr(4)
 
 
 def options(device_type: str) -> dict[str, int | bool]:
     """Compiler options of the launch."""
     if device_type == "hip" or torch.version.hip is not None:
         return {"num_warps": WARPS // 2, "enable_fp_fusion": True}  # of 64 lanes
-    registers = {"maxnreg": 208} if device_type == "cuda" else {}
+    registers = {"maxnreg": 168} if device_type == "cuda" else {}
     return {"num_warps": WARPS, "enable_fp_fusion": True, **registers}
 
 
@@ -86,15 +96,10 @@ def _columns(start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _by_lane(x, LANES_HERE: tl.constexpr):
-    """(B,) as (packs of a lane, lanes, entries of a pack): each lane's entries are those that its thread loads."""
-    return x.reshape(x.shape[0] // (LANES_HERE * PACK), LANES_HERE, PACK)
-
-
-@triton.jit
-def _load(pair: Pair, start, difference: tl.constexpr, masked: tl.constexpr, LANES_HERE: tl.constexpr,
-          BLOCK: tl.constexpr):  # fmt: skip
-    """Entries start, start + 1, ...; where masked, -inf beyond the vocabulary."""
+def _load(pair: Pair, start, masked: tl.constexpr, objective: tl.constexpr, difference: tl.constexpr,
+          LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Entries start, start + 1, ... as (packs of a lane, lanes, entries of a pack), so that each lane's are what its
+    thread loads. Where masked, -inf beyond the vocabulary."""
     columns = _columns(start, BLOCK)
     if masked:
         inside = columns < pair.vocabulary
@@ -102,7 +107,7 @@ def _load(pair: Pair, start, difference: tl.constexpr, masked: tl.constexpr, LAN
         t = tl.load(pair.teacher + columns, inside, 0.0 if difference else float("-inf"))
     else:
         s, t = tl.load(pair.student + columns), tl.load(pair.teacher + columns)
-    s, t = _by_lane(s, LANES_HERE), _by_lane(t, LANES_HERE)
+    s, t = s.reshape(BLOCK // (LANES * PACK), LANES, PACK), t.reshape(BLOCK // (LANES * PACK), LANES, PACK)
     if difference:
         s, d = s.to(tl.float32), t.to(tl.float32)
         t = s + d
@@ -112,67 +117,58 @@ def _load(pair: Pair, start, difference: tl.constexpr, masked: tl.constexpr, LAN
     else:
         s, t = s.to(tl.float32), t.to(tl.float32)
         d = t - s
+    if objective != JENSEN_SHANNON and not difference:  # a token forbidden by the lowest number, as by -inf
+        d = tl.where(tl.abs(d) < 1e30, d, d * float("inf"))
     return Logits(s, t, d)
 
 
-@triton.jit
-def _forbidding(at: Logits):
-    """A token forbidden by the lowest number, as by -inf."""
-    d = at.difference
-    return Logits(at.s, at.t, tl.where(tl.abs(d) < 1e30, d, d * float("inf")))
-
-
-@triton.jit
-def _load_for(pair: Pair, start, objective: tl.constexpr, difference: tl.constexpr, masked: tl.constexpr,
-              LANES_HERE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    at = _load(pair, start, difference, masked, LANES_HERE, BLOCK)
-    if objective != JENSEN_SHANNON and not difference:
-        at = _forbidding(at)
-    return at
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The three walks. Each takes whole blocks, then what is left in blocks of a pack a lane.
+# The three walks. Each takes whole blocks, then what is left, a pack a lane at a time.
+
+
+@triton.jit
+def _extended(m: Moments, top_block, pair: Pair, start, inverse_temperature, masked: tl.constexpr,
+              objective: tl.constexpr, difference: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Moments with a block more, and which block has each lane's largest logit."""
+    before = m.max_teacher if objective == FORWARD else m.max_student
+    at = _load(pair, start, masked, objective, difference, LANES, BLOCK)
+    m = extended(m, at, inverse_temperature, objective, difference)
+    after = m.max_teacher if objective == FORWARD else m.max_student
+    return m, tl.where(after > before, start, top_block)
 
 
 @triton.jit
 def _row_moments(pair: Pair, inverse_temperature, objective: tl.constexpr, difference: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
     """Walk 1: a row's moments."""
-    LANES_HERE: tl.constexpr = LANES if BLOCK > LANES * PACK else BLOCK // PACK
-    REST: tl.constexpr = LANES_HERE * PACK
-    start_at = _load_for(pair, 0, objective, difference, True, LANES_HERE, REST)
-    m = first_moments(start_at, tl.zeros((LANES_HERE,), tl.float32), objective)
-    top_block = tl.zeros((LANES_HERE,), tl.int32)  # where the lane's largest logit is
+    LANES: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    REST: tl.constexpr = LANES * PACK
+    first = _load(pair, 0, True, objective, difference, LANES, REST)
+    m = first_moments(first, tl.zeros((LANES,), tl.float32), objective)
+    top_block = tl.zeros((LANES,), tl.int32)
     whole = pair.vocabulary // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        before = m.max_teacher if objective == FORWARD else m.max_student
-        at = _load_for(pair, start, objective, difference, False, LANES_HERE, BLOCK)
-        m = extended(m, at, inverse_temperature, objective, difference)
-        after = m.max_teacher if objective == FORWARD else m.max_student
-        top_block = tl.where(after > before, start, top_block)
+        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, False, objective, difference, LANES,
+                                 BLOCK)  # fmt: skip
     for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
-        before = m.max_teacher if objective == FORWARD else m.max_student
-        at = _load_for(pair, start, objective, difference, True, LANES_HERE, REST)
-        m = extended(m, at, inverse_temperature, objective, difference)
-        after = m.max_teacher if objective == FORWARD else m.max_student
-        top_block = tl.where(after > before, start, top_block)
+        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, True, objective, difference, LANES,
+                                 REST)  # fmt: skip
     lane_top = m.max_teacher if objective == FORWARD else m.max_student
     top = tl.max(lane_top, 0)
-    first = tl.min(tl.where(lane_top == top, top_block, pair.vocabulary), 0)
-    own = _own(pair, first, top, objective, difference, LANES_HERE, BLOCK)
+    top_block = tl.min(tl.where(lane_top == top, top_block, pair.vocabulary), 0)
+    own = _own(pair, top_block, top, objective, difference, LANES, BLOCK)
     return merged_lanes(m, own, inverse_temperature, objective)
 
 
 @triton.jit
-def _own(pair: Pair, first, top, objective: tl.constexpr, difference: tl.constexpr, LANES_HERE: tl.constexpr,
+def _own(pair: Pair, top_block, top, objective: tl.constexpr, difference: tl.constexpr, LANES: tl.constexpr,
          BLOCK: tl.constexpr):  # fmt: skip
-    """(1,) t - s at the side's largest logit, which is in the block from `first` on; -inf if there is none."""
-    own = tl.full((LANES_HERE,), float("-inf"), tl.float32)
-    for start in tl.range(first, first + BLOCK, LANES_HERE * PACK, num_stages=1):
-        at = _load_for(pair, start, objective, difference, True, LANES_HERE, LANES_HERE * PACK)
+    """(1,) t - s at the side's largest logit, found again in its block; -inf if there is none."""
+    own = tl.full((LANES,), float("-inf"), tl.float32)
+    for start in tl.range(top_block, top_block + BLOCK, LANES * PACK, num_stages=1):
+        at = _load(pair, start, True, objective, difference, LANES, LANES * PACK)
         is_top = (at.t if objective == FORWARD else at.s) == top
-        own = tl.maximum(own, tl.max(tl.max(tl.where(is_top, at.difference, float("-inf")), 2), 0))
+        own = tl.maximum(own, largest(tl.where(is_top, at.difference, float("-inf"))))
     return tl.max(own, 0, keep_dims=True)
 
 
@@ -180,48 +176,51 @@ def _own(pair: Pair, first, top, objective: tl.constexpr, difference: tl.constex
 def _row_terms(pair: Pair, row: Row, inverse_temperature, mixture: Mixture, entry_clip, objective: tl.constexpr,
                difference: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Walk 2: (1,) sums of a row's terms."""
-    LANES_HERE: tl.constexpr = LANES if BLOCK > LANES * PACK else BLOCK // PACK
-    REST: tl.constexpr = LANES_HERE * PACK
-    sums = no_terms(tl.zeros((LANES_HERE,), tl.float32))
+    LANES: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    REST: tl.constexpr = LANES * PACK
+    sums = no_terms(tl.zeros((LANES,), tl.float32))
     whole = pair.vocabulary // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        at = _load_for(pair, start, objective, difference, False, LANES_HERE, BLOCK)
+        at = _load(pair, start, False, objective, difference, LANES, BLOCK)
         sums = added_terms(sums, at, row, inverse_temperature, mixture, entry_clip, objective)
     for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
-        at = _load_for(pair, start, objective, difference, True, LANES_HERE, REST)
+        at = _load(pair, start, True, objective, difference, LANES, REST)
         sums = added_terms(sums, at, row, inverse_temperature, mixture, entry_clip, objective)
-    sums = Terms(
-        tl.sum(sums.divergence, 0, keep_dims=True), tl.sum(sums.score, 0, keep_dims=True),
-        tl.sum(sums.unclipped, 0, keep_dims=True), tl.sum(sums.plain, 0, keep_dims=True),
-    )  # fmt: skip
-    return finished_terms(sums, row, objective)
+    return finished_terms(sum_lanes_of_terms(sums), row, objective)
+
+
+@triton.jit
+def _write_block(to, pair: Pair, start, row: Row, mostly_clipped, scale, inverse_temperature, mixture: Mixture,
+                 entry_clip, inverse_softcap, masked: tl.constexpr, objective: tl.constexpr, difference: tl.constexpr,
+                 has_softcap: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    at = _load(pair, start, masked, objective, difference, LANES, BLOCK)
+    tl.debug_barrier()  # see _write_gradient
+    g = logit_gradient(at, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip, objective)
+    if has_softcap:
+        g *= softcap_slope(at.s, inverse_softcap)
+    columns = _columns(start, BLOCK)
+    g = g.to(to.dtype.element_ty).reshape(BLOCK)
+    if masked:
+        tl.store(to + columns, g, columns < pair.vocabulary)
+    else:
+        tl.store(to + columns, g)
 
 
 @triton.jit
 def _write_gradient(to, pair: Pair, row: Row, mostly_clipped, scale, inverse_temperature, mixture: Mixture, entry_clip,
                     inverse_softcap, objective: tl.constexpr, difference: tl.constexpr, has_softcap: tl.constexpr,
                     BLOCK: tl.constexpr):  # fmt: skip
-    """Walk 3. A bf16 gradient may lie over the student's logits: what a block writes are bytes of logits that this
-    block or one before it has read, and the barrier lets all warps have done so."""
-    LANES_HERE: tl.constexpr = LANES if BLOCK > LANES * PACK else BLOCK // PACK
-    REST: tl.constexpr = LANES_HERE * PACK
+    """Walk 3. A bf16 gradient may lie over the student's logits: a block is written to where logits of this block or of
+    one before it were, and the barrier between lets all warps have read theirs."""
+    LANES: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    REST: tl.constexpr = LANES * PACK
     whole = pair.vocabulary // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK):
-        at = _load_for(pair, start, objective, difference, False, LANES_HERE, BLOCK)
-        tl.debug_barrier()
-        g = logit_gradient(at, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip, objective)
-        if has_softcap:
-            g *= softcap_slope(at.s, inverse_softcap)
-        columns = _columns(start, BLOCK)
-        tl.store(to + columns, g.to(to.dtype.element_ty).reshape(BLOCK))
+        _write_block(to, pair, start, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip,
+                     inverse_softcap, False, objective, difference, has_softcap, LANES, BLOCK)  # fmt: skip
     for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
-        at = _load_for(pair, start, objective, difference, True, LANES_HERE, REST)
-        tl.debug_barrier()
-        g = logit_gradient(at, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip, objective)
-        if has_softcap:
-            g *= softcap_slope(at.s, inverse_softcap)
-        columns = _columns(start, REST)
-        tl.store(to + columns, g.to(to.dtype.element_ty).reshape(REST), columns < pair.vocabulary)
+        _write_block(to, pair, start, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip,
+                     inverse_softcap, True, objective, difference, has_softcap, LANES, REST)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,10 +256,9 @@ def row_statistics_kernel(
 def _load_row(student_lse, teacher_lse, centre, log_ratio, one, inverse_temperature, mixture: Mixture,
               objective: tl.constexpr):  # fmt: skip
     """A row whose statistics are known."""
-    centre = tl.load(centre + one)
     return row_of_lse(
-        tl.load(student_lse + one), tl.load(teacher_lse + one), centre, tl.load(log_ratio + one),
-        tl.zeros_like(centre), inverse_temperature, mixture, objective,
+        tl.load(student_lse + one), tl.load(teacher_lse + one), tl.load(centre + one), tl.load(log_ratio + one),
+        inverse_temperature, mixture, objective,
     )  # fmt: skip
 
 
