@@ -24,6 +24,7 @@ from ..kernels.divergence_triton import (
     Logits,
     Moments,
     Row,
+    Terms,
     added_terms,
     base,
     concluded,
@@ -84,8 +85,8 @@ TILES = {
     ("sm_90", 2): [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 2), Tile(128, 128, 32, 8, 3)],
     ("sm_100", 2): [Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 8, 4)],
     ("gfx942", 2): [Tile(64, 64, 64, 8, 2), Tile(64, 64, 32, 8, 2)],
-    ("sm_80", 4): [Tile(64, 64, 16, 8, 2)],
-    ("sm_90", 4): [Tile(64, 64, 16, 8, 2)],
+    ("sm_80", 4): [Tile(64, 64, 16, 8, 2, 255)],
+    ("sm_90", 4): [Tile(64, 64, 16, 8, 2, 255)],
     ("sm_100", 4): [Tile(64, 32, 16, 8, 2, 255)],
     ("gfx942", 4): [Tile(64, 64, 16, 8, 2)],
     ("interpreter", 2): [Tile(32, 64, 16, 1, 1)],
@@ -437,7 +438,6 @@ def terms_kernel(
             of_row = _load_row(row, numbers, count, inside)
             like = tl.zeros((ROWS,), tl.float32)
             sums = added_terms(no_terms(like), entries, of_row, inverse_temperature, mixture, 0.0, JENSEN_SHANNON)
-            sums = finished_terms(sums, of_row, JENSEN_SHANNON)
             to = partial + (part * splits + split) * count + numbers
             tl.store(to, sums.divergence + tl.load(to, earlier, 0.0), inside)
             tl.store(to + step, sums.score + tl.load(to + step, earlier, 0.0), inside)
@@ -454,8 +454,10 @@ def value_kernel(partial, parts, count, scalars, row, ROWS: tl.constexpr):
         at = partial + part * count + numbers
         divergence += tl.load(at, inside, 0.0)
         score += tl.load(at + parts * count, inside, 0.0)
-    tl.store(scalars + numbers, tl.where(divergence < 0, 0.0, divergence), inside)
-    tl.store(row + 7 * count + numbers, score, inside)
+    of_row = _load_row(row, numbers, count, inside)
+    sums = finished_terms(Terms(divergence, score, score, score), of_row, JENSEN_SHANNON)
+    tl.store(scalars + numbers, tl.where(sums.divergence < 0, 0.0, sums.divergence), inside)
+    tl.store(row + 7 * count + numbers, sums.score, inside)
 
 
 @_tuned
