@@ -64,7 +64,32 @@ def test_every_configuration_compiles_without_spills(compiled, version, target):
     assert {line["triton"] for line in lines} == {version}
     assert {line["kernel"] for line in lines} == {
         "row_divergence_kernel", "row_statistics_kernel", "row_terms_kernel", "row_gradient_kernel",
-        "head_logits_kernel", "tail_gradient_kernel", "question_weights_kernel",
+        "head_logits_kernel", "tail_gradient_kernel", "question_weights_kernel", "multiply_kernel",
     }  # fmt: skip
     assert [label(line) for line in lines if line["stack"] != 0] == []
     assert [label(line) for line in lines if line["shared"] > line["shared_limit"]] == []
+
+
+# SASS instructions an entry of a row, all loops together, by objective: what was counted, and a little.
+INSTRUCTIONS = {"0": 78, "1": 67, "2": 150, "3": 113}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", TRITONS)
+def test_instructions_of_a_rows_entry(compiled, version):
+    """fp32 logits and a bf16 gradient on sm_90, where the row kernel was bound by its instructions."""
+    if (version, "sm_90") not in compiled:
+        pytest.skip(f"no Triton {version} in {TRITONS[version]}; ./dev test installs it")
+    seen = set()
+    for line in compiled[version, "sm_90"].result():
+        if line["kernel"] != "row_divergence_kernel" or line["elements"] != ["bf16", "fp32"]:
+            continue
+        constants = line["constants"]
+        if constants["has_softcap"] == "True":
+            continue
+        instructions, mufu = (sum(counts) for counts in zip(*line["loops"], strict=True))
+        print(f"{label(line)}: {instructions:.1f} instructions, {mufu:.1f} MUFU, {line['registers']} registers")
+        assert len(line["loops"]) == (2 if constants["objective"] in "01" else 3), label(line)
+        assert instructions <= INSTRUCTIONS[constants["objective"]], label(line)
+        seen.add((constants["objective"], constants["difference"], constants["multiple"]))
+    assert len(seen) == 4 * 2 * 2

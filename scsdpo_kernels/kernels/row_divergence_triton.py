@@ -9,7 +9,12 @@
 go: its terms need both normalisers, its gradient needs the mean score, and a row of both sides fits no multiprocessor.
 Programs share nothing: no atomics, the same bits from run to run. A row whose entries are spread over processes takes
 the same walks in three launches, with what the processes tell each other in between (shards.py).
+
+A walk is a loop over whole blocks, whose accesses need no mask and so are 16 bytes wide whatever the vocabulary, and
+one over the rest. A program's lanes keep sums of their own: what crosses them, does so once a walk.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,74 +25,207 @@ from ..problem import KINDS, Objective
 from .contract import Logits, PerRow, RowStatistics, Scalars
 from .divergence_triton import (
     CLIPPED,
+    FORWARD,
     JENSEN_SHANNON,
     REVERSE,
+    Entries,
+    Mixture,
+    Moments,
+    Row,
+    Terms,
+    added_terms,
+    base,
     bounded_mean,
-    clipped_gradient,
-    clipped_terms,
     concluded,
-    divergence_terms,
-    gradient,
+    extended,
+    finished_terms,
+    first_moments,
     gradient_scale,
     importance_ratio,
-    kullback_leibler,
-    merged,
-    moments,
-    probabilities,
+    largest,
+    logit_gradient,
+    merged_lanes,
+    mixture,
+    no_terms,
+    row_of_lse,
     softcap_slope,
-    top_score,
-    value,
+    sum_lanes_of_terms,
+    with_mean,
+    with_reference,
 )
 
-# Entries of a row at a time, warps, and, in the passes that only read, stages of the loads' pipeline. 16 entries a
-# thread; three programs of 33 KiB fit a multiprocessor's registers. Without a cap on these, ptxas spills to fit four.
-# Not timed on hardware yet: SASS for sm_90 has 235 instructions an entry for Jensen-Shannon with a bf16 gradient, 99
-# and 87 at beta 0 and 1, where copying the bytes above leaves an H200 room for about 180 and 124.
+# Entries of a row at a time, warps, and, in the passes that only read, stages of the loads' pipeline.
+#
+# Nothing here has been timed on hardware. What is counted are instructions of sm_90's SASS in the loops over whole
+# blocks, divided by the entries that a thread takes in a round (tests/compile_triton.py). Jensen-Shannon with a bf16
+# gradient has 139 to 144 an entry, of which 32 to 35, 63 and 44 are in its three walks. 11 of them are 2^x, 1/x and
+# log2, which issue at an eighth of the rate. There are 75 and 64 at beta 0 and 1, and 108 with clipped entries; copying
+# the bytes above leaves an H200 room for about 180 and 124. Registers leave room for four programs on a multiprocessor
+# of sm_90 where the vocabulary is a multiple of 16, and for three else; for two on sm_80. Caps that would fit more make
+# some kernels spill.
 BLOCK, WARPS = 2048, 4
 STAGES = tl.constexpr(3)
+# Lanes of a program, one a thread, and how many neighbouring entries a lane takes with one access.
+MAX_LANES, PACK = tl.constexpr(128), tl.constexpr(4)
 
 
 def options(device_type: str) -> dict[str, int | bool]:
     """Compiler options of the launch."""
-    registers = {"maxnreg": 208} if device_type == "cuda" and torch.version.hip is None else {}
+    if device_type == "hip" or torch.version.hip is not None:
+        return {"num_warps": WARPS // 2, "enable_fp_fusion": True}  # of 64 lanes
+    registers = {"maxnreg": 208} if device_type == "cuda" else {}
     return {"num_warps": WARPS, "enable_fp_fusion": True, **registers}
 
 
+class Pair(NamedTuple):
+    """One row of both sides."""
+
+    student: tl.tensor  # pointers to the first logit
+    teacher: tl.tensor  # its logits, or teacher - student
+    vocabulary: tl.tensor
+
+
 @triton.jit
-def _entries(student, teacher, start, vocabulary, difference: tl.constexpr, BLOCK: tl.constexpr):
-    """(1, BLOCK) of s, t, t - s and their columns; -inf beyond the vocabulary."""
-    columns = start + tl.arange(0, BLOCK)[None, :]
-    inside = columns < vocabulary
-    s = tl.load(student + columns, inside, float("-inf"))
+def _pair(student, teacher, row, student_stride, teacher_stride, vocabulary):
+    return Pair(student + row * student_stride, teacher + row * teacher_stride, vocabulary)
+
+
+@triton.jit
+def _columns(start, BLOCK: tl.constexpr):
+    """start, start + 1, ... No thread shall take more than a pack of them at a time, whatever the gradient's dtype."""
+    return tl.max_contiguous(start + tl.arange(0, BLOCK), PACK)
+
+
+@triton.jit
+def _load(pair: Pair, start, masked: tl.constexpr, objective: tl.constexpr, difference: tl.constexpr,
+          LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Entries start, start + 1, ... as (packs of a lane, lanes, entries of a pack), so that each lane's are what its
+    thread loads. Where masked, -inf beyond the vocabulary."""
+    columns = _columns(start, BLOCK)
+    if masked:
+        inside = columns < pair.vocabulary
+        s = tl.load(pair.student + columns, inside, float("-inf"))
+        t = tl.load(pair.teacher + columns, inside, 0.0 if difference else float("-inf"))
+    else:
+        s, t = tl.load(pair.student + columns), tl.load(pair.teacher + columns)
+    s, t = s.reshape(BLOCK // (LANES * PACK), LANES, PACK), t.reshape(BLOCK // (LANES * PACK), LANES, PACK)
     if difference:
-        s, x = s.to(tl.float32), tl.load(teacher + columns, inside, 0.0).to(tl.float32)
-        return s, s + x, x, columns, inside
-    t = tl.load(teacher + columns, inside, float("-inf"))
-    if student.dtype.element_ty == tl.float64:
+        s, d = s.to(tl.float32), t.to(tl.float32)
+        t = s + d
+    elif pair.student.dtype.element_ty == tl.float64:
         d = (t - s).to(tl.float32)
         s, t = s.to(tl.float32), t.to(tl.float32)
     else:
         s, t = s.to(tl.float32), t.to(tl.float32)
         d = t - s
-    d = tl.where(tl.abs(d) < 1e30, d, d * float("inf"))  # a token forbidden by the lowest number, as by -inf
-    return s, t, d, columns, inside
+    if objective != JENSEN_SHANNON and not difference:  # a token forbidden by the lowest number, as by -inf
+        d = tl.where(tl.abs(d) < 1e30, d, d * float("inf"))
+    return Entries(s, t, d)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three walks. Each takes whole blocks, then what is left, a pack a lane at a time.
 
 
 @triton.jit
-def _row_moments(student, teacher, vocabulary, inverse_temperature, objective: tl.constexpr, difference: tl.constexpr,
+def _extended(m: Moments, top_block, pair: Pair, start, inverse_temperature, masked: tl.constexpr,
+              objective: tl.constexpr, difference: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Moments with a block more, and which block has each lane's largest logit."""
+    before = m.max_teacher if objective == FORWARD else m.max_student
+    at = _load(pair, start, masked, objective, difference, LANES, BLOCK)
+    m = extended(m, at, inverse_temperature, objective, difference)
+    after = m.max_teacher if objective == FORWARD else m.max_student
+    return m, tl.where(after > before, start, top_block)
+
+
+@triton.jit
+def _row_moments(pair: Pair, inverse_temperature, objective: tl.constexpr, difference: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
-    """Pass 1."""
-    s, t, d, _, _ = _entries(student, teacher, 0, vocabulary, difference, BLOCK)
-    m = moments(s, t, d, inverse_temperature, objective)
-    max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = m
-    for start in tl.range(BLOCK, vocabulary, BLOCK, num_stages=STAGES):
-        s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
-        a0, a1, a2, a3, a4, a5, a6, a7, a8, a9 = moments(s, t, d, inverse_temperature, objective)
-        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = merged(
-            max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above,
-            a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, inverse_temperature, objective,
-        )  # fmt: skip
-    return max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above
+    """Walk 1: a row's moments."""
+    LANES: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    REST: tl.constexpr = LANES * PACK
+    first = _load(pair, 0, True, objective, difference, LANES, REST)
+    m = first_moments(first, tl.zeros((LANES,), tl.float32), objective)
+    top_block = tl.zeros((LANES,), tl.int32)
+    whole = pair.vocabulary // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, False, objective, difference, LANES,
+                                 BLOCK)  # fmt: skip
+    for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
+        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, True, objective, difference, LANES,
+                                 REST)  # fmt: skip
+    lane_top = m.max_teacher if objective == FORWARD else m.max_student
+    top = tl.max(lane_top, 0)
+    top_block = tl.min(tl.where(lane_top == top, top_block, pair.vocabulary), 0)
+    own = _own(pair, top_block, top, objective, difference, LANES, BLOCK)
+    return merged_lanes(m, own, inverse_temperature, objective)
+
+
+@triton.jit
+def _own(pair: Pair, top_block, top, objective: tl.constexpr, difference: tl.constexpr, LANES: tl.constexpr,
+         BLOCK: tl.constexpr):  # fmt: skip
+    """(1,) t - s at the side's largest logit, found again in its block; -inf if there is none."""
+    own = tl.full((LANES,), float("-inf"), tl.float32)
+    for start in tl.range(top_block, top_block + BLOCK, LANES * PACK, num_stages=1):
+        at = _load(pair, start, True, objective, difference, LANES, LANES * PACK)
+        is_top = (at.t if objective == FORWARD else at.s) == top
+        own = tl.maximum(own, largest(tl.where(is_top, at.difference, float("-inf"))))
+    return tl.max(own, 0, keep_dims=True)
+
+
+@triton.jit
+def _row_terms(pair: Pair, row: Row, inverse_temperature, mixture: Mixture, entry_clip, objective: tl.constexpr,
+               difference: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Walk 2: (1,) sums of a row's terms."""
+    LANES: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    REST: tl.constexpr = LANES * PACK
+    sums = no_terms(tl.zeros((LANES,), tl.float32))
+    whole = pair.vocabulary // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        at = _load(pair, start, False, objective, difference, LANES, BLOCK)
+        sums = added_terms(sums, at, row, inverse_temperature, mixture, entry_clip, objective)
+    for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
+        at = _load(pair, start, True, objective, difference, LANES, REST)
+        sums = added_terms(sums, at, row, inverse_temperature, mixture, entry_clip, objective)
+    return finished_terms(sum_lanes_of_terms(sums), row, objective)
+
+
+@triton.jit
+def _write_block(to, pair: Pair, start, row: Row, mostly_clipped, scale, inverse_temperature, mixture: Mixture,
+                 entry_clip, inverse_softcap, masked: tl.constexpr, objective: tl.constexpr, difference: tl.constexpr,
+                 has_softcap: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    at = _load(pair, start, masked, objective, difference, LANES, BLOCK)
+    tl.debug_barrier()  # see _write_gradient
+    g = logit_gradient(at, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip, objective)
+    if has_softcap:
+        g *= softcap_slope(at.s, inverse_softcap)
+    columns = _columns(start, BLOCK)
+    g = g.to(to.dtype.element_ty).reshape(BLOCK)
+    if masked:
+        tl.store(to + columns, g, columns < pair.vocabulary)
+    else:
+        tl.store(to + columns, g)
+
+
+@triton.jit
+def _write_gradient(to, pair: Pair, row: Row, mostly_clipped, scale, inverse_temperature, mixture: Mixture, entry_clip,
+                    inverse_softcap, objective: tl.constexpr, difference: tl.constexpr, has_softcap: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
+    """Walk 3. A bf16 gradient may lie over the student's logits: a block is written to where logits of this block or of
+    one before it were, and the barrier between lets all warps have read theirs."""
+    LANES: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    REST: tl.constexpr = LANES * PACK
+    whole = pair.vocabulary // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK):
+        _write_block(to, pair, start, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip,
+                     inverse_softcap, False, objective, difference, has_softcap, LANES, BLOCK)  # fmt: skip
+    for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
+        _write_block(to, pair, start, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip,
+                     inverse_softcap, True, objective, difference, has_softcap, LANES, REST)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels.
 
 
 @triton.jit
@@ -96,211 +234,152 @@ def row_statistics_kernel(
     difference: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
-    max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = _row_moments(
-        student, teacher, vocabulary, inverse_temperature, JENSEN_SHANNON, difference, BLOCK
-    )
-    (
-        _, entropy_s, entropy_t, log_s, log_t, base_s, base_t, centre, offset, _, _, _, _,
-    ) = concluded(
-        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, JENSEN_SHANNON
-    )  # fmt: skip
-    lse_s = base_s.to(tl.float64) * inverse_temperature + log_s
-    apart = centre.to(tl.float64) * inverse_temperature + offset  # keeps its digits, unless a side has nothing
-    own_t = base_t.to(tl.float64) * inverse_temperature + log_t
-    one = tl.arange(0, 1)
-    tl.store(lse + row + one, lse_s)
-    tl.store(lse + rows + row + one, tl.where(tl.abs(offset) < float("inf"), lse_s + apart, own_t))
-    tl.store(others + row + one, max_s)
-    tl.store(others + rows + row + one, centre)
-    tl.store(others + 2 * rows + row + one, offset)
-    tl.store(others + 3 * rows + row + one, entropy_s)
-    tl.store(others + 4 * rows + row + one, entropy_t)
+    pair = _pair(student, teacher, row, student_stride, teacher_stride, vocabulary)
+    m = _row_moments(pair, inverse_temperature, JENSEN_SHANNON, difference, BLOCK)
+    values, of_row = concluded(m, inverse_temperature, JENSEN_SHANNON)
+    base_s = base(m.max_student).to(tl.float64)
+    base_t = base(m.max_teacher).to(tl.float64)
+    lse_s = base_s * inverse_temperature + values.log_student
+    # keeps its digits, unless a side has nothing
+    apart = m.centre.to(tl.float64) * inverse_temperature + of_row.log_ratio
+    own_t = base_t * inverse_temperature + values.log_teacher
+    one = row + tl.arange(0, 1)
+    tl.store(lse + one, lse_s)
+    tl.store(lse + rows + one, tl.where(tl.abs(of_row.log_ratio) < float("inf"), lse_s + apart, own_t))
+    tl.store(others + one, m.max_student)
+    tl.store(others + rows + one, m.centre)
+    tl.store(others + 2 * rows + one, of_row.log_ratio)
+    tl.store(others + 3 * rows + one, values.student_entropy)
+    tl.store(others + 4 * rows + one, values.teacher_entropy)
 
 
 @triton.jit
-def _known(student_lse, teacher_lse, centre, log_ratio, row, inverse_temperature, share_s, share_t,
-           objective: tl.constexpr):  # fmt: skip
-    """(1,) of a row whose statistics are known: base_s, base_t, centre, offset, scale_s, scale_t, reference."""
-    one = row + tl.arange(0, 1)
-    lse_s, lse_t = tl.load(student_lse + one), tl.load(teacher_lse + one)
-    base_s = tl.where(tl.abs(lse_s) < float("inf"), lse_s / inverse_temperature, 0.0).to(tl.float32)
-    base_t = tl.where(tl.abs(lse_t) < float("inf"), lse_t / inverse_temperature, 0.0).to(tl.float32)
-    scale_s = tl.exp((base_s.to(tl.float64) * inverse_temperature - lse_s).to(tl.float32))
-    scale_t = tl.exp((base_t.to(tl.float64) * inverse_temperature - lse_t).to(tl.float32))
-    centre, offset = tl.load(centre + one), tl.load(log_ratio + one)
-    reference = top_score(centre, centre, offset, share_s, share_t, inverse_temperature, objective)
-    return base_s, base_t, centre, offset, scale_s, scale_t, reference
+def _load_row(student_lse, teacher_lse, centre, log_ratio, one, inverse_temperature, mixture: Mixture,
+              objective: tl.constexpr):  # fmt: skip
+    """A row whose statistics are known."""
+    return row_of_lse(
+        tl.load(student_lse + one), tl.load(teacher_lse + one), tl.load(centre + one), tl.load(log_ratio + one),
+        inverse_temperature, mixture, objective,
+    )  # fmt: skip
 
 
 @triton.jit
 def row_terms_kernel(
     student, teacher, student_lse, teacher_lse, centre, log_ratio, terms,
-    student_stride, teacher_stride, rows, vocabulary, inverse_temperature, share_s, share_t, entry_clip,
+    student_stride, teacher_stride, rows, vocabulary, inverse_temperature, mixture, entry_clip,
     objective: tl.constexpr, difference: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
-    base_s, base_t, centre, offset, scale_s, scale_t, reference = _known(
-        student_lse, teacher_lse, centre, log_ratio, row, inverse_temperature, share_s, share_t, objective
-    )
-    divergence, mean = tl.zeros_like(centre), tl.zeros_like(centre)
-    unclipped, plain = tl.zeros_like(centre), tl.zeros_like(centre)
-    for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
-        s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
-        p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
-        if objective == JENSEN_SHANNON:
-            of_student, of_teacher, score = divergence_terms(p, q, d, reference, share_s, share_t)
-            divergence += share_s * of_student + share_t * of_teacher
-            mean += score
-        elif objective == CLIPPED:
-            value_sum, clipped_sum, unclipped_sum, plain_sum = clipped_terms(p, q, d, entry_clip)
-            divergence += value_sum
-            mean += clipped_sum
-            unclipped += unclipped_sum
-            plain += plain_sum
-        else:
-            divergence += kullback_leibler(p, q, d, objective)
     one = row + tl.arange(0, 1)
-    tl.store(terms + one, divergence.to(tl.float64))
-    tl.store(terms + rows + one, mean.to(tl.float64))
-    tl.store(terms + 2 * rows + one, unclipped.to(tl.float64))
-    tl.store(terms + 3 * rows + one, plain.to(tl.float64))
+    pair = _pair(student, teacher, row, student_stride, teacher_stride, vocabulary)
+    of_row = _load_row(student_lse, teacher_lse, centre, log_ratio, one, inverse_temperature, mixture, objective)
+    sums = _row_terms(pair, of_row, inverse_temperature, mixture, entry_clip, objective, difference, BLOCK)
+    tl.store(terms + one, sums.divergence.to(tl.float64))
+    tl.store(terms + rows + one, sums.score.to(tl.float64))
+    tl.store(terms + 2 * rows + one, sums.unclipped.to(tl.float64))
+    tl.store(terms + 3 * rows + one, sums.plain.to(tl.float64))
+
+
+@triton.jit
+def _finished(sums: Terms, objective: tl.constexpr):
+    """A whole row's divergence, the mean of its scores, and whether most of the teacher is clipped."""
+    mostly_clipped = sums.score > 0.5
+    if objective == CLIPPED:
+        divergence = tl.where(mostly_clipped, sums.plain, sums.divergence)
+        mean = tl.where(mostly_clipped, sums.unclipped, sums.score)
+    else:
+        divergence = tl.where(sums.divergence < 0, 0.0, sums.divergence)
+        mean = sums.score
+    mean = tl.where(divergence == divergence, mean, divergence).to(tl.float32)  # a NaN row is NaN throughout
+    return divergence.to(tl.float32), mean, mostly_clipped
 
 
 @triton.jit
 def row_gradient_kernel(
     student, teacher, student_lse, teacher_lse, centre, log_ratio, terms, weight, divergence_out, gradient_out,
     student_stride, teacher_stride, gradient_stride, rows, vocabulary,
-    inverse_temperature, share_s, share_t, entry_clip, inverse_softcap,
+    inverse_temperature, mixture, entry_clip, inverse_softcap,
     objective: tl.constexpr, difference: tl.constexpr, has_gradient: tl.constexpr, has_softcap: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
-    base_s, base_t, centre, offset, scale_s, scale_t, reference = _known(
-        student_lse, teacher_lse, centre, log_ratio, row, inverse_temperature, share_s, share_t, objective
-    )
     one = row + tl.arange(0, 1)
-    divergence, mean = tl.load(terms + one), tl.load(terms + rows + one)
-    mostly_clipped = mean > 0.5
-    if objective == CLIPPED:
-        divergence = tl.where(mostly_clipped, tl.load(terms + 3 * rows + one), divergence)
-        mean = tl.where(mostly_clipped, tl.load(terms + 2 * rows + one), mean)
-    else:
-        divergence = tl.where(divergence < 0, 0.0, divergence)
+    pair = _pair(student, teacher, row, student_stride, teacher_stride, vocabulary)
+    of_row = _load_row(student_lse, teacher_lse, centre, log_ratio, one, inverse_temperature, mixture, objective)
+    sums = Terms(
+        tl.load(terms + one), tl.load(terms + rows + one), tl.load(terms + 2 * rows + one),
+        tl.load(terms + 3 * rows + one),
+    )  # fmt: skip
+    divergence, mean, mostly_clipped = _finished(sums, objective)
     if objective == REVERSE:  # its scores' mean is the divergence itself
-        mean = divergence - reference
-    mean = tl.where(divergence == divergence, mean, divergence).to(tl.float32)  # a NaN row is NaN throughout
-    mean = bounded_mean(mean)
-    tl.store(divergence_out + one, divergence.to(tl.float32))
-
+        mean = divergence
+    tl.store(divergence_out + one, divergence)
     if has_gradient:
-        gradient_out += row * gradient_stride
-        scale = gradient_scale(tl.load(weight + one), share_s, inverse_temperature, objective)
-        for start in range(0, vocabulary, BLOCK):
-            s, t, d, columns, inside = _entries(student, teacher, start, vocabulary, difference, BLOCK)
-            tl.debug_barrier()  # a bf16 block is written over logits that another warp reads in this round
-            p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
-            if objective == CLIPPED:
-                g = clipped_gradient(p, q, d, scale, mean, mostly_clipped, entry_clip)
-            else:
-                g = gradient(p, q, d, scale, reference, mean, share_s, share_t, objective)
-            if has_softcap:
-                g *= softcap_slope(s, inverse_softcap)
-            g = tl.where(scale[:, None] == 0, 0.0, g)  # whatever the row holds
-            tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
+        scale = gradient_scale(tl.load(weight + one), mixture, inverse_temperature, objective)
+        _write_gradient(
+            gradient_out + row * gradient_stride, pair, with_mean(of_row, bounded_mean(mean)), mostly_clipped, scale,
+            inverse_temperature, mixture, entry_clip, inverse_softcap, objective, difference, has_softcap, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_target(pair: Pair, column, scalars, rows, one, m, values, inverse_temperature, difference: tl.constexpr):
+    """Both sides' log-probability of the row's target, and the student's. Ids outside the vocabulary have none: NaN."""
+    exists = (column >= 0) & (column < pair.vocabulary)
+    column = tl.where(exists, column, 0)
+    s = tl.where(exists, tl.load(pair.student + column).to(tl.float32), float("nan"))
+    t = tl.where(exists, tl.load(pair.teacher + column).to(tl.float32), float("nan"))
+    if difference:
+        t += s
+    base_s = base(m.max_student)
+    base_t = base(m.max_teacher)
+    logp = (s - base_s) * inverse_temperature - values.log_student
+    tl.store(scalars + 3 * rows + one, logp)
+    tl.store(scalars + 4 * rows + one, (t - base_t) * inverse_temperature - values.log_teacher)
+    return logp
 
 
 @triton.jit
 def row_divergence_kernel(
     student, teacher, weight, target, old_logp, scalars, gradient_out,
     student_stride, teacher_stride, gradient_stride, rows, vocabulary,
-    inverse_temperature, share_s, share_t, importance_clip, entry_clip, inverse_softcap,
+    inverse_temperature, mixture, importance_clip, entry_clip, inverse_softcap,
     objective: tl.constexpr, difference: tl.constexpr, has_target: tl.constexpr, has_old_logp: tl.constexpr,
     has_gradient: tl.constexpr, has_softcap: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    student += row * student_stride
-    teacher += row * teacher_stride
+    one = row + tl.arange(0, 1)
+    pair = _pair(student, teacher, row, student_stride, teacher_stride, vocabulary)
     first_walk: tl.constexpr = JENSEN_SHANNON if objective == CLIPPED else objective
-    max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above = _row_moments(
-        student, teacher, vocabulary, inverse_temperature, first_walk, difference, BLOCK
-    )
-    (
-        divergence, entropy_s, entropy_t, log_s, log_t,
-        base_s, base_t, centre, offset, scale_s, scale_t, reference, mean,
-    ) = concluded(
-        max_s, max_t, own, centre, z_s, z_t, h_s, h_t, linear, above, inverse_temperature, first_walk
-    )  # fmt: skip
+    m = _row_moments(pair, inverse_temperature, first_walk, difference, BLOCK)
+    values, of_row = concluded(m, inverse_temperature, first_walk)
+    divergence, mostly_clipped = values.divergence, values.divergence > 0.5
+    if objective == JENSEN_SHANNON or objective == CLIPPED:
+        if objective == JENSEN_SHANNON:
+            of_row = with_reference(of_row, m.own, inverse_temperature, mixture)
+        sums = _row_terms(pair, of_row, inverse_temperature, mixture, entry_clip, objective, difference, BLOCK)
+        divergence, mean, mostly_clipped = _finished(sums, objective)
+        of_row = with_mean(of_row, mean)
 
-    if objective == JENSEN_SHANNON:
-        reference = top_score(own, centre, offset, share_s, share_t, inverse_temperature, objective)
-        of_student, of_teacher = tl.zeros_like(z_s), tl.zeros_like(z_s)
-        for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
-            s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
-            p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
-            student_sum, teacher_sum, score_sum = divergence_terms(p, q, d, reference, share_s, share_t)
-            of_student += student_sum
-            of_teacher += teacher_sum
-            mean += score_sum
-        divergence, mean = value(of_student, of_teacher, mean, share_s, share_t)
-    if objective == CLIPPED:
-        divergence, plain, unclipped = tl.zeros_like(z_s), tl.zeros_like(z_s), tl.zeros_like(z_s)
-        for start in tl.range(0, vocabulary, BLOCK, num_stages=STAGES):
-            s, t, d, _, _ = _entries(student, teacher, start, vocabulary, difference, BLOCK)
-            p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
-            value_sum, clipped_sum, unclipped_sum, plain_sum = clipped_terms(p, q, d, entry_clip)
-            divergence += value_sum
-            mean += clipped_sum
-            unclipped += unclipped_sum
-            plain += plain_sum
-        mostly_clipped = mean > 0.5
-        divergence = tl.where(mostly_clipped, plain, divergence)
-        mean = tl.where(mostly_clipped, unclipped, mean)
-        mean = tl.where(divergence == divergence, mean, divergence)  # a NaN row is NaN throughout
-
-    one = tl.arange(0, 1)
-    tl.store(scalars + row + one, divergence)
-    tl.store(scalars + rows + row + one, entropy_s)
-    tl.store(scalars + 2 * rows + row + one, entropy_t)
+    tl.store(scalars + one, divergence)
+    tl.store(scalars + rows + one, values.student_entropy)
+    tl.store(scalars + 2 * rows + one, values.teacher_entropy)
     if has_target:
-        column = tl.load(target + row)
-        exists = (column >= 0) & (column < vocabulary)  # any other id has no probability: NaN
-        column = tl.where(exists, column, 0)
-        target_s = tl.where(exists, tl.load(student + column + one).to(tl.float32), float("nan"))
-        target_t = tl.where(exists, tl.load(teacher + column + one).to(tl.float32), float("nan"))
-        if difference:
-            target_t += target_s
-        logp = (target_s - base_s) * inverse_temperature - log_s
-        tl.store(scalars + 3 * rows + row + one, logp)
-        tl.store(scalars + 4 * rows + row + one, (target_t - base_t) * inverse_temperature - log_t)
-
+        logp = _store_target(
+            pair, tl.load(target + one), scalars, rows, one, m, values, inverse_temperature, difference
+        )
         if has_old_logp:
-            ratio = importance_ratio(logp, tl.load(old_logp + row + one), importance_clip)
-            tl.store(scalars + 5 * rows + row + one, ratio)
-
+            ratio = importance_ratio(logp, tl.load(old_logp + one), importance_clip)
+            tl.store(scalars + 5 * rows + one, ratio)
     if has_gradient:
-        gradient_out += row * gradient_stride
-        scale = gradient_scale(tl.load(weight + row + one), share_s, inverse_temperature, objective)
+        scale = gradient_scale(tl.load(weight + one), mixture, inverse_temperature, objective)
         if has_old_logp:
             scale *= ratio
-        for start in range(0, vocabulary, BLOCK):
-            s, t, d, columns, inside = _entries(student, teacher, start, vocabulary, difference, BLOCK)
-            tl.debug_barrier()  # a bf16 block is written over logits that another warp reads in this round
-            p, q, d = probabilities(s, t, d, base_s, base_t, centre, offset, scale_s, scale_t, inverse_temperature)
-            if objective == CLIPPED:
-                g = clipped_gradient(p, q, d, scale, mean, mostly_clipped, entry_clip)
-            else:
-                g = gradient(p, q, d, scale, reference, mean, share_s, share_t, objective)
-            if has_softcap:
-                g *= softcap_slope(s, inverse_softcap)
-            g = tl.where(scale[:, None] == 0, 0.0, g)  # whatever the row holds
-            tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
+        _write_gradient(
+            gradient_out + row * gradient_stride, pair, of_row, mostly_clipped, scale, inverse_temperature, mixture,
+            entry_clip, inverse_softcap, objective, difference, has_softcap, BLOCK,
+        )  # fmt: skip
 
 
 def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient: Tensor | None = None) -> Scalars:
@@ -314,7 +393,7 @@ def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient:
     row_divergence_kernel[(len(weight),)](
         student, logits.teacher, weight, target, old_logp, scalars, gradient,
         student.stride(0), logits.teacher.stride(0), 0 if gradient is None else gradient.stride(0),
-        *student.shape, 1.0 / objective.temperature, 1.0 - objective.beta, objective.beta, importance_clip,
+        *student.shape, 1.0 / objective.temperature, mixture(objective.beta), importance_clip,
         objective.entry_clip, 1.0 / logits.softcap if logits.softcap else 0.0,
         objective=KINDS.index(objective.kind), difference=logits.difference, has_target=target is not None,
         has_old_logp=old_logp is not None, has_gradient=gradient is not None, has_softcap=bool(logits.softcap),
@@ -342,7 +421,7 @@ def row_terms(logits: Logits, objective: Objective, statistics: RowStatistics) -
     row_terms_kernel[(len(student),)](
         student, logits.teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre,
         statistics.log_ratio, terms, student.stride(0), logits.teacher.stride(0), *student.shape,
-        1.0 / objective.temperature, 1.0 - objective.beta, objective.beta, objective.entry_clip,
+        1.0 / objective.temperature, mixture(objective.beta), objective.entry_clip,
         objective=KINDS.index(objective.kind), difference=logits.difference, BLOCK=BLOCK,
         **options(student.device.type),
     )  # fmt: skip
@@ -364,7 +443,7 @@ def row_gradient(
         student, logits.teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre,
         statistics.log_ratio, terms, weight, divergence, gradient,
         student.stride(0), logits.teacher.stride(0), 0 if gradient is None else gradient.stride(0), *student.shape,
-        1.0 / objective.temperature, 1.0 - objective.beta, objective.beta, objective.entry_clip,
+        1.0 / objective.temperature, mixture(objective.beta), objective.entry_clip,
         1.0 / logits.softcap if logits.softcap else 0.0,
         objective=KINDS.index(objective.kind), difference=logits.difference, has_gradient=gradient is not None,
         has_softcap=bool(logits.softcap), BLOCK=BLOCK, **options(student.device.type),
