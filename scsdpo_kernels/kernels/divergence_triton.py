@@ -281,31 +281,19 @@ def _above_linear(p, q, x):
 @triton.jit
 def _spread(of_row, entries):
     """(R,) to the shape of entries."""
-    if len(entries.shape) == 3:
-        wide = of_row[None, :, None]
-    else:
-        wide = of_row[:, None]
-    return wide
+    return of_row[None, :, None] if len(entries.shape) == 3 else of_row[:, None]
 
 
 @triton.jit
 def total(x):
     """(R,) sums of entries."""
-    if len(x.shape) == 3:
-        y = tl.sum(tl.sum(x, 2), 0)
-    else:
-        y = tl.sum(x, 1)
-    return y
+    return tl.sum(tl.sum(x, 2), 0) if len(x.shape) == 3 else tl.sum(x, 1)
 
 
 @triton.jit
 def largest(x):
     """(R,) maxima of entries."""
-    if len(x.shape) == 3:
-        y = tl.max(tl.max(x, 2), 0)
-    else:
-        y = tl.max(x, 1)
-    return y
+    return tl.max(tl.max(x, 2), 0) if len(x.shape) == 3 else tl.max(x, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,16 +438,16 @@ def merged(a: Moments, b: Moments, inverse_temperature, objective: tl.constexpr)
 
 @triton.jit
 def _lane_centre(max_student, max_teacher, own, inverse_temperature):
-    """t - s at the largest logit: y is 0 at what may be a row's peak. Where that is too far from the maxima's difference
-    for e^y, or unknown, the latter."""
+    """t - s at the largest logit: y is 0 at what may be a row's peak. Where that is unknown, or so far from the maxima's
+    difference that e^y might overflow, the latter."""
     apart = base(max_teacher) - base(max_student)
     return tl.where(tl.abs(own - apart) * inverse_temperature < 60, own, apart)
 
 
 @triton.jit
 def first_moments(at: Logits, like, objective: tl.constexpr):
-    """Moments of empty lanes that start from the maxima of some entries of the row, rather than each from its own: a lane
-    of entries that nearly forbid themselves then has nothing, as it should."""
+    """Moments of empty lanes that start from the maxima of some entries of the row, rather than each from its own: a
+    lane of entries that are all but forbidden then has nothing, as it should."""
     max_s, max_t = tl.max(largest(at.s), 0), tl.max(largest(at.t), 0)
     at_top = at.t == max_t if objective == FORWARD else at.s == max_s
     own = tl.max(largest(tl.where(at_top, at.difference, -_INFINITY)), 0)
