@@ -438,8 +438,8 @@ def merged(a: Moments, b: Moments, inverse_temperature, objective: tl.constexpr)
 
 @triton.jit
 def _lane_centre(max_student, max_teacher, own, inverse_temperature):
-    """t - s at the largest logit: y is 0 at what may be a row's peak. Where that is unknown, or so far from the maxima's
-    difference that e^y might overflow, the latter."""
+    """t - s at the largest logit: y is 0 at what may be a row's peak. Where that is unknown, or so far from
+    the maxima's difference that e^y might overflow, it is that difference."""
     apart = base(max_teacher) - base(max_student)
     return tl.where(tl.abs(own - apart) * inverse_temperature < 60, own, apart)
 
