@@ -114,9 +114,9 @@ def main() -> None:
     device, started = torch.device(arguments.device), time.monotonic()
     end = (device, arguments.repeats)
     if device.type == "cuda":
-        parts = [lambda: row_kernels(151936, 0.1, *end), lambda: value(8192, 4096, 151936, "bfloat16", *end)]
-        parts += [lambda v=v: row_kernels(v, 0.1, *end) for v in (50257, 100278, 262144)]
-        parts += [lambda: row_kernels(151936, 3.0, *end)]
+        cases = [(151936, 0.1), (151936, 0.5), (151936, 3.0), (100278, 0.5), (152064, 0.5), (262144, 0.5), (50257, 0.5)]
+        parts = [lambda v=v, d=d: row_kernels(v, d, *end) for v, d in cases]
+        parts.append(lambda: value(8192, 4096, 151936, "bfloat16", *end))
     else:
         parts = [lambda d=d: row_kernels(151936, d, *end) for d in (0.1, 3.0)]
         parts += [lambda dtype=dtype: value(512, 1024, 32000, dtype, *end) for dtype in ("float32", "bfloat16")]

@@ -40,8 +40,8 @@ CLIPPED = tl.constexpr(KINDS.index("clipped"))  # its first walk is Jensen-Shann
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _INFINITY = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234e38)
-# A logit below it is as good as -inf: so that 2^(its exponent) is 0 however the row is scaled.
-_FORBIDDEN = tl.constexpr(-1e30)
+# A set whose largest logit is below it is as good as forbidden. Beyond, the rounding of `_bias` alone might overflow e.
+_FORBIDDEN = tl.constexpr(-1e8)
 # What x is compared with before log(1 + x) is trusted; beyond it the logarithms of Z_s and Z_t are far apart.
 _TRUSTED = tl.constexpr(1e4)
 _LOG2_E, _LN_2 = tl.constexpr(1.44269504), tl.constexpr(0.69314718)

@@ -142,22 +142,22 @@ def _extended(m: Moments, top_block, pair: Pair, start, inverse_temperature, mas
 def _row_moments(pair: Pair, inverse_temperature, objective: tl.constexpr, difference: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
     """Walk 1: a row's moments."""
-    LANES: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
-    REST: tl.constexpr = LANES * PACK
-    first = _load(pair, 0, True, objective, difference, LANES, REST)
-    m = first_moments(first, tl.zeros((LANES,), tl.float32), objective)
-    top_block = tl.zeros((LANES,), tl.int32)
+    lanes: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    rest: tl.constexpr = lanes * PACK
+    first = _load(pair, 0, True, objective, difference, lanes, rest)
+    m = first_moments(first, tl.zeros((lanes,), tl.float32), objective)
+    top_block = tl.zeros((lanes,), tl.int32)
     whole = pair.vocabulary // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, False, objective, difference, LANES,
+        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, False, objective, difference, lanes,
                                  BLOCK)  # fmt: skip
-    for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
-        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, True, objective, difference, LANES,
-                                 REST)  # fmt: skip
+    for start in tl.range(whole, pair.vocabulary, rest, num_stages=1):
+        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, True, objective, difference, lanes,
+                                 rest)  # fmt: skip
     lane_top = m.max_teacher if objective == FORWARD else m.max_student
     top = tl.max(lane_top, 0)
     top_block = tl.min(tl.where(lane_top == top, top_block, pair.vocabulary), 0)
-    own = _own(pair, top_block, top, objective, difference, LANES, BLOCK)
+    own = _own(pair, top_block, top, objective, difference, lanes, BLOCK)
     return merged_lanes(m, own, inverse_temperature, objective)
 
 
@@ -177,15 +177,15 @@ def _own(pair: Pair, top_block, top, objective: tl.constexpr, difference: tl.con
 def _row_terms(pair: Pair, row: Row, inverse_temperature, mixture: Mixture, entry_clip, objective: tl.constexpr,
                difference: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Walk 2: (1,) sums of a row's terms."""
-    LANES: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
-    REST: tl.constexpr = LANES * PACK
-    sums = no_terms(tl.zeros((LANES,), tl.float32))
+    lanes: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    rest: tl.constexpr = lanes * PACK
+    sums = no_terms(tl.zeros((lanes,), tl.float32))
     whole = pair.vocabulary // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        at = _load(pair, start, False, objective, difference, LANES, BLOCK)
+        at = _load(pair, start, False, objective, difference, lanes, BLOCK)
         sums = added_terms(sums, at, row, inverse_temperature, mixture, entry_clip, objective)
-    for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
-        at = _load(pair, start, True, objective, difference, LANES, REST)
+    for start in tl.range(whole, pair.vocabulary, rest, num_stages=1):
+        at = _load(pair, start, True, objective, difference, lanes, rest)
         sums = added_terms(sums, at, row, inverse_temperature, mixture, entry_clip, objective)
     return finished_terms(sum_lanes_of_terms(sums), row, objective)
 
@@ -213,15 +213,15 @@ def _write_gradient(to, pair: Pair, row: Row, mostly_clipped, scale, inverse_tem
                     BLOCK: tl.constexpr):  # fmt: skip
     """Walk 3. A bf16 gradient may lie over the student's logits: a block is written to where logits of this block or of
     one before it were, and the barrier between lets all warps have read theirs."""
-    LANES: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
-    REST: tl.constexpr = LANES * PACK
+    lanes: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    rest: tl.constexpr = lanes * PACK
     whole = pair.vocabulary // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK):
         _write_block(to, pair, start, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip,
-                     inverse_softcap, False, objective, difference, has_softcap, LANES, BLOCK)  # fmt: skip
-    for start in tl.range(whole, pair.vocabulary, REST, num_stages=1):
+                     inverse_softcap, False, objective, difference, has_softcap, lanes, BLOCK)  # fmt: skip
+    for start in tl.range(whole, pair.vocabulary, rest, num_stages=1):
         _write_block(to, pair, start, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip,
-                     inverse_softcap, True, objective, difference, has_softcap, LANES, REST)  # fmt: skip
+                     inverse_softcap, True, objective, difference, has_softcap, lanes, rest)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def row_divergence_kernel(
     m = _row_moments(pair, inverse_temperature, first_walk, difference, BLOCK)
     values, of_row = concluded(m, inverse_temperature, first_walk)
     divergence, mostly_clipped = values.divergence, values.divergence > 0.5
-    if objective == JENSEN_SHANNON or objective == CLIPPED:
+    if objective == JENSEN_SHANNON or objective == CLIPPED:  # noqa: SIM109
         if objective == JENSEN_SHANNON:
             of_row = with_reference(of_row, m.own, inverse_temperature, mixture)
         sums = _row_terms(pair, of_row, inverse_temperature, mixture, entry_clip, objective, difference, BLOCK)
