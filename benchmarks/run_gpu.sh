@@ -79,17 +79,17 @@ measure() { # name, seconds, arguments
   tail -n 60 "$out/$1.log"
 }
 
+real_size="bf16_contract or several_chunks or 2_to_the_31"
+row_kernels="long_double or agrees_with_triton or in_place or calls_of_their_own or streams_at_once"
 # What everything rests on, at real size; then every row kernel; then times.
-tests contract contract 120 -n 3 tests/test_gpu.py -k "bf16_contract or several_chunks or 2_to_the_31"
-tests rows rows 100 -n 12 --dist worksteal tests/test_gpu.py \
-  -k "long_double or agrees_with_triton or in_place or calls_of_their_own or streams_at_once"
+tests contract contract 120 -n 3 tests/test_gpu.py -k "$real_size"
+tests rows rows 100 -n 12 --dist worksteal tests/test_gpu.py -k "$row_kernels"
 measure row_kernels 100
 measure kernel_times 60
 measure throughput 240 ${THROUGHPUT:-}
 tests kernels kernels 100 -n 12 --dist worksteal tests/test_row_divergence.py tests/test_question_weights.py \
-  -k "triton or cuda or weights"
-tests gpu gpu 120 -n 4 tests/test_gpu.py -k "not bf16_contract and not several_chunks and not 2_to_the_31 and not long_double and
-  not agrees_with_triton and not in_place and not calls_of_their_own and not streams_at_once and not sanitizer"
+  tests/test_scaling.py -k "triton or cuda or weights or multiplied or written"
+tests gpu gpu 120 -n 4 tests/test_gpu.py -k "not ($real_size or $row_kernels or sanitizer)"
 tests gpu features 60 -n 4 tests/test_features.py
 measure scaling 120 --rows 1024 --width 4096 --vocabulary 151936
 measure objectives 60
