@@ -23,6 +23,7 @@ from scsdpo_kernels import linear_divergence
 from scsdpo_kernels.kernels import kernels_of
 from scsdpo_kernels.kernels.contract import Logits, PerRow
 from scsdpo_kernels.problem import objective_of
+from scsdpo_kernels.schedules.chunked import ALIGNMENT
 
 KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda-cluster", "cuda-streaming")}
 BETAS = (0.0, 0.5, 1.0)
@@ -32,8 +33,11 @@ PRODUCTS = 2  # of the value alone
 def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats: int) -> dict:
     """Every row kernel of a device on the same logits, larger than any cache."""
     rows = 2 ** (28 if device.type == "cuda" else 24) // vocabulary
-    student = torch.randn(rows, vocabulary, device=device) * 2
-    teacher = student + distance * torch.randn_like(student)
+    padded = -(-vocabulary // ALIGNMENT) * ALIGNMENT  # as the fused loss has them
+    student, noise = torch.randn(2, rows, padded, device=device)
+    student *= 2
+    teacher = noise.mul_(distance).add_(student)[:, :vocabulary]
+    student = student[:, :vocabulary]
     logits, weight = Logits(student, teacher, difference=False, softcap=0.0), PerRow(torch.ones(rows, device=device))
     source, to = torch.empty(2, 4 * student.numel(), dtype=torch.uint8, device=device)
     runs, skipped = {"copy": lambda: to.copy_(source)}, {}
@@ -45,7 +49,7 @@ def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats:
             continue
         for beta in BETAS:
             for dtype in ("bfloat16", "float32"):
-                gradient = torch.empty_like(student, dtype=getattr(torch, dtype))
+                gradient = torch.empty(rows, padded, dtype=getattr(torch, dtype), device=device)[:, :vocabulary]
                 runs[name, beta, dtype] = functools.partial(kernel, logits, weight, objective_of(beta), gradient)
     times = medians(interleaved(runs, repeats, device))
     copied = 2 * source.nbytes / times.pop("copy")
@@ -114,7 +118,7 @@ def main() -> None:
     device, started = torch.device(arguments.device), time.monotonic()
     end = (device, arguments.repeats)
     if device.type == "cuda":
-        cases = [(151936, 0.1), (151936, 0.5), (151936, 3.0), (100278, 0.5), (152064, 0.5), (262144, 0.5), (50257, 0.5)]
+        cases = [(151936, 0.1), (151936, 0.5), (151936, 3.0), (100278, 0.5), (262144, 0.5)]
         parts = [lambda v=v, d=d: row_kernels(v, d, *end) for v, d in cases]
         parts.append(lambda: value(8192, 4096, 151936, "bfloat16", *end))
     else:

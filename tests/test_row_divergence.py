@@ -347,8 +347,8 @@ def test_bf16_gradient_over_the_students_row(kernel, beta):
     for width in (1021, 1024):  # of rows: unaligned, aligned
         in_place = torch.empty(5, width)[:, :1021].copy_(student).to(device)
         over = in_place.view(torch.bfloat16)[:, :1021]
-        call(kernel, in_place, teacher.to(device), torch.ones(5, device=device), None, beta=beta, temperature=1.0,
-             teacher_is_difference=False, gradient=over)  # fmt: skip
+        given = Logits(in_place, teacher.to(device), difference=False, softcap=0.0)
+        call(kernel, given, PerRow(torch.ones(5, device=device)), objective_of(beta), over)
         assert_rounded(over, exact, kernel)
 
 

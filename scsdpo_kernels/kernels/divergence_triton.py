@@ -40,7 +40,7 @@ CLIPPED = tl.constexpr(KINDS.index("clipped"))  # its first walk is Jensen-Shann
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _INFINITY = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234e38)
-# A set whose largest logit is below it is as good as forbidden. Beyond, the rounding of `_bias` alone might overflow e.
+# A set whose largest logit is below it is as good as forbidden: the rounding of larger exponents might overflow e.
 _FORBIDDEN = tl.constexpr(-1e8)
 # What x is compared with before log(1 + x) is trusted; beyond it the logarithms of Z_s and Z_t are far apart.
 _TRUSTED = tl.constexpr(1e4)
@@ -305,16 +305,23 @@ def base(maximum):
 
 @triton.jit
 def _bias(maximum, bits):
-    """What makes exponents of 2, s bits + bias, at most about 0.
+    """What makes exponents of 2, s bits + bias, less than 1: an integer.
 
-    The rounding of this product is a factor of all e. It leaves no trace where z is known for the same bias.
+    It stands in sums of several kinds, which a compiler may fuse with a product in one place and not in another. Of an
+    integer, no digit depends on that.
     """
-    return -base(maximum) * bits
+    return -tl.floor(base(maximum) * bits)
 
 
 @triton.jit
-def _centre(z, own, mean):
-    return tl.where((z <= 2) & (tl.abs(own) < _INFINITY), own, mean)
+def _peak(maximum, bits):
+    """2^(exponent of the largest logit): at least 1."""
+    return tl.exp2(tl.fma(base(maximum), bits, _bias(maximum, bits)))
+
+
+@triton.jit
+def _centre(z, peak, own, mean):
+    return tl.where((z <= 2 * peak) & (tl.abs(own) < _INFINITY), own, mean)
 
 
 @triton.jit
@@ -462,7 +469,8 @@ def merged_lanes(m: Moments, own, inverse_temperature, objective: tl.constexpr):
         weighted = weighted - difference if objective == FORWARD else weighted + difference
     z = _sum_lanes(z)
     mean = _sum_lanes(weighted) / tl.where(z == 0, 1.0, z)
-    centre = _centre(z, own, tl.where(tl.abs(mean) < _LARGEST, mean, base(max_t) - base(max_s)))
+    peak = _peak(max_t if objective == FORWARD else max_s, inverse_temperature * _LOG2_E)
+    centre = _centre(z, peak, own, tl.where(tl.abs(mean) < _LARGEST, mean, base(max_t) - base(max_s)))
     m = moved(m, max_s, max_t, centre, inverse_temperature, objective)
     return Moments(
         max_s, max_t, own, centre, _sum_lanes(m.z_student), _sum_lanes(m.z_teacher), _sum_lanes(m.h_student),
@@ -489,7 +497,7 @@ def bounded_mean(mean):
 
 @triton.jit
 def _log_sum(z, maximum, inverse_temperature):
-    """log Σ e^((s - base)/τ), without the rounding of the bias that z was summed with."""
+    """log Σ e^((s - base)/τ), of a z that was summed with the bias."""
     bits = inverse_temperature * _LOG2_E
     return tl.log(z) - tl.fma(base(maximum), bits, _bias(maximum, bits)) * _LN_2
 
