@@ -108,6 +108,24 @@ def logits(hidden: Tensor, weight: Tensor, repeats: int) -> list[dict]:
     return records
 
 
+def table(result: dict) -> str:
+    """One result file as Markdown."""
+    host = result["machine"]
+    lines = [
+        f"{host['device']}, CUDA {host['cuda']}, torch {host['versions']['torch']}, "
+        f"medians of {result['repeats']}; a copy runs at {result['copy, GB/s']:.0f} GB/s, a product of 8192³ at "
+        f"{result['8192³, TFLOP/s']:.0f} TFLOP/s.",
+        "",
+        "| product | tokens | result | ms | TFLOP/s | " + " | ".join(ERRORS) + " |",
+        "|---" * (5 + len(ERRORS)) + "|",
+    ]
+    for x in result["products"]:
+        errors = " | ".join(f"{x[name]:.1e}" if name in x else "" for name in ERRORS)
+        rest = f"{x['result']} | {x['ms']:.3f} | {x['TFLOP/s']:.0f} | {errors}"
+        lines.append(f"| {x['product']} | {x['tokens']} | {rest} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
@@ -138,11 +156,7 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"matmuls-{'-'.join(host['device'].lower().split())}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"copy {copied:.0f} GB/s, 8192³ {rate:.0f} TFLOP/s")
-    for record in records:
-        errors = "".join(f"  {name} {record[name]:.2e}" for name in ERRORS if name in record)
-        print(f"{record['product']:14} {record['tokens']:5} {record['result']:14} {record['ms']:7.3f} ms "
-              f"{record['TFLOP/s']:6.0f} TFLOP/s{errors}")  # fmt: skip
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import json
 from pathlib import Path
 
 import accuracy
+import kernel_times
+import matmuls
 import objectives
 import processors
 import row_kernels
@@ -24,11 +26,12 @@ import throughput
 from measuring import RESULTS, timed
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = (throughput, processors, scaling, objectives, row_kernels, accuracy, shards)
+BENCHMARKS = (throughput, kernel_times, matmuls, processors, scaling, objectives, row_kernels, accuracy, shards)
 END = "<!-- end -->"
 
-# README.md shows these cases of throughput.py, by the name that a reader understands, and these implementations.
-SHORT_CASES = {
+# README.md shows these cases of throughput.py, by the name that a reader understands, and these implementations: of a
+# result file that has all of them.
+ON_CPU = {
     "Qwen3-8B, bfloat16, 256 rows": "Qwen3-8B, bf16, 256 tokens",
     "Qwen3-0.6B, bfloat16, 1024 rows": "Qwen3-0.6B, bf16, 1024 tokens",
     "Qwen3-0.6B, float32, 1024 rows": "Qwen3-0.6B, fp32, 1024 tokens",
@@ -37,7 +40,14 @@ SHORT_CASES = {
     "D = 512, V = 8192, float32, 256 rollouts, 63% of the questions at weight 0, padding removed":
         "The same step, zero-weight tokens left to the loss",
 }  # fmt: skip
-SHORT_IMPLEMENTATIONS = ("eager PyTorch", "torch.compile'd eager", "SDPO, eager", "chunked_divergence")
+ON_GPU = {
+    "Qwen3-8B, bfloat16, 8192 rows": "Qwen3-8B, bf16, 8192 tokens",
+    "Qwen3-8B, bfloat16, 256 rows": "Qwen3-8B, bf16, 256 tokens",
+}
+SHORT = (
+    (ON_GPU, ("torch.compile'd eager", "SDPO, eager", "fused_linear_jsd", "chunked_divergence")),
+    (ON_CPU, ("eager PyTorch", "torch.compile'd eager", "SDPO, eager", "chunked_divergence")),
+)
 
 
 def name_of(benchmark) -> str:
@@ -66,16 +76,19 @@ def pages() -> dict[Path, str]:
     for benchmark in BENCHMARKS:
         tables = "\n\n".join(map(benchmark.table, results(benchmark).values()))
         text = between_marks(text, name_of(benchmark), tables)
-    short = "\n\n".join(filter(None, map(short_table, results(throughput).values())))
+    gpus_first = sorted(results(throughput).values(), key=lambda result: "cuda" not in result["machine"])
+    short = "\n\n".join(filter(None, map(short_table, gpus_first)))
     return {full: text, readme: between_marks(readme.read_text(), "report", short)}
 
 
 def short_table(result: dict) -> str:
     """A few cases of one result of throughput.py, or nothing where a case was not measured."""
     cases = {case["name"]: case["implementations"] for case in result["cases"]}
-    if not cases.keys() >= SHORT_CASES.keys():
+    on_gpu = "cuda" in result["machine"]
+    shown, implementations = SHORT[0 if on_gpu else 1]
+    if not cases.keys() >= shown.keys():
         return ""
-    labels = [cases[next(iter(SHORT_CASES))][name].get("label", name) for name in SHORT_IMPLEMENTATIONS]
+    labels = [cases[next(iter(shown))][name].get("label", name) for name in implementations]
     lines = [
         f"Forward and backward of the Jensen-Shannon divergence on {timed(result['machine'])}. Each cell has the time, "
         "as a multiple of ours where it is a baseline's, the peak memory over inputs and gradients, and the relative "
@@ -84,13 +97,14 @@ def short_table(result: dict) -> str:
         "| | ours | " + " | ".join(labels) + " |",
         "|---" * (2 + len(labels)) + "|",
     ]
-    for name, shown in SHORT_CASES.items():
+    for name, called in shown.items():
         ours = cases[name]["chunked"]
-        cells = [_short_cell(f"{ours['seconds']:.2f} s", ours)]
-        for record in (cases[name][baseline] for baseline in SHORT_IMPLEMENTATIONS):
+        time = f"{1e3 * ours['seconds']:.1f} ms" if on_gpu else f"{ours['seconds']:.2f} s"
+        cells = [_short_cell(time, ours)]
+        for record in (cases[name][baseline] for baseline in implementations):
             ran = "seconds" in record
             cells.append(_short_cell(f"{record['seconds'] / ours['seconds']:.2f} ×", record) if ran else "—")
-        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+        lines.append(f"| {called} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
