@@ -66,12 +66,13 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
         gradient, adapted = buffers.kept, []
         for chunk in _split(group, most):
             inside = slice(chunk.start - group.start, chunk.stop - group.start)
-            logits, own = _project(plan, states[inside], rows.chunk(chunk), buffers.logits, kernels)
+            some = rows.chunk(chunk)
+            logits, own = _project(plan, states[inside], some, buffers.logits, kernels)
             adapted.append(own)
             if buffers.kept is None:
                 gradient, inside = view_as(logits.student, dtype), slice(None)
             written = gradient[inside] if any(x is not None for x in sums) else None
-            values = row_values(logits, rows.chunk(chunk), plan.objective, plan.support, kernels, plan.shard, written)
+            values = row_values(logits, some, plan.objective, plan.support, kernels, plan.shard, written)
             scalars[:, chunk] = torch.stack(values[: len(scalars)])
         if written is not None:
             gradient = gradient[: len(states)]

@@ -22,7 +22,8 @@ class Rows(NamedTuple):
     are_all: bool  # the rows are all rows, in order
 
     def chunk(self, which: slice) -> "Rows":
-        return mapped(lambda path, x: x[which], self)
+        whole = which.start == 0 and which.stop == len(self.kept)
+        return self if whole else mapped(lambda path, x: x[which], self)
 
 
 def as_matrix(
