@@ -11,6 +11,7 @@ Writes FOLDER/row_kernels-<machine>.json after every part and prints its tables.
 
 import argparse
 import functools
+import itertools
 import math
 import time
 from pathlib import Path
@@ -25,13 +26,12 @@ from scsdpo_kernels.kernels.contract import Logits, PerRow
 from scsdpo_kernels.problem import objective_of
 from scsdpo_kernels.schedules.chunked import ALIGNMENT
 
-KERNELS = {"cpu": ("cpu",), "cuda": ("triton", "cuda-cluster", "cuda-streaming")}
 BETAS = (0.0, 0.5, 1.0)
 PRODUCTS = 2  # of the value alone
 
 
 def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats: int) -> dict:
-    """Every row kernel of a device on the same logits, larger than any cache."""
+    """A device's row kernel, on logits that are larger than any cache."""
     rows = 2 ** (28 if device.type == "cuda" else 24) // vocabulary
     padded = -(-vocabulary // ALIGNMENT) * ALIGNMENT  # as the fused loss has them
     student, noise = torch.randn(2, rows, padded, device=device)
@@ -40,25 +40,18 @@ def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats:
     student = student[:, :vocabulary]
     logits, weight = Logits(student, teacher, difference=False, softcap=0.0), PerRow(torch.ones(rows, device=device))
     source, to = torch.empty(2, 4 * student.numel(), dtype=torch.uint8, device=device)
-    runs, skipped = {"copy": lambda: to.copy_(source)}, {}
-    for name in KERNELS[device.type]:
-        try:
-            kernel = kernels_of(device, "auto" if name == "cpu" else name).row_divergence
-        except ValueError as raised:
-            skipped[name] = str(raised)
-            continue
-        for beta in BETAS:
-            for dtype in ("bfloat16", "float32"):
-                gradient = torch.empty(rows, padded, dtype=getattr(torch, dtype), device=device)[:, :vocabulary]
-                runs[name, beta, dtype] = functools.partial(kernel, logits, weight, objective_of(beta), gradient)
+    runs, kernel = {"copy": lambda: to.copy_(source)}, kernels_of(device).row_divergence
+    for beta, dtype in itertools.product(BETAS, ("bfloat16", "float32")):
+        gradient = torch.empty(rows, padded, dtype=getattr(torch, dtype), device=device)[:, :vocabulary]
+        runs[beta, dtype] = functools.partial(kernel, logits, weight, objective_of(beta), gradient)
     times = medians(interleaved(runs, repeats, device))
     copied = 2 * source.nbytes / times.pop("copy")
-    records = []
-    for (name, beta, dtype), median in times.items():
+    name, records = "cpu" if device.type == "cpu" else "triton", []
+    for (beta, dtype), median in times.items():
         rate = (8 + getattr(torch, dtype).itemsize) * student.numel() / median
         records.append({"kernel": name, "beta": beta, "gradient": dtype, "seconds": median, "share": rate / copied})
-    return {"rows": rows, "vocabulary": vocabulary, "distance": distance, "copy, B/s": copied, "kernels": records,
-            "skipped": skipped}  # fmt: skip
+    return {"rows": rows, "vocabulary": vocabulary, "distance": distance, "copy, B/s": copied,
+            "kernels": records}  # fmt: skip
 
 
 def value(rows: int, width: int, vocabulary: int, dtype: str, device: torch.device, repeats: int) -> dict:
@@ -90,7 +83,6 @@ def table(result: dict) -> str:
                 "|---|---|---|---|---|",
                 *(f"| {x['kernel']} | {x['beta']} | {x['gradient']} | {1e3 * x['seconds']:.2f} | {x['share']:.2f} |"
                   for x in part["kernels"]),
-                *(f"| {name} | skipped: {why} | | | |" for name, why in part["skipped"].items()),
                 "",
                 f"The copy ran at {part['copy, B/s'] / 1e9:.0f} GB/s.",
             ]  # fmt: skip

@@ -130,29 +130,6 @@ PYBIND11_MODULE(_C, m) {
       .field("gradient_dtype", &TailGradient::gradient_dtype);
   on_processor(m, "tail_gradient", tail_gradient);
 
-  py::class_<RowGeometry>(m, "RowGeometry")
-      .def_readonly("cluster", &RowGeometry::cluster)
-      .def_readonly("threads", &RowGeometry::threads)
-      .def_readonly("slice", &RowGeometry::slice)
-      .def_readonly("shared_bytes", &RowGeometry::shared_bytes);
-  Fields<GpuLimits>(m, "GpuLimits")
-      .field("shared_per_multiprocessor", &GpuLimits::shared_per_multiprocessor)
-      .field("shared_per_block", &GpuLimits::shared_per_block)
-      .field("shared_reserved", &GpuLimits::shared_reserved)
-      .field("cluster", &GpuLimits::cluster);
-  m.def("row_geometry", &row_geometry);
-  py::enum_<CudaSchedule>(m, "CudaSchedule")
-      .value("auto", CudaSchedule::kAuto)
-      .value("cluster", CudaSchedule::kCluster)
-      .value("streaming", CudaSchedule::kStreaming);
-#if defined(SCSDPO_CUDA)
-  m.def("cuda_error", &cuda_error);
-  m.def("row_divergence_cuda", [](const RowDivergence& task, int device, uintptr_t stream, CudaSchedule schedule) {
-    py::gil_scoped_release release;
-    return row_divergence_cuda(task, device, stream, schedule);
-  });
-#endif
-
   Fields<Matmul>(m, "Matmul")
       .field("rows", &Matmul::rows)
       .field("columns", &Matmul::columns)

@@ -1,4 +1,5 @@
-// One vocabulary entry of the divergence, and what it needs to know of its row: written once for host and device.
+// One vocabulary entry of the divergence, and what it needs to know of its row: written once for a number and for a
+// vector of them.
 //
 // p, q: student and teacher probability of the entry; d = log(q / p). Every divergence here is a sum of entries that
 // are never negative, so nothing cancels when p and q are almost equal: p and q both sum to one, and an entry of KL(p
@@ -26,19 +27,7 @@
 
 #include "mixture.h"
 
-// SCSDPO_GPU: the formulas take the GPU's own elementary functions, of gpu.h or of what stands for it on the host.
-#if defined(__CUDACC__) || defined(SCSDPO_ON_HOST)
-#include "gpu.h"
-#endif
-#if defined(__CUDA_ARCH__) || defined(SCSDPO_ON_HOST)
-#define SCSDPO_GPU
-#endif
-
-#if defined(__CUDACC__)
-#define SCSDPO_INLINE __host__ __device__ __forceinline__
-#else
 #define SCSDPO_INLINE inline __attribute__((always_inline))
-#endif
 
 namespace scsdpo {
 // Every instruction set compiles this header anew: the anonymous namespace keeps the linker from merging the copies.
@@ -99,13 +88,9 @@ SCSDPO_INLINE F phi(F x) {
 
 constexpr float kLog2E = 1.44269504f;
 
-// e^x for x <= 80, to 2e-7 relative (on a GPU 3e-7 + 1e-7 |x|); 0 below -87, where the result would leave the normal
-// numbers.
+// e^x for x <= 80, to 2e-7 relative; 0 below -87, where the result would leave the normal numbers.
 template <class F>
 SCSDPO_INLINE F exponential(F x) {
-#if defined(SCSDPO_GPU)
-  return gpu::power_of_two(x * kLog2E);
-#else
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits
   F bounded = x < -87.0f ? splat<F>(-87.0f) : x;
   F shifted = bounded * kLog2E + round;
@@ -114,19 +99,11 @@ SCSDPO_INLINE F exponential(F x) {
   F scale = from_bits<F>((to_bits(shifted) + 127) << 23);
   F y = scale + scale * (r + phi(r));
   return x < -87.0f ? splat<F>(0.0f) : y;
-#endif
 }
 
-// log(1 + y), to 3e-7 relative (on a GPU 5e-7), given u = 1 + y > 0 rounded and y itself, which still has the digits
-// that u lost.
+// log(1 + y), to 3e-7 relative, given u = 1 + y > 0 rounded and y itself, which still has the digits that u lost.
 template <class F>
 SCSDPO_INLINE F log_one_plus(F u, F y) {
-#if defined(SCSDPO_GPU)
-  F z = y * gpu::reciprocal(y + 2.0f);  // log(1 + y) = 2 artanh(z)
-  F w = z * z;
-  F series = w * ((w * 0.14790256f + 0.19994383f) * w + 0.33333343f);
-  return fabsf(y) < 0.29f ? (z + z) * series + (z + z) : gpu::log2(u) * 0.69314718f;
-#else
   auto k = (to_bits(u) - 0x3f3504f3) >> 23;  // u = 2^k m, sqrt(1/2) <= m < sqrt(2)
   F exponent = from_bits<F>(k + 0x4b400000) - 12582912.0f;
   F f = k == 0 ? y : from_bits<F>(to_bits(u) - (k << 23)) - 1.0f;
@@ -134,7 +111,6 @@ SCSDPO_INLINE F log_one_plus(F u, F y) {
   F w = z * z;
   F series = w * ((w * 0.14790256f + 0.19994383f) * w + 0.33333343f);
   return exponent * 0.69314718f + (z + z) * (series + 1.0f);
-#endif
 }
 
 // p x, where p = 0 wins over an infinite x.
@@ -283,11 +259,7 @@ SCSDPO_INLINE Row row_of(float max_student, float max_teacher, float own, float 
 // e^(x / temperature)
 template <class F>
 SCSDPO_INLINE F boltzmann(F x, const Row& row) {
-#if defined(SCSDPO_GPU)
-  return gpu::power_of_two(x * (row.inverse_temperature * kLog2E));  // one factor a row
-#else
   return exponential(x * row.inverse_temperature);
-#endif
 }
 
 template <class F>
@@ -348,11 +320,6 @@ SCSDPO_INLINE F log_ratio(const Logits<F>& at, const Row& row) {
   return log_ratio_from_centre(at, row) - row.log_ratio;
 }
 
-template <class F>
-SCSDPO_INLINE Probabilities<F> probabilities(const Logits<F>& at, const Row& row) {
-  return {student_probability(at, row), teacher_probability(at, row), log_ratio(at, row)};
-}
-
 struct Entropies {
   float student, teacher;
 };
@@ -400,11 +367,10 @@ struct LogSumExp {
 };
 
 // Of the logits over the temperature. -inf of a side that forbids everything.
-template <class Real>
-SCSDPO_INLINE LogSumExp log_sum_exp(const Sums<Real>& sums, const Row& row) {
+SCSDPO_INLINE LogSumExp log_sum_exp(const Sums<double>& sums, const Row& row) {
   double inverse = row.inverse_temperature;
-  double student = row.max_student * inverse + std::log(double{sums.student});
-  double teacher = row.max_teacher * inverse + std::log(double{sums.teacher});
+  double student = row.max_student * inverse + std::log(sums.student);
+  double teacher = row.max_teacher * inverse + std::log(sums.teacher);
   bool comparable = std::isfinite(row.log_ratio);
   return {student, comparable ? student + (row.centre * inverse + row.log_ratio) : teacher};
 }
@@ -414,16 +380,16 @@ SCSDPO_INLINE LogSumExp log_sum_exp(const Sums<Real>& sums, const Row& row) {
 SCSDPO_INLINE float bounded_mean(float mean) { return mean > 3.4e38f ? 3.4e38f : mean; }
 
 // All of the row but the mean score of a mixture.
-template <Objective objective, class Real>
-SCSDPO_INLINE Entropies conclude(const Sums<Real>& sums, const Mixture& mix, Row& row) {
-  Real log_student = std::log(sums.student), log_teacher = std::log(sums.teacher);
+template <Objective objective>
+SCSDPO_INLINE Entropies conclude(const Sums<double>& sums, const Mixture& mix, Row& row) {
+  double log_student = std::log(sums.student), log_teacher = std::log(sums.teacher);
   row.log_student = static_cast<float>(log_student);
   row.log_teacher = static_cast<float>(log_teacher);
   row.inverse_student = static_cast<float>(1 / sums.student);
   row.inverse_teacher = static_cast<float>(1 / sums.teacher);
-  Real ratio = sums.excess / sums.student;  // Z_t / Z_s - 1, which cancels where Z_t is much the smaller
-  Real apart = static_cast<Real>(double{row.max_teacher} - row.max_student - row.centre) * row.inverse_temperature;
-  bool trusted = ratio > Real(-0.5) && std::isfinite(ratio);
+  double ratio = sums.excess / sums.student;  // Z_t / Z_s - 1, which cancels where Z_t is much the smaller
+  double apart = (double{row.max_teacher} - row.max_student - row.centre) * row.inverse_temperature;
+  bool trusted = ratio > -0.5 && std::isfinite(ratio);
   row.log_ratio = static_cast<float>(trusted ? std::log1p(ratio) : log_teacher - log_student + apart);
 
   float p = row.inverse_student, q = exponential(-row.log_ratio) * p;

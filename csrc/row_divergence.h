@@ -7,7 +7,6 @@
 
 #include "dtype.h"
 #include "instruction_set.h"
-#include "row_geometry.h"
 
 namespace scsdpo {
 
@@ -79,16 +78,5 @@ struct RowDivergence {
 // Rows on SIMD and `threads` threads. Each row is computed by one thread in one order: results do not depend on
 // `threads`. instruction_set must not exceed best_instruction_set().
 void row_divergence_cpu(const RowDivergence& task, int threads, InstructionSet instruction_set);
-
-enum class CudaSchedule : int32_t { kAuto, kCluster, kStreaming };
-
-// Rows on an NVIDIA GPU, on a stream of its: pointers are the device's, and the call does not wait. In builds with
-// CUDA. kAuto streams the rows that no cluster of blocks can hold. Targets outside the vocabulary have log-probability
-// NaN. Returns what was launched.
-RowGeometry row_divergence_cuda(const RowDivergence& task, int device, uintptr_t stream, CudaSchedule schedule);
-
-// Why the CUDA runtime that this build carries cannot be used, as with a driver older than it: an error's name, or
-// null.
-const char* cuda_error();
 
 }  // namespace scsdpo

@@ -3,11 +3,7 @@
 The kernels' own tests (test_row_divergence.py, test_question_weights.py) run there too.
 """
 
-import shutil
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import oracle
@@ -21,13 +17,12 @@ from scsdpo_kernels import (
     SampledToken,
     TopK,
     TopLogprobs,
-    kernels,
     linear_divergence,
     question_weights,
     scsdpo_loss,
 )
-from scsdpo_kernels.kernels import native
 from scsdpo_kernels.kernels.contract import Logits, PerRow
+from scsdpo_kernels.kernels.row_divergence_triton import row_divergence
 from scsdpo_kernels.problem import objective_of
 from scsdpo_kernels.schedules import chunked
 
@@ -157,18 +152,7 @@ def test_the_loss_may_be_scaled(dtype):
             torch.testing.assert_close(y, (x.float() * 2.5).to(dtype))
 
 
-ROW_KERNELS = ("triton", "cuda-cluster", "cuda-streaming")
 VOCABULARIES = (1, 7, 50257, 100278, 151936, 152064, 262144)
-
-
-def row_kernel(name):
-    try:
-        kernel = kernels.kernels_of(torch.device("cuda", torch.cuda.current_device()), name).row_divergence
-    except ValueError as error:
-        pytest.skip(str(error))
-    if name == "cuda-cluster" and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("clusters need compute capability 9.0")
-    return kernel
 
 
 def given(student, teacher, weight, beta, target=None, temperature=1.0):
@@ -186,17 +170,15 @@ def row_logits(rows, vocabulary, start=0, width=None, dtype=torch.float32, seed=
     return (x.to(dtype)[:, start : start + vocabulary] for x in (3 * student, teacher))
 
 
-@pytest.mark.parametrize("name", ROW_KERNELS)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row_kernel_against_long_double(name, vocabulary, beta, dtype):
-    """The precision contract, at real vocabularies and more rows than one turn of the clusters takes."""
-    kernel = row_kernel(name)
+def test_row_kernel_against_long_double(vocabulary, beta, dtype):
+    """The precision contract, at real vocabularies and more rows than run at once."""
     student, teacher = row_logits(260, vocabulary, dtype=dtype)
     weight, target = torch.randn(260, device="cuda"), torch.arange(260, device="cuda") % vocabulary
     gradient = torch.full(student.shape, torch.nan, device="cuda")
-    scalars = kernel(*given(student, teacher, weight, beta, target, 0.75), gradient)
+    scalars = row_divergence(*given(student, teacher, weight, beta, target, 0.75), gradient)
     some = [0, 1, 131, 132, 258, 259]
     expected = oracle.rows(student[some].float().cpu(), teacher[some].float().cpu(), beta, 0.75)
     at = range(len(some)), target[some].cpu().numpy()
@@ -209,89 +191,27 @@ def test_row_kernel_against_long_double(name, vocabulary, beta, dtype):
     assert (error <= 1e-5 * want.norm(dim=1)).all()
 
 
-@pytest.mark.parametrize("name", ROW_KERNELS[1:])
-@pytest.mark.parametrize("vocabulary", VOCABULARIES)
-@pytest.mark.parametrize("beta", [0.0, 0.01, 0.5, 1.0])
-@pytest.mark.parametrize("start", [0, 1, 4])
-def test_cuda_agrees_with_triton(name, vocabulary, beta, start):
-    """Rows that start anywhere, and are not multiples of 16 bytes."""
-    kernel, triton = row_kernel(name), row_kernel("triton")
-    student, teacher = row_logits(150, vocabulary, start, width=vocabulary)
-    weight = torch.randn(150, device="cuda")
-    gradients = [torch.full(student.shape, torch.nan, device="cuda") for _ in range(2)]
-    results = [
-        run(*given(student, teacher, weight, beta), gradient)[:3]
-        for run, gradient in zip((kernel, triton), gradients, strict=True)
-    ]
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", ROW_KERNELS)
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_row_kernel_in_place(name, vocabulary, beta):
+def test_row_kernel_in_place(vocabulary, beta):
     """A bf16 gradient over the student's rows has the bits of one elsewhere: an fp32 gradient but for rounding.
 
     The other one's rows stand as far apart: Triton compiles another kernel, whose bits may differ, for strides that 16
     does not divide.
     """
-    kernel = row_kernel(name)
     student, teacher = row_logits(300, vocabulary)
     weight = torch.randn(300, device="cuda")
     exact = torch.full_like(student, torch.nan)
-    kernel(*given(student, teacher, weight, beta), exact)
+    row_divergence(*given(student, teacher, weight, beta), exact)
     over = student.view(torch.bfloat16)[:, :vocabulary]
     gradient = torch.full((300, over.stride(0)), torch.nan, dtype=torch.bfloat16, device="cuda")[:, :vocabulary]
     assert gradient.stride() == over.stride() and gradient.data_ptr() % 16 == over.data_ptr() % 16 == 0
-    expected = kernel(*given(student, teacher, weight, beta), gradient)[:3]
-    scalars = kernel(*given(student, teacher, weight, beta), over)[:3]
+    expected = row_divergence(*given(student, teacher, weight, beta), gradient)[:3]
+    scalars = row_divergence(*given(student, teacher, weight, beta), over)[:3]
     assert all(torch.equal(x, y) for x, y in zip(scalars, expected, strict=True))
     assert torch.equal(over, gradient)
     if vocabulary > 1:
         assert relative_error(over, exact) < 4e-3
-
-
-@pytest.mark.parametrize("name", ROW_KERNELS[1:])
-@pytest.mark.parametrize("vocabulary", [7, 1021, 9000, 30000])
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_many_rows_are_those_of_calls_of_their_own(name, vocabulary, beta):
-    """Clusters of one block and of more take row after row."""
-    kernel = row_kernel(name)
-    rows = min(40000, 2**28 // vocabulary)
-    student, teacher = row_logits(rows, vocabulary)
-    weight = torch.ones(rows, device="cuda")
-    gradient = torch.full(student.shape, torch.nan, device="cuda")
-    results = kernel(*given(student, teacher, weight, beta), gradient)[:3]
-    for start in (0, rows // 2, rows - 100):
-        some = slice(start, start + 100)
-        alone = torch.full((100, vocabulary), torch.nan, device="cuda")
-        expected = kernel(*given(student[some], teacher[some], weight[some], beta), alone)[:3]
-        assert all(torch.equal(x[some], y) for x, y in zip(results, expected, strict=True))
-        assert torch.equal(gradient[some], alone)
-
-
-@pytest.mark.parametrize("name", ROW_KERNELS[1:])
-def test_row_kernel_on_two_streams_at_once(name):
-    kernel = row_kernel(name)
-    weight = torch.ones(200, device="cuda")
-    inputs = [tuple(row_logits(200, 100278, seed=seed)) for seed in (0, 1)]
-    expected, got = [], []
-    for student, teacher in inputs:
-        gradient = torch.empty_like(student)
-        expected.append((kernel(*given(student, teacher, weight, 0.5), gradient).divergence, gradient))
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in inputs]
-    for _ in range(5):
-        for stream, (student, teacher) in zip(streams, inputs, strict=True):
-            with torch.cuda.stream(stream):
-                gradient = torch.empty_like(student)
-                divergence = kernel(*given(student, teacher, weight, 0.5), gradient).divergence
-                got.append((divergence, gradient))
-    torch.cuda.synchronize()
-    for i, (divergence, gradient) in enumerate(got):
-        assert torch.equal(divergence, expected[i % 2][0]) and torch.equal(gradient, expected[i % 2][1])
 
 
 def peak_bytes(rows, trained):
@@ -408,22 +328,6 @@ def test_two_streams_at_once():
         assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
 
 
-def test_compute_sanitizer_is_content():
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    why = native.why_not_cuda(torch.device("cuda", 0))
-    if sanitizer is None or why:
-        pytest.skip(why or "compute-sanitizer is not on this machine")
-    script = Path(__file__).parent / "sanitized_cuda.py"
-    for check in ("memcheck", "racecheck"):
-        done = subprocess.run(
-            [sanitizer, "--tool", check, "--error-exitcode", "9", sys.executable, script],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-
-
 def _objectives():
     generator = torch.Generator().manual_seed(0)
     rows, vocabulary, width = 64, 20011, 512
@@ -450,13 +354,10 @@ def _objectives():
 OBJECTIVES = ("top_k", "renormalize", "support", "sampled", "clip", "bias", "softcap", "softcap, clip", "lora")
 
 
-@pytest.mark.parametrize("name", ROW_KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_objectives_and_heads(name, dtype, objective, monkeypatch):
-    """Against float64 on full logits, with every row kernel, several chunks, no wait for the host but one."""
-    row_kernel(name)  # or skips
-    monkeypatch.setattr(kernels, "ROW_KERNEL", name)
+def test_objectives_and_heads(dtype, objective, monkeypatch):
+    """Against float64 on full logits, with several chunks, no wait for the host but one."""
     monkeypatch.setattr(chunked, "MIN_ROWS", 25)
     monkeypatch.setitem(chunked.BUFFER_BYTES, "gpu", 0)
     hidden, weight, teacher, _ = problem(64, dtype, 20011, 512, distance=0.3)

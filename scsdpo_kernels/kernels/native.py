@@ -240,39 +240,6 @@ def _on_processor(kernel, task, device: torch.device, instruction_set: str | Non
     kernel(task, torch.get_num_threads(), _C.InstructionSet.__members__[name])
 
 
-def why_not_cuda(device: torch.device) -> str | None:
-    """Why `row_divergence_cuda` cannot run on a device; None: it can."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"it needs an NVIDIA GPU, got {device}"
-    if not hasattr(_C, "row_divergence_cuda"):
-        return "this package was built without a CUDA compiler"
-    if error := _C.cuda_error():
-        return f"the CUDA runtime that this package was built with reports {error}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "it needs compute capability 8.0 or newer"
-    return None
-
-
-def row_divergence_cuda(
-    logits: Logits,  # fp32 or bf16
-    rows: PerRow,
-    objective: Objective,
-    gradient: Tensor | None = None,
-    *,
-    row_schedule: str = "auto",  # "cluster" | "streaming": csrc/row_divergence_cuda.cu
-) -> Scalars:
-    """`row_divergence` on an NVIDIA GPU, on its current stream; it does not wait."""
-    assert logits.student.dtype != torch.float64
-    task, scalars = _row_task(logits, rows, objective, gradient)
-    _C.row_divergence_cuda(task, *_stream(logits.student.device), _C.CudaSchedule.__members__[row_schedule])
-    return scalars
-
-
-def _stream(device: torch.device) -> tuple[int, int]:
-    """Numbers of a GPU and of its current stream."""
-    return device.index, torch.cuda.current_stream(device).cuda_stream
-
-
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """torch.empty for hundreds of megabytes on the CPU: on huge pages where the system has them to give."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")

@@ -168,7 +168,7 @@ def _few_entries(
         teacher = torch.cat([log_q, log_tail_t.clamp(min=LEAST_LOG_TAIL)], dim=-1)
     g = torch.empty_like(student, dtype=torch.float32)
     few = Logits(student.contiguous(), teacher.contiguous(), difference=False, softcap=0.0)
-    scalars = kernels.short_row_divergence(few, PerRow(weight), objective_of(beta), g)
+    scalars = kernels.row_divergence(few, PerRow(weight), objective_of(beta), g)
     if support.renormalize:  # nothing outside of A; but a NaN row is NaN throughout
         g = torch.cat([g, 0.0 * scalars[0][:, None]], dim=-1)
     return scalars[0], g

@@ -1,6 +1,6 @@
-// One entry of divergence.h with reference and mean score 0, on the elementary functions that the including file has
-// chosen: {divergence, score, slope}.
-#pragma once
+// One entry of divergence.h with reference and mean score 0, as a Python module: {divergence, score, slope}.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 
@@ -15,7 +15,7 @@ std::array<float, 3> entry_of(float p, float q, float d, double beta) {
   return {of.divergence, of.score, slope<objective, Range::kAny, float>({p, q, d}, of.score, Row{})};
 }
 
-inline std::array<float, 3> entry_of(float p, float q, float d, double beta) {
+std::array<float, 3> entry_of(float p, float q, float d, double beta) {
   return beta == 0   ? entry_of<Objective::kForward>(p, q, d, beta)
          : beta == 1 ? entry_of<Objective::kReverse>(p, q, d, beta)
                      : entry_of<Objective::kJensenShannon>(p, q, d, beta);
@@ -23,3 +23,7 @@ inline std::array<float, 3> entry_of(float p, float q, float d, double beta) {
 
 }  // namespace
 }  // namespace scsdpo
+
+PYBIND11_MODULE(entry_of, m) {
+  m.def("entry_of", [](float p, float q, float d, double beta) { return scsdpo::entry_of(p, q, d, beta); });
+}
