@@ -366,7 +366,9 @@ def test_objectives_and_heads(dtype, objective, monkeypatch):
     result, *gradients = fused(hidden, weight, own, **options)
     exact, *expected = fused(hidden.double(), weight.double(), None if own is None else own.double(), **options,
                              schedule="reference")  # fmt: skip
-    torch.testing.assert_close(result.divergence.double(), exact.divergence, rtol=1e-4, atol=1e-6)
+    # The sampled token's is a difference of log-probabilities, rounded at their own size, times one of them.
+    atol = 1e-5 if objective == "sampled" else 1e-6
+    torch.testing.assert_close(result.divergence.double(), exact.divergence, rtol=1e-4, atol=atol)
     for got, want in zip(gradients, expected, strict=True):
         assert relative_error(got, want) < (8e-3 if dtype == torch.bfloat16 else 1e-4)
     silent = fused(hidden, weight, own, **options, rows=torch.arange(64, device="cuda"))

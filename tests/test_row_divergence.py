@@ -342,7 +342,7 @@ def test_bf16_gradient_over_the_students_row(kernel, beta):
 
 def assert_rounded(got, exact, kernel):
     same = got.cpu().float()
-    if kernel == "triton" and DEVICE == "cpu":  # Triton's interpreter cuts bf16 off
+    if kernel == "triton":  # compiled anew for another stride, to other last bits; its interpreter cuts bf16 off
         torch.testing.assert_close(same, exact, rtol=2**-7, atol=0, equal_nan=True)
     else:
         assert torch.equal(same.nan_to_num(7.0), exact.bfloat16().float().nan_to_num(7.0))
