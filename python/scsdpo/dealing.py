@@ -135,7 +135,7 @@ def collate(rollouts: Sequence[Rollout], padding: int, device: torch.device | st
 
 
 def _micro_batches(share: list[Rollout], count: int, most: int) -> list[list[Rollout]]:
-    """Of rollouts from the longest to the shortest; the bound on tokens is the smallest that `count` of them can hold."""
+    """Of rollouts from the longest to the shortest; the bound on tokens is the smallest that `count` can hold."""
     low, high = max((x.tokens for x in share), default=0), padded_tokens(share)
     while low < high:
         middle = (low + high) // 2

@@ -31,6 +31,10 @@ class EMATeacher(TrainerCallback):
         self.checkpoint = checkpoint
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self._is_adapter and not self.inner._initialized:  # PEFT has read it from a checkpoint, TRL makes it anew
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            if self.inner.teacher_adapter_name in model.peft_config:
+                model.delete_adapter(self.inner.teacher_adapter_name)
         self.inner.on_train_begin(args, state, control, **kwargs)
         if self.checkpoint is not None:
             self._load(os.path.join(self.checkpoint, FILE))

@@ -2,8 +2,8 @@
 
 A mixin in front of `SDPOTrainer` or `SDFTTrainer`. Every argument of TRL's keeps its meaning and its aggregation: the
 loss is the mean over a rollout's distilled tokens, then over the rollouts of an optimiser step. No step holds a
-(B, T, V) tensor: the divergence and the log-probabilities of rollouts come from hidden states, inside the head's forward
-(`scsdpo.head`). Rollouts without weight are not run, and the others are dealt evenly (`scsdpo.dealing`).
+(B, T, V) tensor: the divergence and the log-probabilities of rollouts come from hidden states, inside the head's
+forward (`scsdpo.head`). Rollouts without weight are not run, and the others are dealt evenly (`scsdpo.dealing`).
 """
 
 from collections.abc import Sequence
@@ -55,7 +55,9 @@ class FusedSelfDistillation:
         if self.args.distillation_mode == "topk_logits" and self.args.distillation_topk is None:
             raise ValueError("distillation_topk: expected a number with distillation_mode='topk_logits', got None")
         if self.args.skip_zero_steps and (self.is_deepspeed_enabled or self.accelerator.scaler is not None):
-            raise ValueError("skip_zero_steps: expected False under DeepSpeed and fp16, whose optimisers need gradients")
+            raise ValueError(
+                "skip_zero_steps: expected False under DeepSpeed and fp16, whose optimisers need gradients"
+            )
         head = patch_lm_head(self.model)
         patch_lm_head(self.teacher_model)
         if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind != "live":
