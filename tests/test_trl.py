@@ -14,66 +14,17 @@ from test_package import LargestTensor
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 pytest.importorskip("trl", reason="trl: pip install '.[trl]'")
 
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Olmo3Config,
-    Olmo3ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    TrainerCallback,
-)
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, TrainerCallback
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer, sdpo_trainer
+from trl_models import BASE, MODELS, QUESTIONS, SIZES, WORDS, reward, save
 
 from scsdpo.trl import SCSDPOConfig, SCSDPOTrainer
 from scsdpo_kernels.schedules import chunked
 
-WORDS = ["<pad>", "<eos>", "<unk>", *map(str, range(60))]
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 1,
-         "bos_token_id": None, "vocab_size": len(WORDS), "initializer_range": 0.3}  # fmt: skip
-MODELS = {
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-    "qwen3, tied": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}),
-    "olmo3": (Olmo3Config, Olmo3ForCausalLM, {}),
-}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every model and its tokenizer, saved: base and EMA teachers are read from there."""
-    root = tmp_path_factory.mktemp("models")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                   padding_side="left")  # fmt: skip
-    for name, (config, model, options) in MODELS.items():
-        torch.manual_seed(1)
-        model(config(**{**SIZES, **options})).save_pretrained(root / name)
-        fast.save_pretrained(root / name)
-    return root
-
-
-def reward(completion_ids, **_):
-    """Successful are sums of ids that 3 divides: some questions all, some none, most between."""
-    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
-
-
-QUESTIONS = Dataset.from_list([{"prompt": f"{i} {i + 7} {2 * i}"} for i in range(20)])
-BASE = {
-    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 3,
-    "max_completion_length": 6, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
-    "use_cpu": True, "bf16": False, "distillation_mode": "full_logits", "distillation_alpha": 0.5, "seed": 3,
-    "lr_scheduler_type": "constant", "max_prompt_length": 32, "disable_tqdm": True, "diagnostics_warning_interval": 0,
-    "gradient_checkpointing": False,
-}  # fmt: skip
+    return save(tmp_path_factory.mktemp("models"))
 
 
 def train(trainer, config, folder, model, prepare=None, reward=reward, data=None, resume=None, **options):

@@ -50,6 +50,8 @@ class FusedSelfDistillation:
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if not isinstance(self.args, DealingOptions):
+            raise TypeError(f"args: expected a {self.config_cls.__name__}, got {type(self.args).__name__}")
         if self.args.use_teacher_server:
             raise ValueError(f"use_teacher_server: expected False; {type(self).__name__} runs its teacher itself")
         if self.args.distillation_mode == "topk_logits" and self.args.distillation_topk is None:

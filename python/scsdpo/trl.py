@@ -1,4 +1,4 @@
-"""SC-SDPO in TRL: its SDPOTrainer with question weights and the fused loss, as a drop-in.
+"""SC-SDPO in TRL: its SDPOTrainer with question weights and the fused loss, as a drop-in. And two others, fused.
 
     from scsdpo.trl import SCSDPOConfig, SCSDPOTrainer
 
@@ -6,6 +6,7 @@
 
 The loss is TRL's times the weight of the rollout's question (arXiv 2605.27765, eq. 15-16), which is computed once a
 generation batch, over all processes. How it is computed, and for which rollouts, is in `scsdpo.self_distillation`.
+`FusedSDFTTrainer` is SDFTTrainer likewise, without weights, and `FusedDistillationTrainer` is DistillationTrainer.
 """
 
 from dataclasses import dataclass, field
@@ -20,17 +21,21 @@ from scsdpo_kernels import question_weights
 TESTED = ">=1.16,<1.17"
 
 try:
+    from trl import DistillationTrainer
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
+    from .distillation import FusedDistillationTrainer
     from .self_distillation import SEAMS, DealingOptions, FusedSelfDistillation
-
-    _missing = [name for name in SEAMS if not hasattr(SDPOTrainer, name)]
 except ImportError as error:
     raise ImportError(f"scsdpo.trl is made for trl{TESTED} (pip install 'scsdpo-kernels[trl]'): {error}") from error
-if _missing:
-    raise ImportError(
-        f"scsdpo.trl is made for trl{TESTED}; SDPOTrainer of trl {metadata.version('trl')} has no {', '.join(_missing)}"
-    )
+
+for _trainer, _seams in ((SDPOTrainer, SEAMS), (SDFTTrainer, SEAMS), (DistillationTrainer, ("_compute_loss",))):
+    if _missing := [name for name in _seams if not hasattr(_trainer, name)]:
+        raise ImportError(
+            f"scsdpo.trl is made for trl{TESTED}; {_trainer.__name__} of trl {metadata.version('trl')} has no "
+            f"{', '.join(_missing)}"
+        )
 
 
 @dataclass
@@ -57,8 +62,6 @@ class SCSDPOConfig(DealingOptions, SDPOConfig):
                 f"distillation_weight: expected 1.0, got {self.distillation_weight}; the policy loss that it blends in "
                 "needs full logits, which this trainer never has"
             )
-        if self.use_teacher_server:
-            raise ValueError("use_teacher_server: expected False; SCSDPOTrainer runs its teacher itself")
 
 
 class SCSDPOTrainer(FusedSelfDistillation, SDPOTrainer):
@@ -79,11 +82,6 @@ class SCSDPOTrainer(FusedSelfDistillation, SDPOTrainer):
 """
         + SDPOTrainer._paper["citation"],
     }
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, SCSDPOConfig):
-            raise TypeError(f"args: expected an SCSDPOConfig, got {type(self.args).__name__}")
 
     def _weigh(self, batch: dict[str, Any]) -> Tensor:  # (B,)
         """Over the generation batch of all processes in training; in evaluation each question for itself.
@@ -112,4 +110,15 @@ class SCSDPOTrainer(FusedSelfDistillation, SDPOTrainer):
         return weights[start : start + len(batch["rewards"])]
 
 
-__all__ = ["SCSDPOConfig", "SCSDPOTrainer"]
+@dataclass
+class FusedSDFTConfig(DealingOptions, SDFTConfig):
+    """TRL's SDFTConfig, and how rollouts are run."""
+
+
+class FusedSDFTTrainer(FusedSelfDistillation, SDFTTrainer):
+    """TRL's SDFTTrainer with the fused loss. Takes what SDFTTrainer takes; every question has weight 1."""
+
+    config_cls = FusedSDFTConfig
+
+
+__all__ = ["FusedDistillationTrainer", "FusedSDFTConfig", "FusedSDFTTrainer", "SCSDPOConfig", "SCSDPOTrainer"]
