@@ -269,7 +269,7 @@ def test_where_all_processes_are_needed_a_stand_in_of_two_tokens_runs(folder, mo
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "reward": one_in_four,
                "num_iterations": 2, "distillation_is_clip": 2.0, "max_steps": 6}  # fmt: skip
     left_out, _, few = counted(SCSDPOTrainer, SCSDPOConfig, folder, **options)
-    monkeypatch.setattr(SCSDPOTrainer, "_is_whole", lambda self: False)
+    monkeypatch.setattr(SCSDPOTrainer, "_is_alone_until_the_last", lambda self: False)
     run, _, every = counted(SCSDPOTrainer, SCSDPOConfig, folder, **options)
     assert [(x["loss"], x["grad_norm"]) for x in run] == [(x["loss"], x["grad_norm"]) for x in left_out]
     for model, calls in (("student", 6 * 8), ("teacher", 6 * 8), ("old", 3 * 8)):
@@ -305,7 +305,9 @@ def test_tokens_at_12_percent_with_a_weight(folder, size, steps, monkeypatch):
         return count.tokens()
 
     stock, ours = tokens(SDPOTrainer, SDPOConfig), tokens(SCSDPOTrainer, SCSDPOConfig)
-    monkeypatch.setattr(SCSDPOTrainer, "_is_whole", lambda self: False)  # every micro-batch runs, as when sharded
+    monkeypatch.setattr(
+        SCSDPOTrainer, "_is_alone_until_the_last", lambda self: False
+    )  # every micro-batch runs, as when sharded
     share, sharded = ours / stock, tokens(SCSDPOTrainer, SCSDPOConfig) / stock
     print(f"{size} × {steps}: {ours} / {stock} = {share:.3f}; {sharded:.3f} where every micro-batch runs")
     assert share <= sharded <= 0.17
@@ -514,7 +516,7 @@ def test_groups_that_straddle_processes(folder):
     assert any(line["loss"] > 1e-3 for line in ours) and any(0 < line["scsdpo/pass_rate"] < 1 for line in ours)
 
 
-@pytest.mark.parametrize("kind", ["one", "one, twice"])
+@pytest.mark.parametrize("kind", ["one", "one, twice", "one, reduced each time"])
 def test_rollouts_move_to_a_process_that_has_none(folder, kind):
     """All rollouts with a weight are drawn on one of two processes, whose tokens fall to at most 0.6."""
     (drawn, before), (dealt, after) = (two_processes(f"{kind}, {how}", folder) for how in ("drawn", "dealt"))
@@ -547,6 +549,8 @@ def main(what, folder):
                    "reward": every_second_on_the_first, "deal_rollouts": what.endswith("dealt")}  # fmt: skip
         if "twice" in what:
             options |= {"num_iterations": 2, "distillation_is_clip": 1.5}
+        if "each time" in what:  # left-out micro-batches would leave the other process waiting
+            options["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
     lines, _, count = counted(trainer, config, Path(folder), **options)
     tokens = [None, None]
     torch.distributed.all_gather_object(tokens, count.tokens())

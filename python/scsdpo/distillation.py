@@ -4,11 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import DistillationTrainer
 
 from scsdpo_kernels import Head
 
 from .head import distill, head_of, hidden_states, patch_lm_head
+
+try:
+    from trl import DistillationTrainer
+except ImportError as error:
+    raise ImportError(f"FusedDistillationTrainer is made for trl>=1.10: {error}") from error
+if not hasattr(DistillationTrainer, "_compute_loss"):
+    raise ImportError("FusedDistillationTrainer is made for trl>=1.10, whose DistillationTrainer has _compute_loss")
 
 _MULTIMODAL = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids",
                "mm_token_type_ids", "image_position_ids")  # fmt: skip

@@ -108,7 +108,7 @@ class FusedSelfDistillation:
             slices = self.args.steps_per_generation
             own = dealing.with_weight(batch, self._loss_mask(batch), self.accelerator.process_index, slices)
             self._rollouts = gather_object(own)
-            self._runs_empty = not self._is_whole()
+            self._runs_empty = not self._is_alone_until_the_last()
             if self._needs_old_logps():
                 most = len(batch["completion_ids"]) // slices
                 shares = self._shares(self._rollouts, slices, most)[self.accelerator.process_index]
@@ -182,9 +182,11 @@ class FusedSelfDistillation:
             batch["origin"] = torch.tensor(origin, device=self.accelerator.device)
         return batch
 
-    def _is_whole(self) -> bool:
-        """Whether a process can leave out a micro-batch: no parameter of student or teacher is sharded."""
-        return not self.is_deepspeed_enabled and all(is_whole(x) for x in (self.model_wrapped, self.teacher_model))
+    def _is_alone_until_the_last(self) -> bool:
+        """Whether no process waits for another but in the last micro-batch: nothing sharded, gradients reduced once."""
+        whole = all(is_whole(x) for x in (self.model_wrapped, self.teacher_model))
+        reduced_each_time = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+        return whole and not reduced_each_time and not self.is_deepspeed_enabled
 
     # ------------------------------------------------------------------------------------------------------------------
     # Log-probabilities of rollouts

@@ -18,20 +18,18 @@ from torch import Tensor
 
 from scsdpo_kernels import question_weights
 
-TESTED = ">=1.16,<1.17"
+TESTED = ">=1.6,<1.17"
 
 try:
-    from trl import DistillationTrainer
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-    from .distillation import FusedDistillationTrainer
     from .self_distillation import SEAMS, DealingOptions, FusedSelfDistillation
 except ImportError as error:
     raise ImportError(f"scsdpo.trl is made for trl{TESTED} (pip install 'scsdpo-kernels[trl]'): {error}") from error
 
-for _trainer, _seams in ((SDPOTrainer, SEAMS), (SDFTTrainer, SEAMS), (DistillationTrainer, ("_compute_loss",))):
-    if _missing := [name for name in _seams if not hasattr(_trainer, name)]:
+for _trainer in (SDPOTrainer, SDFTTrainer):
+    if _missing := [name for name in SEAMS if not hasattr(_trainer, name)]:
         raise ImportError(
             f"scsdpo.trl is made for trl{TESTED}; {_trainer.__name__} of trl {metadata.version('trl')} has no "
             f"{', '.join(_missing)}"
@@ -121,4 +119,12 @@ class FusedSDFTTrainer(FusedSelfDistillation, SDFTTrainer):
     config_cls = FusedSDFTConfig
 
 
-__all__ = ["FusedDistillationTrainer", "FusedSDFTConfig", "FusedSDFTTrainer", "SCSDPOConfig", "SCSDPOTrainer"]
+def __getattr__(name: str) -> Any:  # only when asked for, since older releases of TRL have no such trainer
+    if name != "FusedDistillationTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .distillation import FusedDistillationTrainer
+
+    return FusedDistillationTrainer
+
+
+__all__ = ["FusedSDFTConfig", "FusedSDFTTrainer", "SCSDPOConfig", "SCSDPOTrainer"]
