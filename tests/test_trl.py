@@ -530,12 +530,20 @@ def test_rollouts_move_to_a_process_that_has_none(folder, kind):
     assert max(after) <= 0.6 * max(before)
 
 
+def test_two_processes_resume_a_moving_average_teacher(folder):
+    whole, resumed = two_processes("resumed", folder)
+    assert resumed == pytest.approx(whole, rel=1e-5) and any(x > 1e-3 for x in whole)
+
+
 def every_second_on_the_first(completion_ids, **_):
     return [float(i % 2 and os.environ["RANK"] == "0") for i in range(len(completion_ids))]
 
 
 def main(what, folder):
     torch.set_num_threads(1)
+    if what == "resumed":
+        losses, _ = resumed(SCSDPOTrainer, SCSDPOConfig, Path(folder), Path(folder) / "resumed", None)
+        finish(losses)
     options = {"per_device_train_batch_size": 6, "num_generations": 4, "gradient_accumulation_steps": 1}
     trainer, config = SCSDPOTrainer, SCSDPOConfig
     if what == "stock":
@@ -554,8 +562,13 @@ def main(what, folder):
     lines, _, count = counted(trainer, config, Path(folder), **options)
     tokens = [None, None]
     torch.distributed.all_gather_object(tokens, count.tokens())
+    finish([lines, tokens])
+
+
+def finish(found):
+    """Prints it on the first process, and ends."""
     if os.environ["RANK"] == "0":
-        print("LOG", json.dumps([lines, tokens]), flush=True)
+        print("LOG", json.dumps(found), flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     sys.stdout.flush()

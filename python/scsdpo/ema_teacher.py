@@ -45,12 +45,14 @@ class EMATeacher(TrainerCallback):
             self.inner.on_step_end(args, state, control, **kwargs)
 
     def on_save(self, args, state, control, **kwargs):
+        if self.trainer.is_deepspeed_enabled:  # whose parameters are not in a state dict
+            return
         if self._is_adapter:
             saved = {name: value.cpu() for name, value in self.inner.shadow_weights.items()}
         else:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             saved = get_model_state_dict(self.inner.ref_model, options=options)
-        if args.should_save:
+        if args.should_save and saved:
             torch.save(saved, os.path.join(args.output_dir, f"checkpoint-{state.global_step}", FILE))
 
     @property

@@ -22,10 +22,10 @@ from .dealing import Rollout
 from .ema_teacher import EMATeacher
 from .head import base_model, distill, head_of, hidden_states, patch_lm_head
 from .measured import is_whole
+from .step_metrics import StepMetrics
 
 SEAMS = ("_prepare_training_batch", "_prepare_inputs", "_compute_rollout_logps", "_log_self_distillation_metric",
          "_get_teacher_context_for_self_distillation", "compute_loss")  # fmt: skip
-_MEANS = ("divergence", "student_entropy", "teacher_entropy")
 
 
 @dataclass
@@ -74,8 +74,7 @@ class FusedSelfDistillation:
         self._dealt: dict[int, list[Rollout]] = {}  # this process's, by micro-batch
         self._has_weight = False  # a rollout of the optimiser step, on any process
         self._runs_empty = True
-        self._sums: dict[str, Tensor] = {}  # by mode
-        self._totals: dict[str, Tensor] = {}
+        self._step_metrics = StepMetrics(self.accelerator)
         if self.args.teacher_model_kind == "ema":
             self.callback_handler.callbacks = [
                 EMATeacher(x, self) if EMATeacher.is_for(x) else x for x in self.callback_handler.callbacks
@@ -116,31 +115,21 @@ class FusedSelfDistillation:
         return batch
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """TRL's micro-batch, as long as nothing is dealt; then `_micro_batch`'s."""
         batch = super()._prepare_inputs(generation_batch)
         rows, width = batch["completion_ids"].shape
-        process = self.accelerator.process_index
-        if not self.model.training:
-            self._sums["eval"] = self._no_sums(1)
-            rollouts = dealing.with_weight(batch, self._loss_mask(batch), process, 1)
-            if self._needs_old_logps():
-                rollouts = self._with_old_logps(rollouts)
-            return self._micro_batch(rollouts, "eval", 0, rows, width, 1)
-        slices = self.args.steps_per_generation
-        if self._first is None or self._step >= self._first + self._micro_batches:
-            self._begin_optimiser_step()
-        done = self._step - self._first
-        if self._step not in self._dealt:  # as far as both the generation batch and the optimiser step reach
-            start = self._step % slices
-            count = min(slices - start, self._micro_batches - done)
-            here = [x for x in self._rollouts if start <= x.micro_batch < start + count]
-            here = [x._replace(micro_batch=x.micro_batch - start) for x in here]
-            self._has_weight = self._has_weight or bool(here)
-            shares = self._shares(here, count, rows)[process]
-            self._dealt = {
-                self._step + i: [x._replace(micro_batch=x.micro_batch + done) for x in share]
-                for i, share in enumerate(shares)
-            }
-        return self._micro_batch(self._dealt[self._step], "train", done, rows, width, self._micro_batches)
+        if self.model.training:
+            if self._first is None or self._step >= self._first + self._micro_batches:
+                self._begin_optimiser_step()
+            if self._step not in self._dealt:
+                self._dealt = self._deal(rows)
+            index = self._step - self._first
+            return self._micro_batch(self._dealt[self._step], "train", index, rows, width, self._micro_batches)
+        self._step_metrics.begin("eval", 1)
+        rollouts = dealing.with_weight(batch, self._loss_mask(batch), self.accelerator.process_index, 1)
+        if self._needs_old_logps():
+            rollouts = self._with_old_logps(rollouts)
+        return self._micro_batch(rollouts, "eval", 0, rows, width, 1)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
         """An optimiser step begins."""
@@ -150,7 +139,21 @@ class FusedSelfDistillation:
     def _begin_optimiser_step(self) -> None:
         self._first, self._micro_batches = self._step, int(self.current_gradient_accumulation_steps)
         self._dealt, self._has_weight = {}, False
-        self._sums["train"] = self._no_sums(self._micro_batches)
+        self._step_metrics.begin("train", self._micro_batches)
+
+    def _deal(self, rows: int) -> dict[int, list[Rollout]]:
+        """This process's rollouts from here on, as far as both the generation batch and the optimiser step reach."""
+        done, slices = self._step - self._first, self.args.steps_per_generation
+        start = self._step % slices
+        count = min(slices - start, self._micro_batches - done)
+        here = [x for x in self._rollouts if start <= x.micro_batch < start + count]
+        here = [x._replace(micro_batch=x.micro_batch - start) for x in here]
+        self._has_weight = self._has_weight or bool(here)
+        shares = self._shares(here, count, rows)[self.accelerator.process_index]
+        return {
+            self._step + i: [x._replace(micro_batch=x.micro_batch + done) for x in share]
+            for i, share in enumerate(shares)
+        }
 
     def _shares(self, rollouts: list[Rollout], micro_batches: int, most: int) -> list[list[list[Rollout]]]:
         processes = self.accelerator.num_processes
@@ -166,9 +169,8 @@ class FusedSelfDistillation:
         Without rollouts it runs two tokens of weight 0 where others wait for this process: where parameters are
         sharded, and in the last micro-batch, whose backward DDP waits for and after which every gradient is there.
         """
-        processes, process = self.accelerator.num_processes, self.accelerator.process_index
         last = index == micro_batches - 1
-        self._sums[mode][index * processes + process, -1] += rows * width
+        self._step_metrics.drawn(mode, index, rows * width)
         batch: dict[str, Any] = {
             "mode": mode,
             "last": last,
@@ -178,7 +180,7 @@ class FusedSelfDistillation:
         if batch["runs"]:
             run = rollouts or [dealing.stand_in(self._tokenizer.pad_token_id)]
             batch |= dealing.collate(run, self._tokenizer.pad_token_id, self.accelerator.device)
-            origin = [x.micro_batch * processes + x.process for x in run]
+            origin = [x.micro_batch * self.accelerator.num_processes + x.process for x in run]
             batch["origin"] = torch.tensor(origin, device=self.accelerator.device)
         return batch
 
@@ -230,14 +232,15 @@ class FusedSelfDistillation:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
             raise ValueError("return_outputs: expected False; there are no logits to return")
+        mode = inputs["mode"]
         if inputs["runs"]:
             result = self._distill(model, inputs)
-            self._add_up(result, inputs)
+            self._step_metrics.add(mode, result, inputs["loss_mask"], inputs["question_weight"], inputs["origin"])
             loss = result.loss
         else:
             loss = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if inputs["last"]:
-            self._log_distillation(inputs["mode"])
+            self._log_self_distillation_metric(mode, self._step_metrics.finish(mode))
         return loss
 
     def _distill(self, model: torch.nn.Module, inputs: dict[str, Any]) -> LinearDivergence:
@@ -284,39 +287,13 @@ class FusedSelfDistillation:
         return self._teacher_head[1]
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Metrics: sums by the micro-batch that drew a rollout, over the optimiser step
-
-    def _no_sums(self, micro_batches: int) -> Tensor:
-        """Of tokens with a weight, their loss, the fields of _MEANS; then all positions that were drawn."""
-        shape = (micro_batches * self.accelerator.num_processes, 3 + len(_MEANS))
-        return torch.zeros(shape, dtype=torch.float64, device=self.accelerator.device)
-
-    def _add_up(self, result: LinearDivergence, inputs: dict[str, Any]) -> None:
-        kept = inputs["loss_mask"] * (inputs["question_weight"] != 0).unsqueeze(1)
-        ratio = 1.0 if result.importance_ratio is None else result.importance_ratio
-        fields = (ratio * result.divergence, *(getattr(result, name) for name in _MEANS))
-        rows = torch.stack([kept.sum(1), *((x * kept).sum(1) for x in fields)], dim=1).double()
-        self._sums[inputs["mode"]][:, :-1].index_add_(0, inputs["origin"], rows)
-
-    def _log_distillation(self, mode: str) -> None:
-        """Once an optimiser step, on all processes."""
-        sums = self.accelerator.reduce(self._sums[mode], "sum").cpu()
-        # As TRL does: the mean over micro-batches and processes of each one's own mean.
-        self._log_self_distillation_metric(mode, (sums[:, 1] / sums[:, 0].clamp(min=1.0)).mean().item())
-        self._totals[mode] = self._totals.get(mode, 0.0) + sums.sum(0)
+    # Logs, steps without weight, checkpoints
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         mode = "train" if self.model.training else "eval"
-        if (totals := self._totals.pop(mode, None)) is not None:
-            count, _, *means, positions = totals.tolist()
-            self._metrics[mode]["scsdpo/rows_kept"] = [count / positions]
-            if count:
-                for name, total in zip(_MEANS, means, strict=True):
-                    self._metrics[mode][f"scsdpo/{name}"] = [total / count]
+        for name, value in self._step_metrics.since_last_log(mode).items():
+            self._metrics[mode][f"scsdpo/{name}"] = [value]
         super().log(logs, *args, **kwargs)
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # Steps without weight, checkpoints, the model card
 
     @property
     def step_is_zero(self) -> bool:
