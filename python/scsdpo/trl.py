@@ -107,6 +107,13 @@ class SCSDPOTrainer(FusedSelfDistillation, SDPOTrainer):
         start = self.accelerator.process_index * len(batch["rewards"])
         return weights[start : start + len(batch["rewards"])]
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        self._name = "SC-SDPO"  # elsewhere it is the prefix of TRL's metrics
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            del self._name
+
 
 @dataclass
 class FusedSDFTConfig(DealingOptions, SDFTConfig):
