@@ -1,9 +1,8 @@
 """scsdpo.trl beside the stock trainer: the same losses and gradient norms over several optimiser steps."""
 
-import json
+import functools
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ pytest.importorskip("trl", reason="trl: pip install '.[trl]'")
 
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, TrainerCallback
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer, sdpo_trainer
-from trl_models import BASE, MODELS, QUESTIONS, SIZES, WORDS, reward, save
+from trl_models import BASE, MODELS, QUESTIONS, SIZES, WORDS, finish, reward, run_two_processes, save, sharded
 
 from scsdpo.ema_teacher import EMATeacher
 from scsdpo.trl import SCSDPOConfig, SCSDPOTrainer
@@ -501,13 +500,10 @@ def test_lora_on_other_modules(folder, teacher):
     assert_same_metric(*reversed(results))
 
 
+@functools.cache
 def two_processes(what, folder):
     """The log of two processes, and the tokens that each of them ran."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    run = subprocess.run([*command, what, str(folder)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    found = next(line for line in run.stdout.splitlines() if line.startswith("LOG "))
-    return json.loads(found[4:])
+    return run_two_processes(__file__, what, folder)
 
 
 def test_groups_that_straddle_processes(folder):
@@ -580,28 +576,9 @@ def every_second_on_the_first(completion_ids, **_):
     return [float(i % 2 and os.environ["RANK"] == "0") for i in range(len(completion_ids))]
 
 
-def let_cpus_shard():
-    """Accelerate turns FSDP on where there are GPUs. PyTorch's FSDP2 runs on gloo as well."""
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    original = AcceleratorState.__init__
-
-    def init(self, *arguments, **options):
-        original(self, *arguments, **options)
-        if options.get("fsdp_plugin") is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, options["fsdp_plugin"]
-
-    AcceleratorState.__init__ = init
-
-
 def main(what, folder):
     torch.set_num_threads(1)
-    sharding = {}
-    if what.startswith("sharded"):
-        let_cpus_shard()
-        layers = {"transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer"]}
-        sharding = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2, **layers}}
+    sharding = sharded() if what.startswith("sharded") else {}
     what = what.removeprefix("sharded, ")
     if what == "resumed":
         losses, _ = resumed(SCSDPOTrainer, SCSDPOConfig, Path(folder), Path(folder) / "resumed", None, **sharding)
@@ -628,16 +605,6 @@ def main(what, folder):
     tokens = [None, None]
     torch.distributed.all_gather_object(tokens, count.tokens())
     finish([lines, tokens])
-
-
-def finish(found):
-    """Prints it on the first process, and ends."""
-    if os.environ["RANK"] == "0":
-        print("LOG", json.dumps(found), flush=True)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # past the destructors of libraries whose threads may still run
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """FusedSDFTTrainer and FusedDistillationTrainer beside TRL's own: the same losses, gradient norms and entropies."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ pytest.importorskip("trl", reason="trl: pip install '.[trl]'")
 import trl
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
-from trl_models import BASE, MODELS, QUESTIONS, SIZES, save
+from trl_models import BASE, MODELS, QUESTIONS, SIZES, finish, run_two_processes, save, sharded
 
 import scsdpo.trl
 from scsdpo.trl import FusedSDFTConfig, FusedSDFTTrainer
@@ -89,6 +91,7 @@ def distilled(trainer, folder, teacher, model="qwen3", **options):
         args=trl.DistillationConfig(output_dir=str(folder / "out"), **{**base, **options}),
     )  # fmt: skip
     run.train()
+    assert run.is_fsdp_enabled == ("fsdp" in options)
     return [line for line in run.state.log_history if "loss" in line]
 
 
@@ -115,3 +118,24 @@ def test_distillation(folder, teacher, name):
     for step, (a, b) in enumerate(zip(ours, stock, strict=True)):
         for key in ("loss", "grad_norm", "entropy"):
             assert a[key] == pytest.approx(b[key], rel=5e-7 if step == 0 else 5e-6), (key, step)
+
+
+@pytest.mark.skipif(not hasattr(trl, "DistillationTrainer"), reason="TRL has no DistillationTrainer before 1.10")
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_distillation_on_two_processes(folder, teacher, wrapper):
+    """Both models wrapped: losses, gradient norms and entropies are those of the stock trainer."""
+    stock, ours = (run_two_processes(__file__, name, wrapper, folder, teacher) for name in ("stock", "ours"))
+    for a, b in zip(ours, stock, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def main(name, wrapper, folder, teacher):
+    torch.set_num_threads(1)
+    trainer = trl.DistillationTrainer if name == "stock" else scsdpo.trl.FusedDistillationTrainer
+    options = sharded() if wrapper == "fsdp" else {}
+    lines = distilled(trainer, Path(folder), Path(teacher), max_steps=2, **options)
+    finish([[line[key] for key in ("loss", "grad_norm", "entropy")] for line in lines])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,4 +1,9 @@
-"""Small models, questions and settings under which a training of TRL's is over in seconds on a CPU."""
+"""Small models, questions and settings under which a training of TRL's is over in seconds on a CPU, or on two."""
+
+import json
+import os
+import subprocess
+import sys
 
 import torch
 from datasets import Dataset
@@ -54,3 +59,38 @@ BASE = {
     "lr_scheduler_type": "constant", "max_prompt_length": 32, "disable_tqdm": True, "diagnostics_warning_interval": 0,
     "gradient_checkpointing": False,
 }  # fmt: skip
+
+
+def run_two_processes(script, *arguments):
+    """What the script, run by torchrun on two processes, hands to `finish`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    run = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = next(line for line in run.stdout.splitlines() if line.startswith("LOG "))
+    return json.loads(found[4:])
+
+
+def finish(found):
+    """Prints it on the first process, and ends."""
+    if os.environ["RANK"] == "0":
+        print("LOG", json.dumps(found), flush=True)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # past the destructors of libraries whose threads may still run
+
+
+def sharded():
+    """Options for FSDP2. Accelerate turns it on where there are GPUs; PyTorch's runs on gloo as well."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self, *arguments, **options):
+        original(self, *arguments, **options)
+        if options.get("fsdp_plugin") is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, options["fsdp_plugin"]
+
+    AcceleratorState.__init__ = init
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2}}
