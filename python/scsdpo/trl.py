@@ -63,7 +63,13 @@ class SCSDPOConfig(DealingOptions, SDPOConfig):
 
 
 class SCSDPOTrainer(FusedSelfDistillation, SDPOTrainer):
-    """TRL's SDPOTrainer with question weights and the fused loss. Takes what SDPOTrainer takes."""
+    """TRL's SDPOTrainer with question weights and the fused loss. Takes what SDPOTrainer takes.
+
+        loss = 1/B Σ_b w̄_b Σ_t m_{b,t} D_{b,t} / Σ_t m_{b,t}
+
+    over the B rollouts of an optimiser step: m is 1 at tokens of a rollout that has a teacher, D the divergence of
+    `distillation_mode` and `distillation_alpha`, w̄ SC-SDPO's weight of the rollout's question (eq. 16).
+    """
 
     config_cls = SCSDPOConfig
     _tag_names = ["trl", "sdpo", "sc-sdpo"]  # noqa: RUF012
