@@ -1,8 +1,8 @@
 """scsdpo.trl beside the stock trainer: the same losses and gradient norms over several optimiser steps."""
 
-import json
+import functools
 import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 
@@ -13,78 +13,32 @@ from test_package import LargestTensor
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 pytest.importorskip("trl", reason="trl: pip install '.[trl]'")
 
-from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Olmo3Config,
-    Olmo3ForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, TrainerCallback
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer, sdpo_trainer
+from trl_models import BASE, MODELS, QUESTIONS, SIZES, WORDS, finish, reward, run_two_processes, save, sharded
 
+from scsdpo.ema_teacher import EMATeacher
 from scsdpo.trl import SCSDPOConfig, SCSDPOTrainer
 from scsdpo_kernels.schedules import chunked
-
-WORDS = ["<pad>", "<eos>", "<unk>", *map(str, range(60))]
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 1,
-         "bos_token_id": None, "vocab_size": len(WORDS), "initializer_range": 0.3}  # fmt: skip
-MODELS = {
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-    "qwen3, tied": (Qwen3Config, Qwen3ForCausalLM, {"tie_word_embeddings": True}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}),
-    "olmo3": (Olmo3Config, Olmo3ForCausalLM, {}),
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every model and its tokenizer, saved: base and EMA teachers are read from there."""
-    root = tmp_path_factory.mktemp("models")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                   padding_side="left")  # fmt: skip
-    for name, (config, model, options) in MODELS.items():
-        torch.manual_seed(1)
-        model(config(**{**SIZES, **options})).save_pretrained(root / name)
-        fast.save_pretrained(root / name)
-    return root
+    return save(tmp_path_factory.mktemp("models"))
 
 
-def reward(completion_ids, **_):
-    """Successful are sums of ids that 3 divides: some questions all, some none, most between."""
-    return [float(sum(ids) % 3 == 0) for ids in completion_ids]
-
-
-QUESTIONS = Dataset.from_list([{"prompt": f"{i} {i + 7} {2 * i}"} for i in range(20)])
-BASE = {
-    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4, "max_steps": 3,
-    "max_completion_length": 6, "learning_rate": 1e-3, "logging_steps": 1, "report_to": "none", "save_strategy": "no",
-    "use_cpu": True, "bf16": False, "distillation_mode": "full_logits", "distillation_alpha": 0.5, "seed": 3,
-    "lr_scheduler_type": "constant", "max_prompt_length": 32, "disable_tqdm": True, "diagnostics_warning_interval": 0,
-    "gradient_checkpointing": False,
-}  # fmt: skip
-
-
-def train(trainer, config, folder, model, prepare=None, **options):
-    """The log's lines of a short training."""
+def train(trainer, config, folder, model, prepare=None, reward=reward, data=None, resume=None, **options):
+    """The log's lines of a short training, and its model."""
     where = folder / model
     loaded = MODELS[model][1].from_pretrained(where, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(where)
-    arguments = config(output_dir=str(folder / "out"), **{**BASE, **options})
-    run = trainer(model=loaded, reward_funcs=reward, args=arguments, train_dataset=QUESTIONS,
-                  processing_class=tokenizer)  # fmt: skip
+    extra = {name: options.pop(name) for name in ("peft_config", "eval_dataset", "callbacks") if name in options}
+    arguments = config(**{"output_dir": str(folder / "out"), **BASE, **options})
+    run = trainer(model=loaded, reward_funcs=reward, args=arguments, train_dataset=data or QUESTIONS,
+                  processing_class=tokenizer, **extra)  # fmt: skip
     if prepare is not None:
         prepare(run)
-    run.train()
+    run.train(resume_from_checkpoint=resume)
     return [line for line in run.state.log_history if "loss" in line], loaded
 
 
@@ -113,14 +67,20 @@ CONFIGURATIONS = {
 }  # fmt: skip
 
 
-def assert_same(ours, stock, share=1e-5):
-    assert len(ours) == len(stock) == 3 and max(abs(line["loss"]) for line in stock) > 1e-3
-    for a, b in zip(ours, stock, strict=True):
+def assert_same(ours, stock, first=1e-6, later=1e-5):
+    """Losses and gradient norms; after an update, Adam's division by small gradients has made them less equal."""
+    assert len(ours) == len(stock) >= 3 and max(abs(line["loss"]) for line in stock) > 1e-3
+    for step, (a, b) in enumerate(zip(ours, stock, strict=True)):
+        share = first if step == 0 else later
         assert a["loss"] == pytest.approx(b["loss"], rel=share, abs=1e-7)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=share, abs=2e-6)
         assert a.get("completions/mean_length") == b.get("completions/mean_length")
-        name = "self_distillation/distillation_loss"
-        assert a[name] == pytest.approx(b[name], rel=share, abs=1e-7)
+
+
+def assert_same_metric(ours, stock):
+    name = "self_distillation/distillation_loss"
+    for a, b in zip(ours, stock, strict=True):
+        assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -132,6 +92,7 @@ def test_without_weights_it_is_trls(folder, name, monkeypatch):
     stock, stock_model = train(SDPOTrainer, SDPOConfig, folder, model, **options)
     ours, our_model = train(SCSDPOTrainer, SCSDPOConfig, folder, model, **options, question_weighting="none")
     assert_same(ours, stock)
+    assert_same_metric(ours, stock)
     for a, b in zip(our_model.parameters(), stock_model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # Adam divides by gradients that may be near 0
 
@@ -174,49 +135,90 @@ def test_with_weights_it_is_trls_loss_times_the_weights(folder, name, weighted_l
     options = {**options, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
     stock, _ = train(ByHand, SDPOConfig, folder, model, **options)
     ours, _ = train(SCSDPOTrainer, SCSDPOConfig, folder, model, **options)
-    assert len(ours) == 3
-    for a, b in zip(ours, stock, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-7)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5, abs=2e-6)
+    assert_same(ours, stock)
     assert any(0 < line["scsdpo/zero_weight_questions"] < 1 for line in ours if "scsdpo/pass_rate" in line)
 
 
 def test_metrics(folder):
     lines, _ = train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", question_weight_exponent=1.0)
-    for name in ("pass_rate", "zero_weight_questions", "rows_kept", "divergence", "student_entropy", "teacher_entropy"):
-        values = [line[f"scsdpo/{name}"] for line in lines]
-        assert all(isinstance(x, float) and x >= 0 for x in values), name
-    assert all(0 <= line["scsdpo/rows_kept"] <= 1 for line in lines)
+    means = ("divergence", "student_entropy", "teacher_entropy")
+    for line in lines:
+        for name in ("pass_rate", "zero_weight_questions", "rows_kept"):
+            assert 0 <= line[f"scsdpo/{name}"] <= 1, name
+        for name in means:  # not there without a token that has a weight
+            assert (f"scsdpo/{name}" in line) == (line["scsdpo/rows_kept"] > 0), name
     kept = [line for line in lines if line["scsdpo/rows_kept"] > 0]
     assert kept and all(line["scsdpo/student_entropy"] > 0.1 and line["scsdpo/divergence"] > 0 for line in kept)
     assert {line["scsdpo/pass_rate"] for line in lines} <= {i / 8 for i in range(9)}
 
 
+def test_metrics_do_not_depend_on_micro_batches(folder):
+    """They are means over the tokens of an optimiser step that have a weight, whichever micro-batch has them."""
+    values = []
+    for size, dealt in ((8, True), (1, True), (1, False)):
+        (line,), _ = train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", per_device_train_batch_size=size, max_steps=1,
+                           gradient_accumulation_steps=8 // size, deal_rollouts=dealt)  # fmt: skip
+        values.append([line[f"scsdpo/{x}"] for x in ("divergence", "student_entropy", "teacher_entropy", "rows_kept")])
+    assert values[0][3] > 0
+    for others in values[1:]:
+        assert others == pytest.approx(values[0], rel=1e-5)
+
+
+class Count:
+    """Shapes that student and teacher run, by what for; generation is not counted."""
+
+    def __init__(self, trainer):
+        self.shapes, self.phase = [], None
+        self.trainer = trainer
+        for name, model in {"student": trainer.model, "teacher": trainer.teacher_model}.items():
+            if name == "student" or model is not trainer.model:
+                model.model.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: self.seen(name, kwargs["input_ids"]), with_kwargs=True
+                )
+        for name in ("compute_loss", "_with_old_logps", "_compute_rollout_logps"):
+            if hasattr(trainer, name):
+                setattr(trainer, name, self.during(name, getattr(trainer, name)))
+
+    def during(self, phase, function):
+        def counted(*arguments, **options):
+            self.phase = phase
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.phase = None
+
+        return counted
+
+    def seen(self, name, ids):
+        if self.phase is not None:
+            self.shapes.append((name if self.phase == "compute_loss" else "old", self.trainer._step, *ids.shape))
+
+    def tokens(self):
+        return sum(rows * length for *_, rows, length in self.shapes)
+
+
+def counted(trainer, config, folder, **options):
+    """The log, the model, and what was run in update phases."""
+    found = []
+    lines, model = train(trainer, config, folder, "qwen3", prepare=lambda run: found.append(Count(run)), **options)
+    return lines, model, found[0]
+
+
+def one_in_four(completion_ids, prompts, **_):
+    """Three questions of four are all wrong; of the others every second rollout is right."""
+    return [float(i % 2 and int(prompt.split()[0]) % 4 == 0) for i, prompt in enumerate(prompts)]
+
+
 def test_rollouts_of_weight_0_are_not_run(folder):
-    """Neither by the student nor by the teacher, but for one where a micro-batch has nothing else."""
-    run = []
-
-    def watch(trainer):
-        for model in (trainer.model, trainer.teacher_model):
-            model.model.register_forward_pre_hook(
-                lambda _, args, kwargs: run.append(len(kwargs["input_ids"])), with_kwargs=True
-            )
-        loss = trainer.compute_loss
-
-        def compute_loss(model, inputs, *arguments, **options):
-            run.clear()
-            result = loss(model, inputs, *arguments, **options)
-            mask = inputs["completion_mask"].any(1) & (inputs["self_distillation_mask"] != 0)
-            kept = int(((inputs["question_weight"] != 0) & mask).sum())
-            assert run == [max(kept, 1)] * 2
-            seen.append(kept)
-            return result
-
-        trainer.compute_loss = compute_loss
-
-    seen: list[int] = []
-    train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", prepare=watch, per_device_train_batch_size=8)
-    assert min(seen) < 8 and max(seen) > 1
+    """Neither by the student nor by the teacher, but for two tokens in the last micro-batch of a step without any."""
+    lines, _, count = counted(SCSDPOTrainer, SCSDPOConfig, folder, per_device_train_batch_size=4, max_steps=6,
+                              gradient_accumulation_steps=2, reward=one_in_four)  # fmt: skip
+    weighted = [0 < line["scsdpo/zero_weight_questions"] < 1 for line in lines]
+    assert any(weighted) and not all(weighted)
+    for step, has_weight in enumerate(weighted):
+        for model in ("student", "teacher"):
+            run = [shape[2:] for shape in count.shapes if shape[0] == model and shape[1] // 2 == step]
+            assert sum(rows for rows, _ in run) == 4 if has_weight else run == [(1, 2)]
 
 
 def test_flat_groups_have_a_loss_of_0_and_no_gradient(folder):
@@ -225,6 +227,91 @@ def test_flat_groups_have_a_loss_of_0_and_no_gradient(folder):
     assert all(line["loss"] == 0 and line["grad_norm"] == 0 and line["scsdpo/rows_kept"] == 0 for line in lines)
     for a, b in zip(model.parameters(), before.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [
+    {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "num_iterations": 2,
+     "distillation_is_clip": 1.5},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "steps_per_generation": 8, "max_steps": 5},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 2},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "steps_per_generation": 2, "max_steps": -1,
+     "num_train_epochs": 1},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "distillation_mode": "sampled_token",
+     "distillation_alpha": 1.0, "temperature": 0.8, "teacher_model_kind": "live"},
+], ids=["1 x 16", "iterations", "longer generation", "shorter generation", "last step", "sampled token"])  # fmt: skip
+def test_dealing_changes_neither_losses_nor_gradients(folder, options, weighted_losses):
+    """Step by step, of rollouts of many lengths: the stock trainer's, and our own where they were drawn."""
+    options = {"max_completion_length": 24, **options}
+    stock, stock_model = train(ByHand, SDPOConfig, folder, "qwen3", **options)
+    drawn, drawn_model, as_drawn = counted(SCSDPOTrainer, SCSDPOConfig, folder, **options, deal_rollouts=False)
+    dealt, dealt_model, count = counted(SCSDPOTrainer, SCSDPOConfig, folder, **options)
+    assert count.tokens() < as_drawn.tokens()
+    assert_same(dealt, stock)
+    assert_same(dealt, drawn)
+    assert_same_metric(dealt, drawn)
+    for a, b, c in zip(*(x.parameters() for x in (dealt_model, drawn_model, stock_model)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
+        torch.testing.assert_close(a, c, rtol=0, atol=2e-4)
+
+
+def test_old_log_probabilities_are_of_rollouts_with_a_weight(folder):
+    lines, _, count = counted(SCSDPOTrainer, SCSDPOConfig, folder, per_device_train_batch_size=4, max_steps=6,
+                              gradient_accumulation_steps=2, num_iterations=2, distillation_is_clip=2.0,
+                              reward=one_in_four)  # fmt: skip
+    run = [shape[2] for shape in count.shapes if shape[0] == "old"]
+    weighted = sum("scsdpo/pass_rate" in line and line["scsdpo/zero_weight_questions"] < 1 for line in lines)
+    assert weighted and sum(run) == 4 * weighted
+
+
+def test_where_all_processes_are_needed_a_stand_in_of_two_tokens_runs(folder, monkeypatch):
+    """As with sharded parameters: every micro-batch runs, with the same losses."""
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "reward": one_in_four,
+               "num_iterations": 2, "distillation_is_clip": 2.0, "max_steps": 6}  # fmt: skip
+    left_out, _, few = counted(SCSDPOTrainer, SCSDPOConfig, folder, **options)
+    monkeypatch.setattr(SCSDPOTrainer, "_is_alone_until_the_last", lambda self: False)
+    run, _, every = counted(SCSDPOTrainer, SCSDPOConfig, folder, **options)
+    assert [(x["loss"], x["grad_norm"]) for x in run] == [(x["loss"], x["grad_norm"]) for x in left_out]
+    for model, calls in (("student", 6 * 8), ("teacher", 6 * 8), ("old", 3 * 8)):
+        shapes = [x[2:] for x in every.shapes if x[0] == model]
+        assert len(shapes) == calls and {x for x in shapes if x[1] == 2} == {(1, 2)}
+        assert [x for x in shapes if x != (1, 2)] == [x[2:] for x in few.shapes if x[0] == model and x[2:] != (1, 2)]
+
+
+def one_in_eight(completion_ids, prompts, **_):
+    """Seven questions of eight are all wrong; of the others every second rollout is right."""
+    return [float(i % 2 and int(prompt.split()[0]) % 8 == 0) for i, prompt in enumerate(prompts)]
+
+
+SPLITS = [(8, 4), (4, 8), (2, 16), (1, 32)]
+
+
+def table_of_tokens():
+    """Ours / stock, by rollouts in a micro-batch and micro-batches: docs/trainers.md's two columns."""
+    page = (Path(__file__).parents[1] / "docs" / "trainers.md").read_text()
+    rows = re.findall(r"^\| (\d+) × (\d+) \| (0\.\d+) \| (0\.\d+) \|$", page, re.M)
+    return {(int(size), int(steps)): [float(x) for x in shares] for size, steps, *shares in rows}
+
+
+@pytest.mark.parametrize("size, steps", SPLITS)
+def test_tokens_at_12_percent_with_a_weight(folder, size, steps, monkeypatch):
+    """At most 0.17 of the stock trainer's, whatever the micro-batches; docs/trainers.md has the table."""
+
+    def tokens(trainer, config):
+        lines, _, count = counted(trainer, config, folder, per_device_train_batch_size=size, max_steps=2,
+                                  gradient_accumulation_steps=steps, reward=one_in_eight, max_completion_length=24,
+                                  data=QUESTIONS.select(range(16)), shuffle_dataset=False)  # fmt: skip
+        assert all(line.get("scsdpo/zero_weight_questions", 0.875) == 0.875 for line in lines)
+        return count.tokens()
+
+    stock, ours = tokens(SDPOTrainer, SDPOConfig), tokens(SCSDPOTrainer, SCSDPOConfig)
+    monkeypatch.setattr(
+        SCSDPOTrainer, "_is_alone_until_the_last", lambda self: False
+    )  # every micro-batch runs, as when sharded
+    share, sharded = ours / stock, tokens(SCSDPOTrainer, SCSDPOConfig) / stock
+    print(f"{size} × {steps}: {ours} / {stock} = {share:.3f}; {sharded:.3f} where every micro-batch runs")
+    assert share <= sharded <= 0.17
+    assert [share, sharded] == pytest.approx(table_of_tokens()[size, steps], abs=0.015)
 
 
 @pytest.mark.parametrize("kind", ["live", "base"])
@@ -253,6 +340,113 @@ def test_evaluation_and_generation_are_untouched(folder):
 
     train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", prepare=check, max_steps=1, eval_strategy="no",
           per_device_eval_batch_size=4)  # fmt: skip
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_step_without_weight_can_leave_out_its_update(folder, skip):
+    """Otherwise Adam's momentum, weight decay and the moving-average teacher go on, as in the stock trainer."""
+    flat = []
+
+    def reward(completion_ids, **_):
+        return [float(i % 2 and not flat) for i in range(len(completion_ids))]
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.moved, self.before = [], None
+
+        def on_step_begin(self, args, state, control, **_):
+            flat[:] = [True] if state.global_step >= 2 else []
+            now = [x.detach().clone() for model in self.models for x in model.parameters()]
+            if self.before is not None:
+                self.moved.append([not torch.equal(a, b) for a, b in zip(now, self.before, strict=True)])
+            self.before = now
+
+    watch = Watch()
+    lines, _ = train(
+        SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", reward=reward, max_steps=5, weight_decay=0.1,
+        skip_zero_steps=skip, teacher_update_rate=0.5, callbacks=[watch],
+        prepare=lambda run: setattr(watch, "models", (run.model, run.teacher_model)),
+    )  # fmt: skip
+    assert [line["loss"] > 1e-3 for line in lines] == [True, True, False, False, False]
+    assert len(watch.moved) == 4 and all(watch.moved[0]) and all(watch.moved[1])
+    for moved in watch.moved[2:]:
+        assert not any(moved) if skip else all(moved)
+
+
+def resumed(trainer, config, folder, tmp_path, peft_config, **options):
+    """Losses of steps 4 to 6, in one run and after a checkpoint; and both teachers."""
+    options = {"teacher_model_kind": "ema", "teacher_update_rate": 0.5, "max_steps": 6, "save_strategy": "steps",
+               "save_steps": 3, "output_dir": str(tmp_path), "learning_rate": 1e-2, **options}  # fmt: skip
+    losses, teachers = [], []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        extra = {} if peft_config is None else {"peft_config": peft_config()}
+        lines, _ = train(trainer, config, folder, "qwen3", prepare=teachers.append, resume=resume, **extra, **options)
+        losses.append([line["loss"] for line in lines][-3:])
+    teachers = [[x.detach() for n, x in run.teacher_model.named_parameters() if extra == {} or "teacher" in n]
+                for run in teachers]  # fmt: skip
+    return losses, teachers
+
+
+def lora():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(5)
+    return peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize("peft_config", [None, lora], ids=["a model", "an adapter"])
+def test_a_moving_average_teacher_is_resumed(folder, tmp_path, peft_config):
+    losses, teachers = resumed(SCSDPOTrainer, SCSDPOConfig, folder, tmp_path, peft_config)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and any(x > 1e-3 for x in losses[0])
+    for a, b in zip(*teachers, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_without_the_teacher_warns(folder, tmp_path):
+    options = {"teacher_model_kind": "ema", "save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path)}
+    train(SDPOTrainer, SDPOConfig, folder, "qwen3", **options)
+    with pytest.warns(UserWarning, match="expected the moving-average teacher, found none"):
+        train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", resume=str(tmp_path / "checkpoint-2"), **options)
+
+
+def test_weights_in_evaluation_do_not_depend_on_the_batch(folder):
+    """A question's is (p (1 - p))^½, whichever others are beside it."""
+    losses = []
+    for size in (4, 8, 20):
+        options = {"per_device_eval_batch_size": size, "eval_dataset": QUESTIONS.select(range(5)), "max_steps": 1}
+        torch.manual_seed(0)
+        rewards = iter([[1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0], [0.0] * 4, [1.0] * 4, [1.0, 1.0, 1.0, 0.0]])
+
+        def reward(completion_ids, rewards=rewards, **_):
+            return [x for _ in range(len(completion_ids) // 4) for x in next(rewards)]
+
+        seen = []
+
+        def check(run, seen=seen):
+            prepare = run._prepare_training_batch
+
+            def prepared(inputs):
+                batch = prepare(inputs)
+                seen.extend(batch["question_weight"].tolist())
+                return batch
+
+            run._prepare_training_batch = prepared
+            losses.append(run.evaluate()["eval_loss"])
+            run.reward_funcs = [lambda completion_ids, **_: [0.0] * len(completion_ids)]
+
+        train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", prepare=check, reward=reward, **options)
+        weights = [x for x in (3**0.5 / 4, 0.5, 0.0, 0.0, 3**0.5 / 4) for _ in range(4)]
+        assert seen[:20] == pytest.approx(weights)
+    assert all(x > 1e-3 for x in losses)
+
+
+def test_the_model_card_cites_both_papers(folder, tmp_path):
+    train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", max_steps=1, output_dir=str(tmp_path),
+          prepare=lambda run: run.create_model_card(model_name="a model"))  # fmt: skip
+    card = (tmp_path / "README.md").read_text()
+    for paper in ("2605.27765", "2601.20802"):
+        assert f"arXiv:{paper}" in card
+    assert "trained with SC-SDPO" in card
+    assert "trained with SC-SDPO" in card and "https://huggingface.co/papers/2605.27765" in card and "- sc-sdpo" in card
 
 
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "distillation_is_clip": 2.0},
@@ -303,40 +497,114 @@ def test_lora_on_other_modules(folder, teacher):
         run.train()
         results.append([line for line in run.state.log_history if "loss" in line])
     assert_same(*reversed(results))
+    assert_same_metric(*reversed(results))
 
 
-def two_processes(trainer, folder):
-    """The log of two processes of which each has half of every group."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    run = subprocess.run([*command, trainer, str(folder)], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("LOG "))[4:])
+@functools.cache
+def two_processes(what, folder):
+    """The log of two processes, and the tokens that each of them ran."""
+    return run_two_processes(__file__, what, folder)
 
 
 def test_groups_that_straddle_processes(folder):
     """DDP on gloo: the weights are of the whole generation batch, whichever rank has a rollout."""
-    stock, ours = (two_processes(name, folder) for name in ("stock", "ours"))
-    for a, b in zip(ours, stock, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-7)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5, abs=2e-6)
-    assert any(line["loss"] > 1e-3 for line in ours) and any(0 < line["scsdpo/pass_rate"] < 1 for line in ours)
+    (stock, _), (ours, _) = (two_processes(name, folder) for name in ("stock", "straddling"))
+    assert_same(ours, stock)
+    assert any(0 < line["scsdpo/pass_rate"] < 1 for line in ours)
 
 
-def main(name, folder):
-    if name == "stock":
+@pytest.mark.parametrize("kind", ["one", "one, twice", "one, reduced each time"])
+def test_rollouts_move_to_a_process_that_has_none(folder, kind):
+    """All rollouts with a weight are drawn on one of two processes, whose tokens fall to at most 0.6."""
+    (drawn, before), (dealt, after) = (two_processes(f"{kind}, {how}", folder) for how in ("drawn", "dealt"))
+    assert_same(dealt, drawn)
+    for a, b in zip(dealt, drawn, strict=True):
+        for name in ("self_distillation/distillation_loss", "scsdpo/student_entropy", "scsdpo/rows_kept"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5)
+    assert all(line["loss"] > 1e-3 for line in dealt)
+    print(f"{kind}: tokens by process {before} -> {after}, the slower one's {max(after) / max(before):.3f}")
+    assert max(after) <= 0.6 * max(before)
+
+
+@pytest.mark.parametrize("what", ["one, drawn", "one, twice, dealt"])
+def test_sharded_parameters(folder, what):
+    """FSDP2: the losses and gradients of DDP, with stand-ins wherever a process has nothing to run."""
+    (ddp, _), (fsdp, tokens) = (two_processes(name, folder) for name in (what, f"sharded, {what}"))
+    for a, b in zip(fsdp, ddp, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    measured = 2 * 2 * 8  # once, when the parameters are gathered for the first time
+    assert min(tokens) == 3 * 2 * 4 + measured if "drawn" in what else max(tokens) <= 1.1 * min(tokens)
+
+
+def test_two_processes_resume_a_moving_average_teacher(folder):
+    whole, resumed = two_processes("resumed", folder)
+    assert resumed == pytest.approx(whole, rel=1e-5) and any(x > 1e-3 for x in whole)
+
+
+def test_a_sharded_teacher_is_saved_and_read(folder):
+    """The file has all of it, and each process gets its shards back."""
+    shapes, distances = two_processes("sharded, one, teacher", folder)
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(MODELS["qwen3"][0](**SIZES))
+    assert shapes == {name: list(value.shape) for name, value in model.state_dict().items()}
+    assert distances == [0.0, 0.0]
+
+
+def distance_after_reading(trainer):
+    """Shapes in the file, and how far parameters of the teacher are from what they were."""
+    (callback,) = (x for x in trainer.callback_handler.callbacks if isinstance(x, EMATeacher))
+    before = [x.to_local().clone() for x in trainer.teacher_model.parameters()]
+    where = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    where.mkdir(parents=True, exist_ok=True)
+    callback.on_save(trainer.args, trainer.state, trainer.control)
+    torch.distributed.barrier()
+    with torch.no_grad():
+        for x in trainer.teacher_model.parameters():
+            x.zero_()
+    callback.resume_from(str(where))
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    after = [x.to_local() for x in trainer.teacher_model.parameters()]
+    distances = [None, None]
+    own = max((a - b).abs().max().item() for a, b in zip(after, before, strict=True) if a.numel())
+    torch.distributed.all_gather_object(distances, own)
+    file = torch.load(where / "ema_teacher.pt", weights_only=True)
+    return {name: list(x.shape) for name, x in file.items()}, distances
+
+
+def every_second_on_the_first(completion_ids, **_):
+    return [float(i % 2 and os.environ["RANK"] == "0") for i in range(len(completion_ids))]
+
+
+def main(what, folder):
+    torch.set_num_threads(1)
+    sharding = sharded() if what.startswith("sharded") else {}
+    what = what.removeprefix("sharded, ")
+    if what == "resumed":
+        losses, _ = resumed(SCSDPOTrainer, SCSDPOConfig, Path(folder), Path(folder) / "resumed", None, **sharding)
+        finish(losses)
+    options = {"per_device_train_batch_size": 6, "num_generations": 4, "gradient_accumulation_steps": 1}
+    trainer, config = SCSDPOTrainer, SCSDPOConfig
+    if what == "stock":
         loss = sdpo_trainer.compute_full_logit_self_distillation_loss
         sdpo_trainer.compute_full_logit_self_distillation_loss = lambda *a, **k: (
             loss(*a, **k) * ByHand.weights.unsqueeze(1)
         )
-    trainer, config = (ByHand, SDPOConfig) if name == "stock" else (SCSDPOTrainer, SCSDPOConfig)
-    lines, _ = train(trainer, config, Path(folder), "qwen3", per_device_train_batch_size=6, num_generations=4,
-                     gradient_accumulation_steps=1)  # fmt: skip
-    if os.environ["RANK"] == "0":
-        print("LOG", json.dumps(lines), flush=True)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # past the destructors of libraries whose threads may still run
+        trainer, config = ByHand, SDPOConfig
+    if what.startswith("one"):
+        options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": 24,
+                   "reward": every_second_on_the_first, "deal_rollouts": not what.endswith("drawn")}  # fmt: skip
+        if "twice" in what:
+            options |= {"num_iterations": 2, "distillation_is_clip": 1.5}
+        if "each time" in what:  # left-out micro-batches would leave the other process waiting
+            options["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    lines, _, count = counted(trainer, config, Path(folder), **options, **sharding)
+    assert count.trainer.is_fsdp_enabled == bool(sharding)
+    if what.endswith("teacher"):
+        finish(distance_after_reading(count.trainer))
+    tokens = [None, None]
+    torch.distributed.all_gather_object(tokens, count.tokens())
+    finish([lines, tokens])
 
 
 if __name__ == "__main__":

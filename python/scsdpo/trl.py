@@ -1,13 +1,12 @@
-"""SC-SDPO in TRL: its SDPOTrainer with question weights and the fused loss, as a drop-in.
+"""SC-SDPO in TRL: its SDPOTrainer with question weights and the fused loss, as a drop-in. And two others, fused.
 
     from scsdpo.trl import SCSDPOConfig, SCSDPOTrainer
 
     trainer = SCSDPOTrainer(model, reward_funcs, SCSDPOConfig(...), train_dataset=...)
 
-Every argument of TRL's keeps its meaning and its aggregation: the loss is the mean over a rollout's distilled tokens,
-then over the rollouts of a micro-batch, here times the weight of the rollout's question (arXiv 2605.27765), which is
-computed once a generation batch, over all processes. No step holds a (B, T, V) tensor: the divergence and the
-log-probabilities of rollouts come from hidden states, inside the head's forward (`scsdpo.head`).
+The loss is TRL's times the weight of the rollout's question (arXiv 2605.27765, eq. 15-16), which is computed once a
+generation batch, over all processes. How it is computed, and for which rollouts, is in `scsdpo.self_distillation`.
+`FusedSDFTTrainer` is SDFTTrainer likewise, without weights, and `FusedDistillationTrainer` is DistillationTrainer.
 """
 
 from dataclasses import dataclass, field
@@ -17,29 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scsdpo_kernels import Head, LinearDivergence, SampledToken, TopK, TopLogprobs, question_weights
+from scsdpo_kernels import question_weights
 
-from .head import base_model, distill, head_of, hidden_states, patch_lm_head
-
-TESTED = ">=1.16,<1.17"
-_SEAMS = ("_prepare_training_batch", "_compute_rollout_logps", "_get_teacher_context_for_self_distillation",
-          "_log_self_distillation_metric", "compute_loss")  # fmt: skip
+TESTED = ">=1.6,<1.17"
 
 try:
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-    _missing = [name for name in _SEAMS if not hasattr(SDPOTrainer, name)]
+    from .self_distillation import SEAMS, DealingOptions, FusedSelfDistillation
 except ImportError as error:
     raise ImportError(f"scsdpo.trl is made for trl{TESTED} (pip install 'scsdpo-kernels[trl]'): {error}") from error
-if _missing:
-    raise ImportError(
-        f"scsdpo.trl is made for trl{TESTED}; SDPOTrainer of trl {metadata.version('trl')} has no {', '.join(_missing)}"
-    )
+
+for _trainer in (SDPOTrainer, SDFTTrainer):
+    if _missing := [name for name in SEAMS if not hasattr(_trainer, name)]:
+        raise ImportError(
+            f"scsdpo.trl is made for trl{TESTED}; {_trainer.__name__} of trl {metadata.version('trl')} has no "
+            f"{', '.join(_missing)}"
+        )
 
 
 @dataclass
-class SCSDPOConfig(SDPOConfig):
-    """TRL's SDPOConfig and how questions are weighted."""
+class SCSDPOConfig(DealingOptions, SDPOConfig):
+    """TRL's SDPOConfig, how questions are weighted, and how rollouts are run."""
 
     question_weighting: str = field(
         default="sc-sdpo", metadata={"help": "'sc-sdpo': w = (p̂ (1 - p̂))^exponent, normalised. 'none': plain SDPO."}
@@ -61,144 +60,84 @@ class SCSDPOConfig(SDPOConfig):
                 f"distillation_weight: expected 1.0, got {self.distillation_weight}; the policy loss that it blends in "
                 "needs full logits, which this trainer never has"
             )
-        if self.use_teacher_server:
-            raise ValueError("use_teacher_server: expected False; SCSDPOTrainer runs its teacher itself")
 
 
-class SCSDPOTrainer(SDPOTrainer):
-    """TRL's SDPOTrainer with question weights and the fused loss. Takes what SDPOTrainer takes."""
+class SCSDPOTrainer(FusedSelfDistillation, SDPOTrainer):
+    """TRL's SDPOTrainer with question weights and the fused loss. Takes what SDPOTrainer takes.
+
+        loss = 1/B Σ_b w̄_b Σ_t m_{b,t} D_{b,t} / Σ_t m_{b,t}
+
+    over the B rollouts of an optimiser step: m is 1 at tokens of a rollout that has a teacher, D the divergence of
+    `distillation_mode` and `distillation_alpha`, w̄ SC-SDPO's weight of the rollout's question (eq. 16).
+    """
 
     config_cls = SCSDPOConfig
     _tag_names = ["trl", "sdpo", "sc-sdpo"]  # noqa: RUF012
-    _PER_ROLLOUT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "teacher_input_ids",
-                    "teacher_attention_mask", "question_weight", "old_per_token_logps")  # fmt: skip
+    _paper = {  # noqa: RUF012
+        "title": "Restoring the Sweet Spot: Pass-Rate Weighted Self-Distillation for LLM Reasoning",
+        "id": "2605.27765",
+        "citation": """\
+@article{liu2026scsdpo,
+    title        = {{Restoring the Sweet Spot: Pass-Rate Weighted Self-Distillation for LLM Reasoning}},
+    author       = {Zehao Liu and Yuanpu Cao and Jinghui Chen and Vasant G. Honavar},
+    year         = 2026,
+    eprint       = {arXiv:2605.27765}
+}
+"""
+        + SDPOTrainer._paper["citation"],
+    }
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, SCSDPOConfig):
-            raise TypeError(f"args: expected an SCSDPOConfig, got {type(self.args).__name__}")
-        if self.args.distillation_mode == "topk_logits" and self.args.distillation_topk is None:
-            raise ValueError("distillation_topk: expected a number with distillation_mode='topk_logits', got None")
-        head = patch_lm_head(self.model)
-        patch_lm_head(self.teacher_model)
-        if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind != "live":
-            raise ValueError(
-                "teacher_model_kind: expected 'live' where LoRA adapts the head, got "
-                f"{self.args.teacher_model_kind!r}; or leave 'lm_head' out of target_modules"
-            )
-        self._teacher_head: tuple[int, Head | None] = (-1, None)
+    def _weigh(self, batch: dict[str, Any]) -> Tensor:  # (B,)
+        """Over the generation batch of all processes in training; in evaluation each question for itself.
 
-    def _prepare_training_batch(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super()._prepare_training_batch(inputs)
+        Evaluation takes w = (p̂ (1 - p̂))^α (eq. 15) without its mean over a batch (eq. 16), so that a loss does not
+        depend on which other questions were in the batch.
+        """
         mode = "train" if self.model.training else "eval"
         generations = self.num_generations if mode == "train" else self.num_generations_eval
         rewards = self.accelerator.gather(batch["rewards"])  # groups are contiguous here, and may straddle processes
         threshold = self.args.question_success_threshold
         threshold = self.args.success_reward_threshold if threshold is None else threshold
-        weights = question_weights(
-            rewards,
-            torch.arange(len(rewards), device=rewards.device) // generations,
-            exponent=self.args.question_weight_exponent,
-            success_threshold=threshold,
-        )
+        exponent = self.args.question_weight_exponent
+        if mode == "train":
+            questions = torch.arange(len(rewards), device=rewards.device) // generations
+            weights = question_weights(rewards, questions, exponent=exponent, success_threshold=threshold)
+        else:
+            rates = (rewards >= threshold).double().view(-1, generations).mean(1)
+            variance = rates * (1 - rates)
+            weights = torch.where(variance > 0, variance**exponent, 0.0).float().repeat_interleave(generations)
         self._metrics[mode]["scsdpo/pass_rate"].append((rewards >= threshold).float().mean().item())
         self._metrics[mode]["scsdpo/zero_weight_questions"].append((weights == 0).float().mean().item())
         if self.args.question_weighting == "none":
             weights = torch.ones_like(weights)
         start = self.accelerator.process_index * len(batch["rewards"])
-        batch["question_weight"] = weights[start : start + len(batch["rewards"])]
-        return batch
+        return weights[start : start + len(batch["rewards"])]
 
-    def _compute_rollout_logps(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-    ) -> Tensor | None:
-        if self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) == 0:
-            return None  # on-policy: TRL asks for none either
-        with torch.no_grad(), self.accelerator.autocast():
-            return distill(
-                self.model_wrapped if self.is_fsdp_enabled else self.model,
-                torch.cat([prompt_ids, completion_ids], dim=1),
-                torch.cat([prompt_mask, completion_mask], dim=1),
-                completion_ids.shape[1],
-                mask=None,
-                temperature=self.temperature,
-                target_ids=completion_ids,
-                # A teacher who has said one token: the student alone is projected.
-                support=TopLogprobs(
-                    completion_ids.unsqueeze(-1), torch.zeros_like(completion_ids, dtype=torch.float32).unsqueeze(-1)
-                ),
-            ).student_logp
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if return_outputs:
-            raise ValueError("return_outputs: expected False; there are no logits to return")
-        mask = inputs["completion_mask"]
-        if (distilled := inputs.get("self_distillation_mask")) is not None:
-            mask = mask * distilled.unsqueeze(1)
-        rollouts, tokens = mask.shape
-        accumulation = self.current_gradient_accumulation_steps if self.model.training else 1.0
-        # Rollouts of weight 0 are not run. Every process runs one, or the others' collectives wait.
-        run = (inputs["question_weight"] != 0) & mask.any(1)
-        run[0] |= ~run.any()
-        inputs = {name: inputs[name][run] for name in self._PER_ROLLOUT if inputs.get(name) is not None}
-        mask = mask[run]
-        with self.accelerator.autocast():
-            with torch.no_grad(), self._get_teacher_context_for_self_distillation():
-                teacher = hidden_states(
-                    self.teacher_model, inputs["teacher_input_ids"], inputs["teacher_attention_mask"], tokens
-                )
-            result = distill(
-                model,
-                torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-                torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
-                tokens,
-                teacher_hidden=teacher,
-                teacher_head=self._head_of_teacher(),
-                mask=mask,
-                question_weight=inputs["question_weight"],
-                reduction="sequence-mean",
-                denominator=float(rollouts * accumulation),
-                target_ids=inputs["completion_ids"],
-                temperature=self.temperature,
-                **self._objective(inputs.get("old_per_token_logps")),
-            )
-        self._log_distillation(result, mask * (inputs["question_weight"] != 0).unsqueeze(1), rollouts * tokens)
-        return result.loss
-
-    def _objective(self, old_logp: Tensor | None) -> dict[str, Any]:
-        """TRL's names for the divergence as linear_divergence's."""
-        objective: dict[str, Any] = {"beta": self.args.distillation_alpha}
-        if self.args.distillation_mode == "topk_logits":
-            tail = "bucket" if self.args.distillation_add_tail else "renormalize"
-            objective["support"] = TopK(self.args.distillation_topk, tail=tail)
-        elif self.args.distillation_mode == "sampled_token":
-            objective["support"] = SampledToken()
-        if self.args.distillation_is_clip is not None and old_logp is not None:
-            objective |= {"old_logp": old_logp, "importance_clip": self.args.distillation_is_clip}
-        return objective
-
-    def _head_of_teacher(self) -> Head | None:
-        """Gathered once an optimiser step; None of a teacher whose head is the student's own."""
-        if self._teacher_head[0] != self.state.global_step:
-            own, other = (base_model(x).get_output_embeddings() for x in (self.model, self.teacher_model))
-            head = None if other is own else head_of(self.teacher_model)
-            self._teacher_head = (self.state.global_step, head)
-        return self._teacher_head[1]
-
-    def _log_distillation(self, result: LinearDivergence, kept: Tensor, rows: int) -> None:
-        """Means over the tokens that were computed, of all processes; kept: which they are, of so many rows."""
-        mode = "train" if self.model.training else "eval"
-        ratio = 1.0 if result.importance_ratio is None else result.importance_ratio
-        own = [kept.sum(), kept.new_tensor(rows)]
-        fields = (ratio * result.divergence, result.divergence, result.student_entropy, result.teacher_entropy)
-        own += [(x * kept).sum() for x in fields]
-        sums = self.accelerator.gather(torch.stack([x.float() for x in own]).unsqueeze(0))
-        count = sums[:, 0].sum().clamp(min=1.0)
-        # as TRL does: the mean over processes of each one's own mean
-        self._log_self_distillation_metric(mode, (sums[:, 2] / sums[:, 0].clamp(min=1.0)).mean().item())
-        self._metrics[mode]["scsdpo/rows_kept"].append((sums[:, 0].sum() / sums[:, 1].sum()).item())
-        for name, total in zip(("divergence", "student_entropy", "teacher_entropy"), sums[:, 3:].sum(0), strict=True):
-            self._metrics[mode][f"scsdpo/{name}"].append((total / count).item())
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        self._name = "SC-SDPO"  # elsewhere it is the prefix of TRL's metrics
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            del self._name
 
 
-__all__ = ["SCSDPOConfig", "SCSDPOTrainer"]
+@dataclass
+class FusedSDFTConfig(DealingOptions, SDFTConfig):
+    """TRL's SDFTConfig, and how rollouts are run."""
+
+
+class FusedSDFTTrainer(FusedSelfDistillation, SDFTTrainer):
+    """TRL's SDFTTrainer with the fused loss. Takes what SDFTTrainer takes; every question has weight 1."""
+
+    config_cls = FusedSDFTConfig
+
+
+def __getattr__(name: str) -> Any:  # only when asked for, since older releases of TRL have no such trainer
+    if name != "FusedDistillationTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .distillation import FusedDistillationTrainer
+
+    return FusedDistillationTrainer
+
+
+__all__ = ["FusedSDFTConfig", "FusedSDFTTrainer", "SCSDPOConfig", "SCSDPOTrainer"]

@@ -1,0 +1,156 @@
+"""Rollouts of an optimiser step, dealt evenly over its micro-batches and processes.
+
+The loss of a step is a sum over rollouts (`scsdpo_loss`), with denominators of the whole step. So it does not matter
+which micro-batch and process runs a rollout, and one without weight (arXiv 2605.27765, eq. 16) need not run at all.
+Rollouts are kept without padding. A micro-batch is as wide as the longest of those that were dealt to it.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+class Rollout(NamedTuple):
+    """One rollout, on the CPU, and which micro-batch of which process drew it."""
+
+    prompt: Tensor  # (P,) the student's
+    teacher_prompt: Tensor  # (Q,)
+    completion: Tensor  # (T,) of both
+    mask: Tensor  # (T,) 1 at tokens that have a loss
+    weight: float  # of its question
+    process: int
+    micro_batch: int
+    old_logp: Tensor | None = None  # (T,) fp32
+
+    @property
+    def tokens(self) -> int:
+        """Through student and teacher."""
+        return len(self.prompt) + len(self.teacher_prompt) + 2 * len(self.completion)
+
+
+def with_weight(
+    batch: dict[str, Tensor],
+    mask: Tensor,  # (B, T) 1 at tokens that have a loss
+    process: int,
+    micro_batches: int,  # of equal sizes, one after the other
+) -> list[Rollout]:
+    """The rollouts of this process that have a weight and a token with a loss, without their padding.
+
+    Args:
+        batch: a TRL trainer's: prompt_ids (B, P), completion_ids (B, T) and teacher_input_ids (B, Q + T), whose last T
+            are the completion, prompt_mask, completion_mask and teacher_attention_mask; question_weight (B,).
+    """
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "teacher_input_ids",
+             "teacher_attention_mask", "question_weight")  # fmt: skip
+    rows = ((batch["question_weight"] != 0) & mask.any(1)).nonzero()[:, 0]
+    fields = [batch[name][rows].cpu() for name in names]
+    size, width = len(mask) // micro_batches, mask.shape[1]
+    return [
+        Rollout(
+            prompt[there != 0],
+            teacher[:-width][seen[:-width] != 0],
+            completion[given != 0],
+            loss[given != 0],
+            weight.item(),
+            process,
+            row // size,
+        )
+        for row, prompt, there, completion, given, teacher, seen, weight, loss in zip(
+            rows.tolist(), *fields, mask[rows].cpu(), strict=True
+        )
+    ]
+
+
+def stand_in(token: int) -> Rollout:
+    """Two tokens without weight, for a micro-batch that has none and still has to take part in collectives."""
+    one = torch.tensor([token])
+    return Rollout(one, one, one, torch.zeros_like(one), 0.0, 0, 0, torch.zeros(1))
+
+
+def padded_tokens(rollouts: Sequence[Rollout]) -> int:
+    """What student and teacher run for a micro-batch of these."""
+    longest = [max((len(x[i]) for x in rollouts), default=0) for i in range(3)]
+    return len(rollouts) * (longest[0] + longest[1] + 2 * longest[2])
+
+
+def deal(
+    rollouts: Sequence[Rollout],
+    micro_batches: int,
+    processes: int,
+    most: int,  # rollouts in a micro-batch
+) -> list[list[list[Rollout]]]:  # by process and micro-batch
+    """The longest first, each to the process with the fewest tokens; then even micro-batches of similar lengths.
+
+    No other grouping by length has a smaller largest micro-batch. Empty ones come first, the largest comes last.
+    """
+    shares: list[list[Rollout]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for rollout in sorted(rollouts, key=lambda x: -x.tokens):
+        process = min((i for i in range(processes) if len(shares[i]) < micro_batches * most), key=loads.__getitem__)
+        shares[process].append(rollout)
+        loads[process] += rollout.tokens
+    return [_micro_batches(share, micro_batches, most) for share in shares]
+
+
+def as_drawn(rollouts: Sequence[Rollout], micro_batches: int, processes: int) -> list[list[list[Rollout]]]:
+    """Each where it was drawn."""
+    where: list[list[list[Rollout]]] = [[[] for _ in range(micro_batches)] for _ in range(processes)]
+    for rollout in rollouts:
+        where[rollout.process][rollout.micro_batch].append(rollout)
+    return where
+
+
+def collate(rollouts: Sequence[Rollout], padding: int, device: torch.device | str) -> dict[str, Tensor]:
+    """A micro-batch under TRL's names: prompts padded on the left, completions on the right.
+
+    Returns:
+        prompt_ids (B, P), completion_ids (B, T), teacher_input_ids (B, Q + T), each with its mask; loss_mask (B, T),
+        question_weight (B,), and old_per_token_logps (B, T) where every rollout has them.
+    """
+
+    def padded(values: Sequence[Tensor], side: str, by: int = 0) -> Tensor:
+        return pad_sequence(list(values), batch_first=True, padding_value=by, padding_side=side)
+
+    def there(values: Sequence[Tensor], side: str) -> Tensor:
+        return padded([torch.ones_like(x) for x in values], side)
+
+    prompts, teachers, completions, masks, weights, *_, old = zip(*rollouts, strict=True)
+    completion, given = padded(completions, "right", padding), there(completions, "right")
+    batch = {
+        "prompt_ids": padded(prompts, "left", padding),
+        "prompt_mask": there(prompts, "left"),
+        "completion_ids": completion,
+        "completion_mask": given,
+        "teacher_input_ids": torch.cat([padded(teachers, "left", padding), completion], dim=1),
+        "teacher_attention_mask": torch.cat([there(teachers, "left"), given], dim=1),
+        "loss_mask": padded(masks, "right"),
+        "question_weight": torch.tensor(weights),
+    }
+    if all(x is not None for x in old):
+        batch["old_per_token_logps"] = padded(old, "right")
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _micro_batches(share: list[Rollout], count: int, most: int) -> list[list[Rollout]]:
+    """Of rollouts from the longest to the shortest; the bound on tokens is the smallest that `count` can hold."""
+    low, high = max((x.tokens for x in share), default=0), padded_tokens(share)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_filled(share, middle, most)) <= count else (middle + 1, high)
+    filled = _filled(share, low, most)
+    return [[] for _ in range(count - len(filled))] + filled[::-1]
+
+
+def _filled(share: list[Rollout], bound: int, most: int) -> list[list[Rollout]]:
+    filled: list[list[Rollout]] = []
+    for rollout in share:
+        if not filled or len(filled[-1]) == most or padded_tokens([*filled[-1], rollout]) > bound:
+            filled.append([])
+        filled[-1].append(rollout)
+    return filled
+
+
+__all__ = ["Rollout", "as_drawn", "collate", "deal", "padded_tokens", "stand_in", "with_weight"]
