@@ -1,6 +1,7 @@
 """What the tests compare with: extended-precision row arithmetic, and float64 end to end with torch's own functions.
 
-Neither shares a formula with the package: no expm1, no log1p, no polynomial, no difference of logits.
+Neither shares a formula with the package: no expm1, no log1p, no polynomial, no difference of logits. What they take
+from it are the names of a problem's parts.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from scsdpo_kernels import Head, SampledToken, TopK
 
 
 class Rows(NamedTuple):
@@ -65,38 +68,128 @@ def _mean(p: np.ndarray, x: np.ndarray) -> np.ndarray:
     return _weighted(p, x).sum(axis=-1)
 
 
-class EndToEnd(NamedTuple):
-    loss: Tensor
-    divergence: Tensor
-    grad_hidden: Tensor
-    grad_weight: Tensor
+class Expected(NamedTuple):
+    """Field for field what `linear_divergence` returns."""
+
+    loss: Tensor  # ()
+    divergence: Tensor  # (...) and the following
+    student_entropy: Tensor
+    teacher_entropy: Tensor | None
+    student_logp: Tensor | None
+    teacher_logp: Tensor | None
+    importance_ratio: Tensor | None
 
 
-def end_to_end(student_hidden, student_weight, teacher_hidden, teacher_weight=None, *, token_weight=None, beta=0.5,
-               temperature=1.0, dtype=torch.float64) -> EndToEnd:  # fmt: skip
-    """F.kl_div of explicit softmaxes on full logits, and autograd, in `dtype`."""
-    hidden = student_hidden.detach().to(dtype).requires_grad_()
-    weight = student_weight.detach().to(dtype).requires_grad_()
-    head = student_weight if teacher_weight is None else teacher_weight
-    log_p = F.log_softmax(hidden @ weight.T / temperature, dim=-1)
-    log_q = F.log_softmax(teacher_hidden.detach().to(dtype) @ head.detach().to(dtype).T / temperature, dim=-1)
+def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=0.5, temperature=1.0, support=None,
+             entry_clip=None, target_ids=None, old_logp=None, importance_clip=2.0) -> tuple:  # fmt: skip
+    """Full logits in float64 and autograd: all fields, and the gradients of everything of the student's.
 
-    def kl(of: Tensor, to: Tensor) -> Tensor:  # KL(of || to) per row
-        return F.kl_div(to, of, log_target=True, reduction="none").sum(dim=-1)
+    `problem` is one of problems.py; the options are `linear_divergence`'s. As there, all fields of a token of weight 0
+    are 0, and the gradients are of the loss or of another sum.
+    """
+    given = problem.to(torch.float64).leaves()
+    if token_weight is None:
+        token_weight = problem.token_weight
+    weight = given.hidden.new_ones(given.hidden.shape[:-1]) if token_weight is None else token_weight.double()
+    kept = weight != 0
+    log_p, log_q = _log_probabilities(given, temperature)
+    at = None if target_ids is None else target_ids.long().where(kept, 0)[..., None]
+    student_logp, teacher_logp = (None if at is None or x is None else x.gather(-1, at)[..., 0] for x in (log_p, log_q))
 
-    if beta == 0:
-        divergence = kl(log_q, log_p)
-    elif beta == 1:
-        divergence = kl(log_p, log_q)
+    if isinstance(support, SampledToken):
+        divergence = (student_logp - teacher_logp).detach() * student_logp
+    elif entry_clip is not None:
+        divergence = _terms(log_q, log_p).clamp(max=entry_clip).sum(dim=-1)
     else:
-        log_m = torch.log((1 - beta) * log_p.exp() + beta * log_q.exp())
-        divergence = (1 - beta) * kl(log_p, log_m) + beta * kl(log_q, log_m)
-    loss = (divergence if token_weight is None else divergence * token_weight.to(dtype)).sum()
-    grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
-    return EndToEnd(loss.detach(), divergence.detach(), grad_hidden, grad_weight)
+        divergence = between(*_seen(log_p, log_q, support, kept), beta)
+    fields = [divergence, _entropy(log_p), log_q if log_q is None else _entropy(log_q), student_logp, teacher_logp]
+    divergence, *others = (x if x is None else x.where(kept, 0.0) for x in fields)
+
+    ratio = None
+    if old_logp is not None:
+        ratio = (student_logp.detach() - old_logp.double()).clamp(-20, 20).exp().clamp(max=importance_clip)
+        ratio = ratio.where(kept, 0.0)
+    loss = (weight * divergence * (1.0 if ratio is None else ratio)).sum()
+    result = Expected(loss, divergence, *others, ratio)
+    gradients = torch.autograd.grad(of(result), given.trained)
+    return Expected(*(x if x is None else x.detach() for x in result)), *gradients
+
+
+def logits(hidden: Tensor, head: Tensor | Head) -> Tensor:
+    weight, bias, lora, logit_scale, softcap = Head(head) if isinstance(head, Tensor) else head
+    z = hidden @ weight.T
+    if lora is not None:
+        z = z + lora.scale * (hidden @ lora.a.T) @ lora.b.T
+    if bias is not None:
+        z = z + bias
+    z = z * logit_scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _log_probabilities(given, temperature: float) -> tuple[Tensor, Tensor | None]:
+    """Of both sides, (..., V); nothing flows into the teacher, whose head may be the student's."""
+    log_p = F.log_softmax(logits(given.hidden, given.head) / temperature, dim=-1)
+    if given.teacher is None:
+        return log_p, None
+    with torch.no_grad():
+        head = given.head if given.teacher_head is None else given.teacher_head
+        return log_p, F.log_softmax(logits(given.teacher, head) / temperature, dim=-1)
+
+
+def _seen(log_p: Tensor, log_q: Tensor | None, support, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probabilities that a divergence on a support sees of both sides."""
+    if support is None:
+        return log_p, log_q
+    if isinstance(support, TopK):
+        ids = log_p.topk(min(support.k, log_p.shape[-1])).indices
+        log_q = log_q.gather(-1, ids)
+    else:
+        ids = support.ids.long().where(kept[..., None], -1)
+        log_q = support.logp.double()
+    there = ids >= 0
+    sides = log_p.gather(-1, ids.clamp(min=0)), log_q
+    return tuple(_with_tail(x.where(there, -torch.inf), support.tail) for x in sides)
+
+
+def _with_tail(log_p: Tensor, tail: str) -> Tensor:
+    mass = log_p.exp().sum(dim=-1, keepdim=True)
+    if tail == "renormalize":
+        return log_p - mass.where(mass > 0, 1.0).log()
+    return torch.cat([log_p, (1 - mass).clamp(min=1e-7).log()], dim=-1)
+
+
+def between(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """The divergence of each row of log-probabilities, which may be -inf."""
+    if beta in (0, 1):
+        return (_terms(log_q, log_p) if beta == 0 else _terms(log_p, log_q)).sum(dim=-1)
+    m = (1 - beta) * log_p.exp() + beta * log_q.exp()
+    log_m = m.where(m > 0, 1.0).log()
+    return (1 - beta) * _terms(log_p, log_m).sum(dim=-1) + beta * _terms(log_q, log_m).sum(dim=-1)
+
+
+def _terms(of: Tensor, to: Tensor) -> Tensor:
+    """Entry by entry, KL(of || to), where 0 log 0 is 0."""
+    there = of > -torch.inf
+    return F.kl_div(to.where(there, 0.0), of.where(there, 0.0), log_target=True, reduction="none").where(there, 0.0)
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p.where(log_p > -torch.inf, 0.0)).sum(dim=-1)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """‖got - expected‖ / ‖expected‖, and NaN if either has one."""
     got, expected = got.detach().double(), expected.detach().double()
     return ((got - expected).norm() / expected.norm()).item()
+
+
+def assert_near(got: tuple, exact: tuple, limit: float = 2e-5, floor: float = 1e-9) -> None:
+    """Two results with their gradients: the loss roughly, since its rows may cancel, and each gradient's norm."""
+    torch.testing.assert_close(got[0].loss.double(), exact[0].loss, rtol=1e-2, atol=1e-5)
+    for x, y in zip(got[1:], exact[1:], strict=True):
+        assert (x.double() - y).norm() <= limit * y.norm() + floor, relative_error(x, y)
+
+
+def per_token(result: Expected) -> Tensor:
+    """What `linear_divergence_per_token` returns."""
+    return result.divergence if result.importance_ratio is None else result.importance_ratio * result.divergence

@@ -5,10 +5,10 @@ import importlib.util
 import oracle
 import pytest
 import torch
-from test_linear_divergence import DTYPES, fused, problem
+from problems import DTYPES, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scsdpo_kernels import Head, LoRA, TopK, TopLogprobs, linear_divergence
+from scsdpo_kernels import TopK, TopLogprobs, linear_divergence
 from scsdpo_kernels.kernels import native
 from scsdpo_kernels.linear_divergence import problem_of
 from scsdpo_kernels.problem import flatten
@@ -16,44 +16,44 @@ from scsdpo_kernels.schedules import products
 from scsdpo_kernels.schedules.rows import complete
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 @pytest.mark.parametrize("target", [False, True])
-def test_opcheck(dtype, beta, target):
-    hidden, weight, teacher, head = problem(leading=(3, 5), width=8, vocabulary=31, teacher_width=6, dtype=dtype)
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)], ids=["both", "hidden", "head"])
+def test_opcheck(dtype, beta, target, wants):
+    hidden, weight, teacher, head = problem((3, 5), width=8, vocabulary=31, teacher_width=6, dtype=dtype)
     ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
-    for wants in ((True, True), (True, False), (False, True)):
-        inputs = hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1])
-        options = {"token_weight": torch.randn(3, 5), "target_ids": ids, "old_logp": old, "beta": beta}
-        leaves = flatten(problem_of(*inputs, teacher, head, **options))
-        torch.library.opcheck(torch.ops.scsdpo_kernels.divergence.default, (*leaves, [*wants, False, False, False]))
+    inputs = hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1])
+    options = {"token_weight": torch.randn(3, 5), "target_ids": ids, "old_logp": old, "beta": beta}
+    leaves = flatten(problem_of(*inputs, teacher, head, **options))
+    torch.library.opcheck(torch.ops.scsdpo_kernels.divergence.default, (*leaves, [*wants, False, False, False]))
 
 
-def test_opcheck_of_every_argument():
-    hidden, weight, teacher, head = problem(leading=(7,), width=8, vocabulary=31, teacher_width=6)
-    lora = LoRA(torch.randn(2, 8, requires_grad=True), torch.randn(31, 2, requires_grad=True), 0.5)
-    own = Head(weight.requires_grad_(), torch.randn(31, requires_grad=True), lora, logit_scale=0.5, softcap=9.0)
-    other = Head(head, torch.randn(31), LoRA(torch.randn(3, 6), torch.randn(31, 3), 2.0), logit_scale=2.0, softcap=5.0)
-    named = TopLogprobs(torch.arange(21).view(7, 3), torch.full((7, 3), -2.0))
-    for given, support in (((teacher, other), TopK(4)), ((), named)):
-        leaves = flatten(problem_of(hidden.requires_grad_(), own, *given, support=support))
-        for operator, rest in (("divergence", ([True] * 5,)), ("divergence_per_token", ())):
-            torch.library.opcheck(getattr(torch.ops.scsdpo_kernels, operator).default, (*leaves, *rest))
+@pytest.mark.parametrize("operator, rest", [("divergence", ([True] * 5,)), ("divergence_per_token", ())])
+@pytest.mark.parametrize("support", ["top_k", "top_logprobs"])
+def test_opcheck_of_every_argument(support, operator, rest):
+    given = problem(7, width=8, vocabulary=31, teacher_width=6, head="all", teacher_head="all").leaves()
+    options = {"support": TopK(4)}
+    if support == "top_logprobs":
+        given = given.but(teacher=None, teacher_head=None)
+        options["support"] = TopLogprobs(torch.arange(21).view(7, 3), torch.full((7, 3), -2.0))
+    leaves = flatten(problem_of(*given, **options))
+    torch.library.opcheck(getattr(torch.ops.scsdpo_kernels, operator).default, (*leaves, *rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_has_the_bits_of_eager(dtype):
-    hidden, weight, teacher, _ = problem(leading=(2, 9), width=16, vocabulary=101, dtype=dtype)
+    given = problem((2, 9), width=16, vocabulary=101, dtype=dtype)
     options = {"token_weight": torch.randn(2, 9).relu(), "target_ids": torch.randint(101, (2, 9))}
     options["old_logp"] = -4.6 + torch.randn(2, 9)
 
     def step(hidden, weight):
-        result = linear_divergence(hidden, weight, teacher, **options)
+        result = linear_divergence(hidden, weight, given.teacher, **options)
         return result.loss * 3, *result[1:]
 
     results = []
     for run in (step, torch.compile(step, fullgraph=True)):
-        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        inputs = given.leaves().trained
         outputs = run(*inputs)
         results.append((*outputs, *torch.autograd.grad(outputs[0], inputs)))
         assert [x.requires_grad for x in outputs] == [True] + [False] * 6
@@ -84,7 +84,7 @@ def test_compiled_with_other_numbers_and_sizes():
 def test_autocast(compiled, dtype):
     """fp32 hidden states and heads are cast as F.linear casts them; the op's own arithmetic is left alone."""
     hidden, weight, teacher, _ = problem()
-    expected, expected_hidden, expected_weight = fused(*(x.to(dtype) for x in (hidden, weight, teacher)))
+    expected, expected_hidden, expected_weight = problem().to(dtype).run()
 
     def run(hidden, weight):
         return linear_divergence(hidden, weight, teacher)
@@ -144,8 +144,8 @@ class Calls:
 @pytest.mark.parametrize("train_hidden", [True, False])
 @pytest.mark.parametrize("train_head", [True, False])
 def test_what_is_frozen_costs_no_product(monkeypatch, train_hidden, train_head):
-    hidden, weight, teacher, _ = problem()
-    _, expected_hidden, expected_weight = fused(hidden, weight, teacher)
+    hidden, weight, teacher, _ = given = problem()
+    _, expected_hidden, expected_weight = given.run()
     calls = Calls(monkeypatch)
     hidden.requires_grad_(train_hidden)
     weight.requires_grad_(train_head)
@@ -175,26 +175,22 @@ def test_no_gradient_work_without_grad_mode(monkeypatch, mode):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_upstream_gradient_scales(dtype):
     """Also where it is large: a loss scaler's 2^16 meets fp16 gradients before they are rounded to fp16."""
-    hidden, weight, teacher, _ = problem(dtype=dtype)
+    given = problem(dtype=dtype)
     token_weight = torch.full((37,), 1e-7)  # a token-mean over ten million tokens
-    _, one_hidden, one_weight = fused(hidden, weight, teacher)
-    hidden.requires_grad_()
-    weight.requires_grad_()
-    (linear_divergence(hidden, weight, teacher, token_weight=token_weight).loss * 1e7).backward()
+    _, *once = given.run()
+    _, *scaled = given.run(of=lambda result: result.loss * 1e7, token_weight=token_weight)
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    torch.testing.assert_close(hidden.grad, one_hidden, rtol=tolerance, atol=tolerance * one_hidden.abs().max().item())
-    torch.testing.assert_close(weight.grad, one_weight, rtol=tolerance, atol=tolerance * one_weight.abs().max().item())
+    for got, want in zip(scaled, once, strict=True):
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item())
 
 
 def test_gradients_accumulate():
-    hidden, weight, teacher, _ = problem()
-    _, once_hidden, once_weight = fused(hidden, weight, teacher)
-    hidden.requires_grad_()
-    weight.requires_grad_()
+    given = problem().leaves()
+    _, *once = given.run()
     for _ in range(3):
-        linear_divergence(hidden, weight, teacher).loss.backward()
-    torch.testing.assert_close(hidden.grad, 3 * once_hidden)
-    torch.testing.assert_close(weight.grad, 3 * once_weight)
+        given.call().loss.backward()
+    for leaf, gradient in zip(given.trained, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 3 * gradient)
 
 
 def test_gradients_are_handed_over_without_a_copy(monkeypatch):
@@ -215,14 +211,14 @@ def test_gradients_are_handed_over_without_a_copy(monkeypatch):
 
 
 def test_second_backward_raises_and_leaves_the_first_alone():
-    hidden, weight, teacher, _ = problem()
-    _, expected, _ = fused(hidden, weight, teacher)
-    hidden.requires_grad_()
-    loss = linear_divergence(hidden, weight, teacher).loss
+    given = problem()
+    _, expected, _ = given.run()
+    given.hidden.requires_grad_()
+    loss = given.call().loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated before"):
         loss.backward()
-    assert torch.equal(hidden.grad, expected)
+    assert torch.equal(given.hidden.grad, expected)
 
 
 def test_double_backward_raises():
@@ -255,7 +251,7 @@ def test_checkpointing():
 
 
 def bad_calls():
-    hidden, weight, teacher, _ = problem(leading=(4, 5), width=8, vocabulary=31)
+    hidden, weight, teacher, _ = problem((4, 5), width=8, vocabulary=31)
     good = {"student_hidden": hidden, "student_head": weight, "teacher_hidden": teacher}
     ones = torch.ones(4, 5)
     nan, inf = ones.clone(), ones.clone()
@@ -353,15 +349,15 @@ def test_a_schedule_that_cannot_run_says_why(monkeypatch):
 @pytest.mark.parametrize("schedule", ["chunked", "reference"])
 def test_rows_that_the_caller_knows(schedule):
     """The list may have rows of weight 0 as well, and any order: the loss and the gradients are those without it."""
-    hidden, weight, teacher, _ = problem(leading=(3, 4), vocabulary=50)
+    given = problem((3, 4), vocabulary=50)
     token_weight = torch.randn(3, 4)
     token_weight[1] = 0
     ids = torch.randint(50, (3, 4))
     options = {"token_weight": token_weight, "target_ids": ids, "schedule": schedule}
     options["old_logp"] = -4.0 + torch.randn(3, 4)
-    expected, *gradients = fused(hidden, weight, teacher, **options)
+    expected, *gradients = given.run(**options)
     rows = torch.tensor([11, 0, 1, 2, 3, 8, 9, 10, 5])
-    result, *got = fused(hidden, weight, teacher, rows=rows, **options)
+    result, *got = given.run(rows=rows, **options)
     for x, y in zip((result.loss, *got), (expected.loss, *gradients), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
     listed = torch.zeros(12, dtype=torch.bool).index_fill(0, rows, True).view(3, 4)
@@ -371,15 +367,17 @@ def test_rows_that_the_caller_knows(schedule):
     assert result.divergence[1, 1] > 0  # listed, though its weight is 0
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("schedule", ["chunked", "reference"])
-def test_all_rows_in_another_order(schedule):
-    hidden, weight, teacher, _ = problem(leading=(12,), vocabulary=50)
-    expected, *gradients = fused(hidden, weight, teacher, schedule=schedule)
+def test_all_rows_in_another_order(schedule, stride):
+    given = problem(12, vocabulary=50)
+    expected, *gradients = given.run(schedule=schedule)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    for rows in (order, torch.stack([order, order], dim=1)[:, 0]):  # with any stride
-        result, *got = fused(hidden, weight, teacher, rows=rows, schedule=schedule)
-        for x, y in zip((result.divergence, *got), (expected.divergence, *gradients), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    rows = torch.stack([order] * stride, dim=1)[:, 0]
+    assert rows.stride() == (stride,)
+    result, *got = given.run(rows=rows, schedule=schedule)
+    for x, y in zip((result.divergence, *got), (expected.divergence, *gradients), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -402,15 +400,17 @@ def test_a_list_of_rows_is_complete_or_not(rows, weight, right):
     assert complete(torch.tensor(rows, dtype=torch.long), torch.tensor(weight)).item() == right
 
 
-def test_heads_that_share_memory_but_not_shape_or_strides():
+@pytest.mark.parametrize("case", ["transposed", "narrower"])
+def test_heads_that_share_memory_but_not_shape_or_strides(case):
     """A transposed head is itself on both sides; a narrower view of the student's is a head of its own."""
-    hidden, weight, teacher, _ = problem(leading=(12,), width=16, vocabulary=50)
-    transposed = weight.t().contiguous().t()
-    for head, teacher_hidden, teacher_head in ((transposed, teacher, None), (weight, teacher[:, :8], weight[:, :8])):
-        exact = oracle.end_to_end(hidden, head, teacher_hidden, teacher_head)
-        result, *gradients = fused(hidden, head, teacher_hidden, teacher_head)
-        for got, expected in zip((result.divergence, *gradients), exact[1:], strict=True):
-            assert oracle.relative_error(got, expected) < 3e-6
+    given = problem(12, width=16, vocabulary=50)
+    if case == "transposed":
+        given = given.but(head=given.head.t().contiguous().t())
+    else:
+        given = given.but(teacher=given.teacher[:, :8], teacher_head=given.head[:, :8])
+    (exact, *exact_gradients), (result, *gradients) = oracle.expected(given), given.run()
+    for got, want in zip((result.divergence, *gradients), (exact.divergence, *exact_gradients), strict=True):
+        assert oracle.relative_error(got, want) < 3e-6
 
 
 class Waits(TorchDispatchMode):
@@ -431,7 +431,7 @@ class Waits(TorchDispatchMode):
 
 def test_the_host_waits_for_nothing_but_the_number_of_rows(monkeypatch):
     """What needs a value on the host is asked for in one transfer."""
-    hidden, weight, teacher, _ = problem(leading=(3, 4), vocabulary=50)
+    hidden, weight, teacher, _ = problem((3, 4), vocabulary=50)
     options = {"target_ids": torch.zeros(3, 4, dtype=torch.long)}
     transfers, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(len(self)) or tolist(self))

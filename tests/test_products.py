@@ -8,11 +8,12 @@ import os
 import subprocess
 import sys
 
+import oracle
 import pytest
 import torch
 from oracle import relative_error
+from problems import problem
 
-from scsdpo_kernels import Head, LoRA, linear_divergence
 from scsdpo_kernels.schedules import chunked, products
 
 V, D = 197, 16
@@ -36,48 +37,18 @@ def on_a_gpu(monkeypatch):
     monkeypatch.setattr(products, "HIDDEN_ROWS", 7)
 
 
-def problem(rows, dtype, kind, teacher_head):
-    generator = torch.Generator().manual_seed(rows)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    hidden = randn(rows, D)
-    teacher = hidden + 0.3 * randn(rows, D)
-    head = Head((randn(V, D) * 0.6).to(dtype))
-    if kind == "all":
-        lora = LoRA(randn(3, D) * 0.3, randn(V, 3) * 0.5, 0.5)
-        head = head._replace(bias=randn(V), lora=lora, logit_scale=0.8, softcap=9.0)
-    own = (randn(V, D) * 0.6).to(dtype) if teacher_head else None
-    return hidden.to(dtype), head, teacher.to(dtype), own, randn(rows)
-
-
-def gradients(hidden, head, teacher, teacher_head, token_weight, dtype=None, **options):
-    def cast(x):
-        return x.to(dtype or x.dtype).detach()
-
-    hidden, weight = cast(hidden).requires_grad_(), cast(head.weight).requires_grad_()
-    leaves, head = [hidden, weight], head._replace(weight=weight)
-    if head.lora is not None:
-        bias, a, b = (cast(x).requires_grad_() for x in (head.bias, *head.lora[:2]))
-        leaves += [bias, a, b]
-        head = head._replace(bias=bias, lora=LoRA(a, b, head.lora.scale))
-    own = None if teacher_head is None else cast(teacher_head)
-    result = linear_divergence(hidden, head, cast(teacher), own, token_weight=token_weight, **options)
-    return [result.divergence.detach(), *torch.autograd.grad(result.loss, leaves)]
-
-
 @pytest.mark.parametrize("rows", [3, 20, 32, 33, 70], ids="{} tokens".format)
-@pytest.mark.parametrize("teacher_head", [False, True], ids=["shared head", "own head"])
+@pytest.mark.parametrize("own", [False, True], ids=["shared head", "own head"])
 @pytest.mark.parametrize("kind", ["plain", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
-def test_the_products_of_a_gpu(request, rows, teacher_head, kind, dtype):
+def test_the_products_of_a_gpu(request, rows, own, kind, dtype):
     """One group of one chunk, of several, as many as may be kept, one more, and several groups."""
-    given = problem(rows, dtype, kind, teacher_head)
-    exact = gradients(*given, dtype=torch.double, schedule="reference")
-    plain = gradients(*given)
+    given = problem(rows, D, V, dtype=dtype, seed=rows, head=kind, teacher_width=D if own else None, weighted=True)
+    exact, plain = oracle.expected(given), given.run()
     request.getfixturevalue("on_a_gpu")
-    for got, stick, want in zip(gradients(*given), plain, exact, strict=True):
+    gpu = given.run()
+    of_each = ((result.divergence, *rest) for result, *rest in (gpu, plain, exact))
+    for got, stick, want in zip(*of_each, strict=True):
         assert got.dtype == stick.dtype and got.shape == stick.shape
         # fp32 logit gradients of a CPU without bf16 instructions are the better ones.
         rounding = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}[dtype]

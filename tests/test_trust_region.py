@@ -1,34 +1,22 @@
 """The trust region's teacher against interpolating full logits, and the teacher's entropy as a weight."""
 
+import oracle
 import pytest
 import torch
 from oracle import relative_error
+from problems import DTYPES, problem
 from test_docs import ROOT, blocks
-from test_linear_divergence import DTYPES, fused, problem
 
 from scsdpo_kernels import TrustRegionTeacher
 
 
-def full_logits(hidden, weight, teacher_logits, beta):
-    """Loss and gradients of hidden and weight, of full logits in float64."""
-    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    log_p = torch.log_softmax(hidden @ weight.T, -1)
-    log_q = torch.log_softmax(teacher_logits, -1)
-    if beta == 0:
-        loss = (log_q.exp() * (log_q - log_p)).sum()
-    elif beta == 1:
-        loss = (log_p.exp() * (log_p - log_q)).sum()
-    else:
-        log_m = torch.log((1 - beta) * log_p.exp() + beta * log_q.exp())
-        loss = (1 - beta) * (log_p.exp() * (log_p - log_m)).sum() + beta * (log_q.exp() * (log_q - log_m)).sum()
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
-
-
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0], ids="beta {}".format)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("shared", [False, True], ids=["two heads", "one head"])
-def test_teacher_between_two_models(dtype, share, shared):
-    hidden, weight, own, _ = problem(leading=(3, 4), vocabulary=301, dtype=dtype, distance=0.3)
+def test_teacher_between_two_models(dtype, share, shared, beta):
+    given = problem((3, 4), vocabulary=301, dtype=dtype, distance=0.3)
+    weight, own = given.head, given.teacher
     width = weight.shape[1] if shared else 24
     reference_hidden = torch.randn(3, 4, width).to(dtype)
     reference_weight = weight if shared else (torch.randn(301, width) * width**-0.5).to(dtype)
@@ -37,13 +25,14 @@ def test_teacher_between_two_models(dtype, share, shared):
     assert not shared or teacher.weight.data_ptr() == weight.data_ptr()
     logits = (1 - share) * reference_hidden.double() @ reference_weight.double().T
     logits = (logits + share * own.double() @ weight.double().T).detach()
-    for beta in (0.0, 0.5, 1.0):
-        expected = full_logits(hidden, weight.detach(), logits, beta)
-        result, *gradients = fused(hidden, weight, teacher.hidden(reference_hidden, own), teacher.weight, beta=beta)
-        tolerance = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
-        assert abs(result.loss - expected[0]) <= tolerance * expected[0]
-        for got, want in zip(gradients, expected[1:], strict=True):
-            assert relative_error(got, want) < tolerance
+    # The interpolated logits are hidden states under a head that is the identity.
+    exact, *exact_gradients = oracle.expected(given.but(teacher=logits, teacher_head=torch.eye(301)), beta=beta)
+    given = given.but(teacher=teacher.hidden(reference_hidden, own), teacher_head=teacher.weight)
+    result, *gradients = given.run(beta=beta)
+    tolerance = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}[dtype]
+    assert abs(result.loss - exact.loss) <= tolerance * exact.loss
+    for got, want in zip(gradients, exact_gradients, strict=True):
+        assert relative_error(got, want) < tolerance
 
 
 def test_what_does_not_fit_raises():
@@ -66,19 +55,14 @@ def test_what_does_not_fit_raises():
 
 def test_weights_of_the_teachers_entropy():
     """The two calls in docs/concepts.md: Σ e^(-c H(q)) D and its gradients are those of full logits."""
-    hidden, weight, teacher, _ = problem(leading=(12,), vocabulary=301, distance=0.5)
-    inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    names = {"torch": torch, "c": 0.5, "teacher_hidden": teacher}
-    names |= {"student_hidden": inputs[0], "student_weight": inputs[1]}
+    given = problem(12, vocabulary=301, distance=0.5).leaves()
+    names = {"torch": torch, "c": 0.5, "teacher_hidden": given.teacher}
+    names |= {"student_hidden": given.hidden, "student_weight": given.head}
     (recipe,) = (x.code for x in blocks(ROOT / "docs" / "concepts.md") if ").teacher_entropy" in x.code)
     exec(recipe, names)
-    gradients = torch.autograd.grad(names["loss"], inputs)
-
-    student, head = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    p, q = torch.softmax(student @ head.T, -1), torch.softmax(teacher.double() @ weight.double().T, -1)
-    m = (p + q) / 2
-    divergence = ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
-    loss = (torch.exp(0.5 * (q * q.log()).sum(-1)) * divergence).sum()
-    torch.testing.assert_close(names["loss"].double(), loss, rtol=2e-5, atol=0)
-    for got, want in zip(gradients, torch.autograd.grad(loss, (student, head)), strict=True):
+    gradients = torch.autograd.grad(names["loss"], given.trained)
+    token_weight = torch.exp(-0.5 * oracle.expected(given)[0].teacher_entropy)
+    exact, *exact_gradients = oracle.expected(given, token_weight=token_weight)
+    torch.testing.assert_close(names["loss"].double(), exact.loss, rtol=2e-5, atol=0)
+    for got, want in zip(gradients, exact_gradients, strict=True):
         assert relative_error(got, want) < 2e-5
