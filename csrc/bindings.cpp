@@ -2,7 +2,9 @@
 // the functions that take them, without the GIL.
 #include <pybind11/pybind11.h>
 
+#include <initializer_list>
 #include <stdexcept>
+#include <type_traits>
 
 #include "huge_pages.h"
 #include "logits.h"
@@ -16,35 +18,31 @@ namespace {
 
 template <class Struct, class Value>
 struct Field {
+  Field(const char* name, Value Struct::* member) : name(name), member(member) {}
   const char* name;
   Value Struct::* member;
 };
 
-template <class Struct, class Value>
-Field<Struct, Value> field(const char* name, Value Struct::* member) {
-  return {name, member};
-}
-
 // What Python gives for a field: an address is a number.
 template <class Value>
-struct Given {
-  using type = Value;
-  static Value value(const Value& x) { return x; }
-};
-template <class Value>
-struct Given<Value*> {
-  using type = uintptr_t;
-  static Value* value(uintptr_t x) { return reinterpret_cast<Value*>(x); }
-};
+using Given = std::conditional_t<std::is_pointer_v<Value>, uintptr_t, Value>;
 
 template <class Struct, class... Values>
 void structure(py::module_& m, const char* name, Field<Struct, Values>... fields) {
-  auto make = [=](const typename Given<Values>::type&... values) {
+  auto make = [=](Given<Values>... values) {
     Struct made{};
-    ((made.*fields.member = Given<Values>::value(values)), ...);
+    ((made.*fields.member = (Values)(values)), ...);
     return made;
   };
   py::class_<Struct>(m, name).def(py::init(make), py::arg(fields.name)...);
+}
+
+// Values 0, 1, 2 ... by name.
+template <class Enum>
+void enumeration(py::module_& m, const char* name, std::initializer_list<const char*> names) {
+  py::enum_<Enum> made(m, name);
+  for (const char* const* each = names.begin(); each != names.end(); ++each)
+    made.value(*each, static_cast<Enum>(each - names.begin()));
 }
 
 Processor processor(int threads, InstructionSet instruction_set) {
@@ -61,49 +59,37 @@ void function(py::module_& m, const char* name, Function kernel) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  py::enum_<DType>(m, "DType")
-      .value("float32", DType::kFloat32)
-      .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16)
-      .value("float64", DType::kFloat64);
-  py::enum_<InstructionSet>(m, "InstructionSet")
-      .value("baseline", InstructionSet::kBaseline)
-      .value("avx2", InstructionSet::kAVX2)
-      .value("avx512", InstructionSet::kAVX512)
-      .value("avx512_bf16", InstructionSet::kAVX512BF16);
-  py::enum_<Kind>(m, "Kind")
-      .value("forward", Kind::kForward)
-      .value("reverse", Kind::kReverse)
-      .value("jensen_shannon", Kind::kJensenShannon)
-      .value("clipped", Kind::kClipped);
+  enumeration<DType>(m, "DType", {"float32", "bfloat16", "float16", "float64"});
+  enumeration<InstructionSet>(m, "InstructionSet", {"baseline", "avx2", "avx512", "avx512_bf16"});
+  enumeration<Kind>(m, "Kind", {"forward", "reverse", "jensen_shannon", "clipped"});
   m.def("best_instruction_set", &best_instruction_set);
   m.attr("most_terms") = kMostTerms;
   py::class_<Processor>(m, "Processor").def(py::init(&processor));
 
-  structure(m, "Matrix", field("at", &Matrix::at), field("stride", &Matrix::stride), field("dtype", &Matrix::dtype));
-  structure(m, "Logits", field("rows", &Logits::rows), field("vocabulary", &Logits::vocabulary),
-            field("student", &Logits::student), field("teacher", &Logits::teacher),
-            field("difference", &Logits::difference), field("softcap", &Logits::softcap));
-  structure(m, "Objective", field("kind", &Objective::kind), field("beta", &Objective::beta),
-            field("temperature", &Objective::temperature), field("entry_clip", &Objective::entry_clip));
-  structure(m, "PerRow", field("weight", &PerRow::weight), field("target", &PerRow::target),
-            field("old_logp", &PerRow::old_logp), field("importance_clip", &PerRow::importance_clip));
-  structure(m, "Statistics", field("student_lse", &Statistics::student_lse),
-            field("teacher_lse", &Statistics::teacher_lse), field("student_max", &Statistics::student_max),
-            field("centre", &Statistics::centre), field("log_ratio", &Statistics::log_ratio),
-            field("student_entropy", &Statistics::student_entropy),
-            field("teacher_entropy", &Statistics::teacher_entropy));
-  structure(m, "HeadLogits", field("rows", &HeadLogits::rows), field("vocabulary", &HeadLogits::vocabulary),
-            field("logits", &HeadLogits::logits), field("bias", &HeadLogits::bias), field("scale", &HeadLogits::scale),
-            field("softcap", &HeadLogits::softcap));
-  structure(m, "TailGradient", field("rows", &TailGradient::rows), field("vocabulary", &TailGradient::vocabulary),
-            field("logits", &TailGradient::logits), field("base", &TailGradient::base),
-            field("factor", &TailGradient::factor), field("temperature", &TailGradient::temperature),
-            field("softcap", &TailGradient::softcap), field("gradient", &TailGradient::gradient));
-  structure(m, "Factor", field("lines", &Factor::lines), field("depth_stride", &Factor::depth_stride));
-  structure(m, "Matmul", field("rows", &Matmul::rows), field("columns", &Matmul::columns),
-            field("depth", &Matmul::depth), field("left", &Matmul::left), field("right", &Matmul::right),
-            field("out", &Matmul::out), field("add", &Matmul::add));
+  structure(m, "Matrix", Field("at", &Matrix::at), Field("stride", &Matrix::stride), Field("dtype", &Matrix::dtype));
+  structure(m, "Logits", Field("rows", &Logits::rows), Field("vocabulary", &Logits::vocabulary),
+            Field("student", &Logits::student), Field("teacher", &Logits::teacher),
+            Field("difference", &Logits::difference), Field("softcap", &Logits::softcap));
+  structure(m, "Objective", Field("kind", &Objective::kind), Field("beta", &Objective::beta),
+            Field("temperature", &Objective::temperature), Field("entry_clip", &Objective::entry_clip));
+  structure(m, "PerRow", Field("weight", &PerRow::weight), Field("target", &PerRow::target),
+            Field("old_logp", &PerRow::old_logp), Field("importance_clip", &PerRow::importance_clip));
+  structure(m, "Statistics", Field("student_lse", &Statistics::student_lse),
+            Field("teacher_lse", &Statistics::teacher_lse), Field("student_max", &Statistics::student_max),
+            Field("centre", &Statistics::centre), Field("log_ratio", &Statistics::log_ratio),
+            Field("student_entropy", &Statistics::student_entropy),
+            Field("teacher_entropy", &Statistics::teacher_entropy));
+  structure(m, "HeadLogits", Field("rows", &HeadLogits::rows), Field("vocabulary", &HeadLogits::vocabulary),
+            Field("logits", &HeadLogits::logits), Field("bias", &HeadLogits::bias), Field("scale", &HeadLogits::scale),
+            Field("softcap", &HeadLogits::softcap));
+  structure(m, "TailGradient", Field("rows", &TailGradient::rows), Field("vocabulary", &TailGradient::vocabulary),
+            Field("logits", &TailGradient::logits), Field("base", &TailGradient::base),
+            Field("factor", &TailGradient::factor), Field("temperature", &TailGradient::temperature),
+            Field("softcap", &TailGradient::softcap), Field("gradient", &TailGradient::gradient));
+  structure(m, "Factor", Field("lines", &Factor::lines), Field("depth_stride", &Factor::depth_stride));
+  structure(m, "Matmul", Field("rows", &Matmul::rows), Field("columns", &Matmul::columns),
+            Field("depth", &Matmul::depth), Field("left", &Matmul::left), Field("right", &Matmul::right),
+            Field("out", &Matmul::out), Field("add", &Matmul::add));
   function(m, "row_divergence", &row_divergence);
   function(m, "row_statistics", &row_statistics);
   function(m, "row_terms", &row_terms);
@@ -111,8 +97,6 @@ PYBIND11_MODULE(_C, m) {
   function(m, "head_logits", &head_logits);
   function(m, "tail_gradient", &tail_gradient);
   function(m, "matmul", &matmul);
-  function(m, "matmul_bf16", [](const Matmul& task, int threads) {
-    matmul_bf16(task, processor(threads, InstructionSet::kAVX512BF16).threads);
-  });
+  function(m, "matmul_bf16", &matmul_bf16);
   function(m, "advise_huge_pages", &advise_huge_pages);
 }

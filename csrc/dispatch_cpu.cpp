@@ -121,10 +121,10 @@ void matmul(const Matmul& task, Processor processor) {
   });
 }
 
-void matmul_bf16(const Matmul& task, int threads) {
+void matmul_bf16(const Matmul& task, Processor processor) {
 #if defined(SCSDPO_X86)
   int64_t size = matmul_bf16_columns(task);
-  parallel_for((task.columns + size - 1) / size, threads,
+  parallel_for((task.columns + size - 1) / size, processor.threads,
                [&](int64_t i) { matmul_bf16(task, i * size, std::min((i + 1) * size, task.columns)); });
 #endif
 }

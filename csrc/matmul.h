@@ -37,6 +37,6 @@ constexpr int kMatmulBlockDepth = 2048, kMatmulSlack = 16;
 void matmul(const Matmul& task, Processor processor);
 
 // The same of bf16 factors with unit stride along the depth, without `add`, on kAVX512BF16: twice the rate.
-void matmul_bf16(const Matmul& task, int threads);
+void matmul_bf16(const Matmul& task, Processor processor);
 
 }  // namespace scsdpo

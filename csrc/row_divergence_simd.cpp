@@ -19,6 +19,10 @@
 #include "row_divergence.h"
 #include "simd.h"
 
+// There is one copy of each loop, for where a compiler fuses products into sums depends on what stands around them:
+// rows and parts of rows then round alike. CMake forbids further copies for constant arguments.
+#define SCSDPO_ALONE __attribute__((noinline))
+
 namespace scsdpo {
 namespace {
 
@@ -134,8 +138,8 @@ SCSDPO_INLINE void with_entries(const Pair<Floats>& logits, const Row& row, cons
 
 // The terms of the divergence; the gradients that need none of them are written on the way, if `gradient` is given.
 template <Kind kind, class Memory, class Gradient>
-void terms(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient,
-           double (&total)[kTermCount<kind>]) {
+SCSDPO_ALONE void terms(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient,
+                        double (&total)[kTermCount<kind>]) {
   Floats partial[kTermCount<kind>] = {};
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
@@ -177,18 +181,15 @@ SCSDPO_INLINE double& term(const Matrix& terms, int number, int64_t r) {
   return static_cast<double*>(terms.at)[number * terms.stride + r];
 }
 
-// Where `scale` is 0 so is the gradient, whatever the row holds: 0 may not meet an infinity.
-template <Kind kind, class Memory, class Gradient>
-void gradient_or_zero(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient) {
-  if (scale == 0.0f)
-    memset(gradient, 0, memory.vocabulary * sizeof *gradient);
-  else
-    write_gradient<kind>(memory, mix, row, scale, gradient);
+// What a row of weight 0 has, whatever it holds: 0 may not meet an infinity.
+template <class Memory, class Gradient>
+void write_zeros(const Memory& memory, Gradient* gradient) {
+  memset(gradient, 0, memory.vocabulary * sizeof *gradient);
 }
 
 template <Kind kind, class Memory, class Gradient>
-void whole_row(const Memory& memory, const Mixture& mix, const PerRow& rows, const Matrix& scalars, Gradient* gradient,
-               int64_t r) {
+SCSDPO_ALONE void whole_row(const Memory& memory, const Mixture& mix, const PerRow& rows, const Matrix& scalars,
+                            Gradient* gradient, int64_t r) {
   Row row = maxima(memory, mix.objective.temperature);
   const Entropies entropy = conclude<kind>(sums<kind>(memory, row), mix, row);
   scalar(scalars, kStudentEntropy, r) = entropy.student;
@@ -208,7 +209,9 @@ void whole_row(const Memory& memory, const Mixture& mix, const PerRow& rows, con
   double total[kTermCount<kind>] = {};
   terms<kind>(memory, mix, row, scale, scale == 0.0f ? nullptr : gradient, total);
   scalar(scalars, kDivergence, r) = static_cast<float>(finish<kind>(total, row));
-  if (gradient && (kLateMean<kind> || scale == 0.0f)) gradient_or_zero<kind>(memory, mix, row, scale, gradient);
+  if (!gradient) return;
+  if (scale == 0.0f) return write_zeros(memory, gradient);
+  if constexpr (kLateMean<kind>) write_gradient<kind>(memory, mix, row, scale, gradient);
 }
 
 template <class Memory>
@@ -233,16 +236,17 @@ Row known_row(const Statistics& statistics, const Mixture& mix, int64_t r) {
 }
 
 template <Kind kind, class Memory>
-void terms_of_part(const Memory& memory, const Mixture& mix, const Statistics& statistics, const Matrix& out,
-                   int64_t r) {
+SCSDPO_ALONE void terms_of_part(const Memory& memory, const Mixture& mix, const Statistics& statistics,
+                                const Matrix& out, int64_t r) {
   double total[kTermCount<kind>] = {};
   terms<kind, Memory, float>(memory, mix, known_row<kind>(statistics, mix, r), 0.0f, nullptr, total);
   for (int i = 0; i < kTermCount<kind>; ++i) term(out, i, r) = total[i];
 }
 
 template <Kind kind, class Memory, class Gradient>
-void gradient_of_part(const Memory& memory, const Mixture& mix, const Statistics& statistics, const Matrix& all,
-                      const PerRow& rows, const Matrix& scalars, Gradient* gradient, int64_t r) {
+SCSDPO_ALONE void gradient_of_part(const Memory& memory, const Mixture& mix, const Statistics& statistics,
+                                   const Matrix& all, const PerRow& rows, const Matrix& scalars, Gradient* gradient,
+                                   int64_t r) {
   Row row = known_row<kind>(statistics, mix, r);
   double total[kTermCount<kind>];
   for (int i = 0; i < kTermCount<kind>; ++i) total[i] = term(all, i, r);
@@ -250,7 +254,12 @@ void gradient_of_part(const Memory& memory, const Mixture& mix, const Statistics
   scalar(scalars, kDivergence, r) = static_cast<float>(divergence);
   if (kind == Kind::kReverse)  // its scores' mean is the divergence itself
     row.mean_score = bounded_mean(static_cast<float>(divergence - row.reference));
-  if (gradient) gradient_or_zero<kind>(memory, mix, row, slope_scale<kind>(rows.weight[r], mix, row), gradient);
+  if (!gradient) return;
+  const float scale = slope_scale<kind>(rows.weight[r], mix, row);
+  if (scale == 0.0f)
+    write_zeros(memory, gradient);
+  else
+    write_gradient<kind>(memory, mix, row, scale, gradient);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def matmul(
         and left.stride(1) == right.stride(0) == 1
         and multiplies_bf16()
     ):
-        _C.matmul_bf16(task, torch.get_num_threads())
+        _C.matmul_bf16(task, _processor(out.device, "avx512_bf16"))
     else:
         _C.matmul(task, _processor(out.device, instruction_set))
 
