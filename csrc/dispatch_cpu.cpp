@@ -11,10 +11,15 @@
 namespace scsdpo {
 
 // *_simd.cpp, once for each instruction set: one row, or one block of a product
-#define SCSDPO_ROWS(set)                                                        \
-  void row_divergence_##set(const RowDivergence&, const Mixture&, int64_t row); \
-  void head_logits_##set(const HeadLogits&, int64_t row);                       \
-  void tail_gradient_##set(const TailGradient&, int64_t row);                   \
+#define SCSDPO_ROWS(set)                                                                                        \
+  void row_divergence_##set(const Logits&, const Mixture&, const PerRow&, const Matrix& scalars,                \
+                            const Matrix& gradient, int64_t row);                                               \
+  void row_statistics_##set(const Logits&, float temperature, const Statistics& out, int64_t row);              \
+  void row_terms_##set(const Logits&, const Mixture&, const Statistics&, const Matrix& terms, int64_t row);     \
+  void row_gradient_##set(const Logits&, const Mixture&, const Statistics&, const Matrix& terms, const PerRow&, \
+                          const Matrix& scalars, const Matrix& gradient, int64_t row);                          \
+  void head_logits_##set(const HeadLogits&, int64_t row);                                                       \
+  void tail_gradient_##set(const TailGradient&, int64_t row);                                                   \
   void matmul_block_##set(const Matmul&, int64_t row, int64_t column, int rows, int columns, float* left);
 SCSDPO_ROWS(baseline)
 #if defined(SCSDPO_X86)
@@ -53,32 +58,53 @@ InstructionSet best_instruction_set() {
   return InstructionSet::kBaseline;
 }
 
-void row_divergence_cpu(const RowDivergence& task, int threads, InstructionSet instruction_set) {
-  auto row = SCSDPO_CHOSEN(row_divergence, instruction_set);
-  Mixture mix = mixture(task.beta);
-  mix.entry_clip = task.entry_clip;
-  parallel_for(task.rows, threads, [&](int64_t r) { row(task, mix, r); });
+void row_divergence(const Logits& logits, const Objective& objective, const PerRow& rows, Matrix scalars,
+                    Matrix gradient, Processor processor) {
+  auto row = SCSDPO_CHOSEN(row_divergence, processor.instruction_set);
+  const Mixture mix = mixture(objective);
+  parallel_for(logits.rows, processor.threads, [&](int64_t r) { row(logits, mix, rows, scalars, gradient, r); });
 }
 
-void head_logits(const HeadLogits& task, int threads, InstructionSet instruction_set) {
-  auto row = SCSDPO_CHOSEN(head_logits, instruction_set);
-  parallel_for(task.rows, threads, [&](int64_t r) { row(task, r); });
+void row_statistics(const Logits& logits, float temperature, const Statistics& out, Processor processor) {
+  auto row = SCSDPO_CHOSEN(row_statistics, processor.instruction_set);
+  parallel_for(logits.rows, processor.threads, [&](int64_t r) { row(logits, temperature, out, r); });
 }
 
-void tail_gradient(const TailGradient& task, int threads, InstructionSet instruction_set) {
-  auto row = SCSDPO_CHOSEN(tail_gradient, instruction_set);
-  parallel_for(task.rows, threads, [&](int64_t r) { row(task, r); });
+void row_terms(const Logits& logits, const Objective& objective, const Statistics& statistics, Matrix terms,
+               Processor processor) {
+  auto row = SCSDPO_CHOSEN(row_terms, processor.instruction_set);
+  const Mixture mix = mixture(objective);
+  parallel_for(logits.rows, processor.threads, [&](int64_t r) { row(logits, mix, statistics, terms, r); });
+}
+
+void row_gradient(const Logits& logits, const Objective& objective, const Statistics& statistics, Matrix terms,
+                  const PerRow& rows, Matrix scalars, Matrix gradient, Processor processor) {
+  auto row = SCSDPO_CHOSEN(row_gradient, processor.instruction_set);
+  const Mixture mix = mixture(objective);
+  parallel_for(logits.rows, processor.threads,
+               [&](int64_t r) { row(logits, mix, statistics, terms, rows, scalars, gradient, r); });
+}
+
+void head_logits(const HeadLogits& task, Processor processor) {
+  auto row = SCSDPO_CHOSEN(head_logits, processor.instruction_set);
+  parallel_for(task.rows, processor.threads, [&](int64_t r) { row(task, r); });
+}
+
+void tail_gradient(const TailGradient& task, Processor processor) {
+  auto row = SCSDPO_CHOSEN(tail_gradient, processor.instruction_set);
+  parallel_for(task.rows, processor.threads, [&](int64_t r) { row(task, r); });
 }
 
 // Blocks are as large as their packing wants them, about equal, and smaller where not every thread has one.
-void matmul(const Matmul& task, int threads, InstructionSet instruction_set) {
-  auto block = SCSDPO_CHOSEN(matmul_block, instruction_set);
+void matmul(const Matmul& task, Processor processor) {
+  auto block = SCSDPO_CHOSEN(matmul_block, processor.instruction_set);
   auto parts = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
   if (task.depth == 0 && !task.add)
-    for (int64_t r = 0; r < task.rows; ++r) std::fill_n(task.out + r * task.out_stride, task.columns, 0.0f);
+    for (int64_t r = 0; r < task.rows; ++r)
+      std::fill_n(static_cast<float*>(task.out.at) + r * task.out.stride, task.columns, 0.0f);
   const int64_t each = parts(task.rows, std::max<int64_t>(1, parts(task.rows, kMatmulBlockRows)));
   int64_t rows = std::max<int64_t>(1, parts(each, kLeastRows)) * kLeastRows, columns = kBlockColumns;
-  while (parts(task.rows, rows) * parts(task.columns, columns) < threads) {
+  while (parts(task.rows, rows) * parts(task.columns, columns) < processor.threads) {
     if (columns > kLeastColumns)
       columns /= 2;
     else if (rows > kLeastRows)
@@ -87,7 +113,7 @@ void matmul(const Matmul& task, int threads, InstructionSet instruction_set) {
       break;
   }
   const int64_t across = parts(task.columns, columns);
-  parallel_for(across * parts(task.rows, rows), threads, [&](int64_t i) {
+  parallel_for(across * parts(task.rows, rows), processor.threads, [&](int64_t i) {
     static thread_local std::unique_ptr<float[]> left(new float[kMatmulBlockRows * kMatmulBlockDepth + kMatmulSlack]);
     const int64_t r = i / across * rows, c = i % across * columns;
     block(task, r, c, static_cast<int>(std::min(rows, task.rows - r)),
@@ -95,10 +121,10 @@ void matmul(const Matmul& task, int threads, InstructionSet instruction_set) {
   });
 }
 
-void matmul_bf16(const Matmul& task, int threads) {
+void matmul_bf16(const Matmul& task, Processor processor) {
 #if defined(SCSDPO_X86)
   int64_t size = matmul_bf16_columns(task);
-  parallel_for((task.columns + size - 1) / size, threads,
+  parallel_for((task.columns + size - 1) / size, processor.threads,
                [&](int64_t i) { matmul_bf16(task, i * size, std::min((i + 1) * size, task.columns)); });
 #endif
 }

@@ -33,13 +33,11 @@ namespace scsdpo {
 // Every instruction set compiles this header anew: the anonymous namespace keeps the linker from merging the copies.
 namespace {
 
-enum class Objective { kForward, kReverse, kJensenShannon, kClippedForward };
-
 // How many sums of the entries there are (add_terms), and whether the gradient needs one of them.
-template <Objective objective>
-constexpr int kTermCount = objective == Objective::kClippedForward ? 4 : 2;
-template <Objective objective>
-constexpr bool kLateMean = objective == Objective::kJensenShannon || objective == Objective::kClippedForward;
+template <Kind kind>
+constexpr int kTermCount = kind == Kind::kClipped ? 4 : 2;
+template <Kind kind>
+constexpr bool kLateMean = kind == Kind::kJensenShannon || kind == Kind::kClipped;
 
 // ---------------------------------------------------------------------------------------------------------------
 // Elementary functions, branch-free. Relative errors were measured against long double over the stated range.
@@ -194,14 +192,14 @@ SCSDPO_INLINE Entry<F> mixture_far(F p, F q, F d, const Mixture& mix) {  // |d| 
   return {share * (turned ? p : q) * x - m * log_u, turned ? -d - log_u : -log_u};
 }
 
-template <Objective objective, Range range = Range::kAny, class F>
+template <Kind kind, Range range = Range::kAny, class F>
 SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
-  if constexpr (objective == Objective::kForward) return {forward_kl<range>(p, q, d), splat<F>(0.0f)};
-  if constexpr (objective == Objective::kReverse) return {reverse_kl<range>(p, q, d), -d};
-  if constexpr (objective == Objective::kJensenShannon && range == Range::kNear) return mixture_near(p, d, mix);
-  if constexpr (objective == Objective::kClippedForward) {
-    auto clipped = times(q, d) > mix.entry_clip;
-    F kept = forward_kl<Range::kAny>(p, q, d), bound = p - q + mix.entry_clip;
+  if constexpr (kind == Kind::kForward) return {forward_kl<range>(p, q, d), splat<F>(0.0f)};
+  if constexpr (kind == Kind::kReverse) return {reverse_kl<range>(p, q, d), -d};
+  if constexpr (kind == Kind::kJensenShannon && range == Range::kNear) return mixture_near(p, d, mix);
+  if constexpr (kind == Kind::kClipped) {
+    auto clipped = times(q, d) > mix.objective.entry_clip;
+    F kept = forward_kl<Range::kAny>(p, q, d), bound = p - q + mix.objective.entry_clip;
     return {clipped ? bound : kept, clipped ? splat<F>(1.0f) : splat<F>(0.0f)};
   }
   F low = at_least(-120.0f, d), finite = low < 120.0f ? low : splat<F>(120.0f);
@@ -211,9 +209,9 @@ SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
 }
 
 // p x for an x made of scores. The mixtures' are finite.
-template <Objective objective, class F>
+template <Kind kind, class F>
 SCSDPO_INLINE F weighted_score(F p, F x) {
-  if constexpr (objective == Objective::kJensenShannon) return p * x;
+  if constexpr (kind == Kind::kJensenShannon) return p * x;
   return times(p, x);
 }
 
@@ -223,7 +221,7 @@ SCSDPO_INLINE F weighted_score(F p, F x) {
 constexpr float kLowest = -3.4028235e38f;  // below every logit but -inf, which it is subtracted from
 
 template <class F>
-struct Logits {
+struct Pair {          // of logits
   F s, t, difference;  // difference = t - s, with all its digits
 };
 
@@ -240,7 +238,6 @@ struct Row {
   float log_student, log_teacher;          // log Z_s, log Z_t
   float reference;                         // score where y = 0, from which scores are counted: the mean score of a
   float mean_score;                        // peaked row is then a sum of small terms, where nothing cancels
-  float inverse_softcap;                   // of the student's logits; 0: none
   bool mostly_clipped;                     // mean_score is 1 - Q, else Q
 };
 
@@ -272,7 +269,7 @@ struct Sums {
 
 // Log of the teacher's ratio to the student, counted from what they have at the row's centre.
 template <class F>
-SCSDPO_INLINE F log_ratio_from_centre(const Logits<F>& at, const Row& row) {
+SCSDPO_INLINE F log_ratio_from_centre(const Pair<F>& at, const Row& row) {
   return (at.difference - row.centre) * row.inverse_temperature;
 }
 
@@ -283,21 +280,21 @@ struct Boltzmann {
   F y;
 };
 
-template <Objective objective, class F>
-SCSDPO_INLINE void add(Sums<F>& sums, const Logits<F>& at, const Row& row, const Boltzmann<F>& factor) {
+template <Kind kind, class F>
+SCSDPO_INLINE void add(Sums<F>& sums, const Pair<F>& at, const Row& row, const Boltzmann<F>& factor) {
   sums.student += factor.student;
   sums.teacher += factor.teacher;
   sums.student_moment += factor.student * at_least(-1e30f, at.s - row.max_student);
   sums.teacher_moment += factor.teacher * at_least(-1e30f, at.t - row.max_teacher);
   sums.excess += factor.excess;
-  if constexpr (objective == Objective::kReverse) sums.linear += times(factor.student, factor.y);
+  if constexpr (kind == Kind::kReverse) sums.linear += times(factor.student, factor.y);
 }
 
-template <Objective objective, class F>
-SCSDPO_INLINE void add(Sums<F>& sums, const Logits<F>& at, const Row& row) {
+template <Kind kind, class F>
+SCSDPO_INLINE void add(Sums<F>& sums, const Pair<F>& at, const Row& row) {
   F student = boltzmann(at.s - row.max_student, row), teacher = boltzmann(at.t - row.max_teacher, row);
   F y = log_ratio_from_centre(at, row);
-  add<objective>(sums, at, row, {student, teacher, excess(student, teacher * row.teacher_scale, y), y});
+  add<kind>(sums, at, row, {student, teacher, excess(student, teacher * row.teacher_scale, y), y});
 }
 
 template <class F>
@@ -306,17 +303,17 @@ struct Probabilities {
 };
 
 template <class F>
-SCSDPO_INLINE F student_probability(const Logits<F>& at, const Row& row) {
+SCSDPO_INLINE F student_probability(const Pair<F>& at, const Row& row) {
   return boltzmann(at.s - row.max_student, row) * row.inverse_student;
 }
 
 template <class F>
-SCSDPO_INLINE F teacher_probability(const Logits<F>& at, const Row& row) {
+SCSDPO_INLINE F teacher_probability(const Pair<F>& at, const Row& row) {
   return boltzmann(at.t - row.max_teacher, row) * row.inverse_teacher;
 }
 
 template <class F>
-SCSDPO_INLINE F log_ratio(const Logits<F>& at, const Row& row) {
+SCSDPO_INLINE F log_ratio(const Pair<F>& at, const Row& row) {
   return log_ratio_from_centre(at, row) - row.log_ratio;
 }
 
@@ -326,31 +323,31 @@ struct Entropies {
 
 // What is summed of the entries: the divergence; of a mixture the mean score, counted from the reference; of the
 // clipped forward KL Q, 1 - Q, and the divergence where Q is large.
-template <Objective objective, class F>
-SCSDPO_INLINE void add_terms(F (&terms)[kTermCount<objective>], const Probabilities<F>& at, const Entry<F>& of,
+template <Kind kind, class F>
+SCSDPO_INLINE void add_terms(F (&terms)[kTermCount<kind>], const Probabilities<F>& at, const Entry<F>& of,
                              const Row& row, const Mixture& mix) {
   terms[0] += of.divergence;
-  if constexpr (objective == Objective::kJensenShannon) terms[1] += at.p * (of.score - row.reference);
-  if constexpr (objective == Objective::kClippedForward) {
+  if constexpr (kind == Kind::kJensenShannon) terms[1] += at.p * (of.score - row.reference);
+  if constexpr (kind == Kind::kClipped) {
     auto clipped = of.score > 0.0f;
     F term = times(at.q, at.d);
     terms[1] += clipped ? at.q : splat<F>(0.0f);
     terms[2] += clipped ? splat<F>(0.0f) : at.q;
-    terms[3] += clipped ? splat<F>(mix.entry_clip) : term;
+    terms[3] += clipped ? splat<F>(mix.objective.entry_clip) : term;
   }
 }
 
 // The divergence from the sums of these terms; sets what `slope` needs of the row.
-template <Objective objective>
-SCSDPO_INLINE double finish(const double (&terms)[kTermCount<objective>], Row& row) {
+template <Kind kind>
+SCSDPO_INLINE double finish(const double (&terms)[kTermCount<kind>], Row& row) {
   double divergence = terms[0], mean = terms[1];
-  if constexpr (objective == Objective::kClippedForward) {
+  if constexpr (kind == Kind::kClipped) {
     row.mostly_clipped = terms[1] > 0.5;
     if (row.mostly_clipped) divergence = terms[3], mean = terms[2];
   } else {
     divergence = divergence < 0 ? 0 : divergence;  // what is left of a row whose entries have underflowed
   }
-  if constexpr (kLateMean<objective>)  // a NaN row is NaN throughout
+  if constexpr (kLateMean<kind>)  // a NaN row is NaN throughout
     row.mean_score = static_cast<float>(divergence == divergence ? mean : divergence);
   return divergence;
 }
@@ -380,7 +377,7 @@ SCSDPO_INLINE LogSumExp log_sum_exp(const Sums<double>& sums, const Row& row) {
 SCSDPO_INLINE float bounded_mean(float mean) { return mean > 3.4e38f ? 3.4e38f : mean; }
 
 // All of the row but the mean score of a mixture.
-template <Objective objective>
+template <Kind kind>
 SCSDPO_INLINE Entropies conclude(const Sums<double>& sums, const Mixture& mix, Row& row) {
   double log_student = std::log(sums.student), log_teacher = std::log(sums.teacher);
   row.log_student = static_cast<float>(log_student);
@@ -393,28 +390,27 @@ SCSDPO_INLINE Entropies conclude(const Sums<double>& sums, const Mixture& mix, R
   row.log_ratio = static_cast<float>(trusted ? std::log1p(ratio) : log_teacher - log_student + apart);
 
   float p = row.inverse_student, q = exponential(-row.log_ratio) * p;
-  row.reference = entry<objective>(p, q, -row.log_ratio, mix).score;
-  if (!std::isfinite(row.reference) || objective == Objective::kClippedForward) row.reference = 0.0f;
+  row.reference = entry<kind>(p, q, -row.log_ratio, mix).score;
+  if (!std::isfinite(row.reference) || kind == Kind::kClipped) row.reference = 0.0f;
   row.mean_score = bounded_mean(static_cast<float>(-sums.linear / sums.student));
   return {static_cast<float>(log_student - sums.student_moment / sums.student * row.inverse_temperature),
           static_cast<float>(log_teacher - sums.teacher_moment / sums.teacher * row.inverse_temperature)};
 }
 
-// The row of which some entries are known, from its statistics (Stage of row_divergence.h); no mean score yet.
-template <Objective objective>
-SCSDPO_INLINE Row row_of_statistics(double student_lse, double teacher_lse, float centre, float log_ratio,
-                                    float temperature, const Mixture& mix) {
+// The row of which some entries are known, from its statistics (row_divergence.h); no mean score yet.
+template <Kind kind>
+SCSDPO_INLINE Row row_of_statistics(LogSumExp lse, float centre, float log_ratio, const Mixture& mix) {
   Row row{};
-  row.inverse_temperature = 1.0f / temperature;
+  row.inverse_temperature = 1.0f / mix.objective.temperature;
   double inverse = row.inverse_temperature;
-  row.max_student = static_cast<float>(std::isfinite(student_lse) ? student_lse / inverse : 0.0);
-  row.max_teacher = static_cast<float>(std::isfinite(teacher_lse) ? teacher_lse / inverse : 0.0);
-  row.inverse_student = static_cast<float>(std::exp(row.max_student * inverse - student_lse));
-  row.inverse_teacher = static_cast<float>(std::exp(row.max_teacher * inverse - teacher_lse));
+  row.max_student = static_cast<float>(std::isfinite(lse.student) ? lse.student / inverse : 0.0);
+  row.max_teacher = static_cast<float>(std::isfinite(lse.teacher) ? lse.teacher / inverse : 0.0);
+  row.inverse_student = static_cast<float>(std::exp(row.max_student * inverse - lse.student));
+  row.inverse_teacher = static_cast<float>(std::exp(row.max_teacher * inverse - lse.teacher));
   row.centre = centre;
   row.log_ratio = log_ratio;
-  row.reference = entry<objective>(1.0f, exponential(-log_ratio), -log_ratio, mix).score;
-  if (!std::isfinite(row.reference) || objective == Objective::kClippedForward) row.reference = 0.0f;
+  row.reference = entry<kind>(1.0f, exponential(-log_ratio), -log_ratio, mix).score;
+  if (!std::isfinite(row.reference) || kind == Kind::kClipped) row.reference = 0.0f;
   return row;
 }
 
@@ -427,22 +423,22 @@ SCSDPO_INLINE float importance_ratio(float logp, float old_logp, float clip) {
 }
 
 // What multiplies a row's `slope`; z are the logits before the temperature.
-template <Objective objective>
+template <Kind kind>
 SCSDPO_INLINE float slope_scale(float weight, const Mixture& mix, const Row& row) {
   float scale = weight * row.inverse_temperature;
-  return objective == Objective::kJensenShannon ? scale * mix.student : scale;
+  return kind == Kind::kJensenShannon ? scale * mix.student : scale;
 }
 
 // dD/dz of one entry without slope_scale.
-template <Objective objective, Range range = Range::kAny, class F>
+template <Kind kind, Range range = Range::kAny, class F>
 SCSDPO_INLINE F slope(const Probabilities<F>& at, F score, const Row& row) {
-  if constexpr (objective == Objective::kClippedForward) {
+  if constexpr (kind == Kind::kClipped) {
     F mean = at.p * row.mean_score;
     if (row.mostly_clipped) return score > 0.0f ? mean : mean - at.q;
     return (score > 0.0f ? at.p : -excess(at.p, at.q, at.d)) - mean;
   }
-  if constexpr (objective == Objective::kForward) return -excess<range>(at.p, at.q, at.d);
-  return weighted_score<objective>(at.p, (score - row.reference) - row.mean_score);
+  if constexpr (kind == Kind::kForward) return -excess<range>(at.p, at.q, at.d);
+  return weighted_score<kind>(at.p, (score - row.reference) - row.mean_score);
 }
 
 }  // namespace

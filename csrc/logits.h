@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "dtype.h"
-#include "row_divergence.h"
+#include "instruction_set.h"
+#include "matrix.h"
 
 namespace scsdpo {
 
@@ -14,8 +14,7 @@ namespace scsdpo {
 struct HeadLogits {
   int64_t rows;
   int64_t vocabulary;
-  float* logits;  // [rows, vocabulary], unit stride along the vocabulary
-  int64_t logits_stride;
+  Matrix logits;      // [rows, vocabulary] of fp32
   const float* bias;  // [vocabulary]
   float scale;
   float softcap;
@@ -25,19 +24,15 @@ struct HeadLogits {
 struct TailGradient {
   int64_t rows;
   int64_t vocabulary;
-  const float* logits;  // [rows, vocabulary]; -inf: 0 is written
-  int64_t logits_stride;
+  Matrix logits;        // [rows, vocabulary] of fp32; -inf: 0 is written
   const float* base;    // [rows]
   const float* factor;  // [rows]; 0: so is the gradient, whatever the row holds
   float temperature;
-  float softcap;   // 0: none
-  void* gradient;  // [rows, vocabulary]. A row may lie over the same row of logits.
-  int64_t gradient_stride;
-  DType gradient_dtype;  // kFloat32 or kBFloat16
+  float softcap;    // 0: none
+  Matrix gradient;  // [rows, vocabulary] of fp32 or bf16. A row may lie over the same row of logits.
 };
 
-// On SIMD and `threads` threads, as row_divergence_cpu.
-void head_logits(const HeadLogits& task, int threads, InstructionSet instruction_set);
-void tail_gradient(const TailGradient& task, int threads, InstructionSet instruction_set);
+void head_logits(const HeadLogits& task, Processor processor);
+void tail_gradient(const TailGradient& task, Processor processor);
 
 }  // namespace scsdpo

@@ -16,7 +16,7 @@ SCSDPO_INLINE void walk(int64_t vocabulary, Visit visit) {
 
 template <bool has_bias, bool has_softcap>
 void head_row(const HeadLogits& task, int64_t r) {
-  float* row = task.logits + r * task.logits_stride;
+  float* row = static_cast<float*>(task.logits.at) + r * task.logits.stride;
   const float inverse = has_softcap ? 1.0f / task.softcap : 0.0f;
   walk(task.vocabulary, [&](int64_t v, int count) __attribute__((always_inline)) {
     Floats x = load(row + v, count, 0.0f);
@@ -29,8 +29,8 @@ void head_row(const HeadLogits& task, int64_t r) {
 
 template <class Gradient>
 void tail_row(const TailGradient& task, int64_t r) {
-  const float* row = task.logits + r * task.logits_stride;
-  Gradient* out = static_cast<Gradient*>(task.gradient) + r * task.gradient_stride;
+  const float* row = static_cast<const float*>(task.logits.at) + r * task.logits.stride;
+  Gradient* out = static_cast<Gradient*>(task.gradient.at) + r * task.gradient.stride;
   const float inverse_temperature = 1.0f / task.temperature, base = task.base[r], factor = task.factor[r];
   const float inverse_softcap = task.softcap == 0.0f ? 0.0f : 1.0f / task.softcap;
   if (factor == 0.0f) {  // whatever the row holds
@@ -55,7 +55,7 @@ void SCSDPO_NAME(head_logits)(const HeadLogits& task, int64_t r) {
 }
 
 void SCSDPO_NAME(tail_gradient)(const TailGradient& task, int64_t r) {
-  task.gradient_dtype == DType::kFloat32 ? tail_row<float>(task, r) : tail_row<BFloat16>(task, r);
+  task.gradient.dtype == DType::kFloat32 ? tail_row<float>(task, r) : tail_row<BFloat16>(task, r);
 }
 
 }  // namespace scsdpo

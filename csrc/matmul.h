@@ -7,17 +7,15 @@
 
 #include <cstdint>
 
-#include "dtype.h"
 #include "instruction_set.h"
+#include "matrix.h"
 
 namespace scsdpo {
 
-// A factor of a product: lines of `depth` numbers each, strides in elements.
+// A factor of a product, not of kFloat64: lines of `depth` numbers each.
 struct Factor {
-  const void* at;
-  int64_t line_stride;
-  int64_t depth_stride;
-  DType dtype;  // not kFloat64
+  Matrix lines;
+  int64_t depth_stride;  // of each line, in place of 1
 };
 
 // out[r, c] (+)= sum_k left[r, k] right[c, k]. An entry has the same bits whichever rows and columns stand beside it,
@@ -28,18 +26,17 @@ struct Matmul {
   int64_t depth;
   Factor left;
   Factor right;
-  float* out;  // [rows, columns], unit stride along the columns
-  int64_t out_stride;
-  bool add;  // to what `out` holds
+  Matrix out;  // [rows, columns] of fp32
+  bool add;    // to what `out` holds
 };
 
 // A block is at most so many rows, packed so many steps of the depth at a time.
 constexpr int kMatmulBlockRows = 672;
 constexpr int kMatmulBlockDepth = 2048, kMatmulSlack = 16;
 
-void matmul(const Matmul& task, int threads, InstructionSet instruction_set);
+void matmul(const Matmul& task, Processor processor);
 
 // The same of bf16 factors with unit stride along the depth, without `add`, on kAVX512BF16: twice the rate.
-void matmul_bf16(const Matmul& task, int threads);
+void matmul_bf16(const Matmul& task, Processor processor);
 
 }  // namespace scsdpo

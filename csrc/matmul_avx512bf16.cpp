@@ -32,10 +32,11 @@ inline __m128 sums(const __m512 (&x)[kTileColumns]) {
 // `rows` rows from r, `columns` columns from c. Columns past the end repeat the last one and are not stored.
 template <int rows>
 void tile(const Matmul& task, int64_t r, int64_t c, int columns) {
-  const uint16_t* left = static_cast<const uint16_t*>(task.left.at) + r * task.left.line_stride;
+  const uint16_t* left = static_cast<const uint16_t*>(task.left.lines.at) + r * task.left.lines.stride;
   const uint16_t* right[kTileColumns];
   for (int j = 0; j < kTileColumns; ++j)
-    right[j] = static_cast<const uint16_t*>(task.right.at) + (c + std::min(j, columns - 1)) * task.right.line_stride;
+    right[j] =
+        static_cast<const uint16_t*>(task.right.lines.at) + (c + std::min(j, columns - 1)) * task.right.lines.stride;
 
   // The loops over the tile have to be unrolled early for the sums to stay in registers.
   __m512 sum[rows][kTileColumns];
@@ -51,15 +52,15 @@ void tile(const Matmul& task, int64_t r, int64_t c, int columns) {
     for (int j = 0; j < kTileColumns; ++j) y[j] = load(right[j] + k, mask);
 #pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
-      const __m512bh x = load(left + i * task.left.line_stride + k, mask);
+      const __m512bh x = load(left + i * task.left.lines.stride + k, mask);
 #pragma GCC unroll 8
       for (int j = 0; j < kTileColumns; ++j) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], x, y[j]);
     }
   }
 
+  float* out = static_cast<float*>(task.out.at) + r * task.out.stride + c;
 #pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i)
-    _mm_mask_storeu_ps(task.out + (r + i) * task.out_stride + c, (1 << columns) - 1, sums(sum[i]));
+  for (int i = 0; i < rows; ++i) _mm_mask_storeu_ps(out + i * task.out.stride, (1 << columns) - 1, sums(sum[i]));
 }
 
 }  // namespace

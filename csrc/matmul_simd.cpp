@@ -52,7 +52,7 @@ SCSDPO_INLINE void transpose(Floats (&x)[kLanes]) {
 // `lines` of at most `width` lines, of which the others are 0, as [depth, width].
 template <int width, class Element>
 void pack(const Element* from, const Factor& factor, int lines, int depth, float* to) {
-  const int64_t line = factor.line_stride, step = factor.depth_stride;
+  const int64_t line = factor.lines.stride, step = factor.depth_stride;
   if (lines < width) memset(to, 0, sizeof(float) * width * depth);
   if (step == 1) {
     for (int first = 0; first < lines; first += kLanes) {
@@ -97,14 +97,14 @@ void pack(const Element* from, const Factor& factor, int lines, int depth, float
 
 template <int width>
 void pack(const Factor& factor, int64_t first, int lines, int64_t k, int depth, float* to) {
-  const int64_t offset = first * factor.line_stride + k * factor.depth_stride;
-  switch (factor.dtype) {
+  const int64_t offset = first * factor.lines.stride + k * factor.depth_stride;
+  switch (factor.lines.dtype) {
     case DType::kBFloat16:
-      return pack<width>(static_cast<const BFloat16*>(factor.at) + offset, factor, lines, depth, to);
+      return pack<width>(static_cast<const BFloat16*>(factor.lines.at) + offset, factor, lines, depth, to);
     case DType::kFloat16:
-      return pack<width>(static_cast<const Half*>(factor.at) + offset, factor, lines, depth, to);
+      return pack<width>(static_cast<const Half*>(factor.lines.at) + offset, factor, lines, depth, to);
     default:
-      return pack<width>(static_cast<const float*>(factor.at) + offset, factor, lines, depth, to);
+      return pack<width>(static_cast<const float*>(factor.lines.at) + offset, factor, lines, depth, to);
   }
 }
 
@@ -152,6 +152,7 @@ void tile(const float* left, const float* right, int depth, float* out, int64_t 
 // left: room for kMatmulBlockRows packed rows.
 void SCSDPO_NAME(matmul_block)(const Matmul& task, int64_t row, int64_t column, int rows, int columns, float* left) {
   const int tiles = (rows + kTileRows - 1) / kTileRows;
+  float* out = static_cast<float*>(task.out.at) + row * task.out.stride + column;
   alignas(64) float right[kDepth * kPanel];
   for (int64_t k = 0; k < task.depth; k += kDepth) {
     const int depth = static_cast<int>(std::min<int64_t>(kDepth, task.depth - k));
@@ -163,8 +164,7 @@ void SCSDPO_NAME(matmul_block)(const Matmul& task, int64_t row, int64_t column, 
       const int width = std::min(kPanel, columns - c);
       pack<kPanel>(task.right, column + c, width, k, depth, right);
       for (int i = 0; i < tiles; ++i)
-        tile(left + i * kTileRows * kDepth, right, depth,
-             task.out + (row + i * kTileRows) * task.out_stride + column + c, task.out_stride,
+        tile(left + i * kTileRows * kDepth, right, depth, out + i * kTileRows * task.out.stride + c, task.out.stride,
              std::min(kTileRows, rows - i * kTileRows), width, add);
     }
   }

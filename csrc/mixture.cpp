@@ -32,9 +32,10 @@ void interpolate(Function f, float (&coefficients)[kTerms]) {
 
 }  // namespace
 
-Mixture mixture(double beta) {
-  Mixture mix{static_cast<float>(1 - beta), static_cast<float>(beta), 0, {}, {}, 0};
-  if (beta <= 0 || beta >= 1) return mix;
+Mixture mixture(const Objective& objective) {
+  const double beta = objective.beta;
+  Mixture mix{objective, static_cast<float>(1 - beta), static_cast<float>(beta), 0, {}, {}};
+  if (objective.kind != Kind::kJensenShannon) return mix;
   // Four nats beyond where both sides have the same share of m; on the side of the smaller share.
   double even = std::log((1 - beta) / beta);
   mix.turn = static_cast<float>(std::clamp(even + (beta <= 0.5 ? 4 : -4), -80.0, 80.0));

@@ -1,5 +1,5 @@
-// One row of a RowDivergence on one instruction set. CMake compiles this file once for each, with its flags
-// and SCSDPO_INSTRUCTION_SET = baseline | avx2 | avx512; dispatch_cpu.cpp chooses among them at run time.
+// One row of what row_divergence.h declares, on one instruction set. CMake compiles this file once for each, with its
+// flags and SCSDPO_INSTRUCTION_SET = baseline | avx2 | avx512; dispatch_cpu.cpp chooses among them at run time.
 //
 // Three or four passes over a row, which stays in cache between them:
 //
@@ -9,7 +9,7 @@
 //     gradient     weight * p (score - mean score), over the student's row if the caller wants that; at beta 0 and 1,
 //                  where the mean score is there already, together with the divergence
 //
-// A part of a row (Stage) takes the passes that its stage needs.
+// A part of a row takes the passes that its call needs.
 //
 // divergence.h has the formulas. Elements and short sums are fp32, sums of blocks and everything that exists once a row
 // is float64.
@@ -18,6 +18,10 @@
 
 #include "row_divergence.h"
 #include "simd.h"
+
+// There is one copy of each loop, for where a compiler fuses products into sums depends on what stands around them:
+// rows and parts of rows then round alike. CMake forbids further copies for constant arguments.
+#define SCSDPO_ALONE __attribute__((noinline))
 
 namespace scsdpo {
 namespace {
@@ -30,8 +34,9 @@ struct Memory {
   const Logit* student;
   const Logit* teacher;
   int64_t vocabulary;
+  float inverse_softcap;  // of the student's logits; 0: none
 
-  SCSDPO_INLINE Logits<Floats> at(int64_t v, int count) const {
+  SCSDPO_INLINE Pair<Floats> at(int64_t v, int count) const {
     auto s = load(student + v, count, -kInfinity);
     if constexpr (difference) {
       Floats x = load(teacher + v, count, 0.0f);
@@ -77,7 +82,7 @@ Row maxima(const Memory& memory, float temperature) {
   return row_of(student[best], teacher[0], own[best], temperature);
 }
 
-template <Objective objective, class Memory>
+template <Kind kind, class Memory>
 Sums<double> sums(const Memory& memory, const Row& row) {
   Sums<double> total{};
   Sums<Floats> partial{};
@@ -89,9 +94,9 @@ Sums<double> sums(const Memory& memory, const Row& row) {
         if (all_less(abs_value(y), 1.0f)) {
           const Floats student = boltzmann(logits.s - row.max_student, row),
                        above = excess<Range::kNear>(student, student, y);
-          add<objective>(partial, logits, row, {student, (student + above) * inverse_scale, above, y});
+          add<kind>(partial, logits, row, {student, (student + above) * inverse_scale, above, y});
         } else {
-          add<objective>(partial, logits, row);
+          add<kind>(partial, logits, row);
         }
       },
       [&]() __attribute__((always_inline)) {
@@ -114,165 +119,234 @@ struct Near {
 };
 
 // A gradient through the student's softcap, if there is one.
-SCSDPO_INLINE Floats capped(Floats gradient, Floats z, const Row& row) {
-  return row.inverse_softcap == 0.0f ? gradient : gradient * softcap_slope(z, row.inverse_softcap);
+SCSDPO_INLINE Floats capped(Floats gradient, Floats z, float inverse_softcap) {
+  return inverse_softcap == 0.0f ? gradient : gradient * softcap_slope(z, inverse_softcap);
 }
 
 // Calls use(probabilities, entry, range) for some entries. Where student and teacher are near in all of them, which is
 // how self-distillation has most, the teacher's probabilities and every formula for far ones are left out.
-template <Objective objective, class Use>
-SCSDPO_INLINE void with_entries(const Logits<Floats>& logits, const Row& row, const Mixture& mix, Use use) {
+template <Kind kind, class Use>
+SCSDPO_INLINE void with_entries(const Pair<Floats>& logits, const Row& row, const Mixture& mix, Use use) {
   const Floats p = student_probability(logits, row), d = log_ratio(logits, row);
-  if (objective != Objective::kClippedForward && all_less(abs_value(d), 1.0f)) {
-    use(Probabilities<Floats>{p, p, d}, entry<objective, Range::kNear>(p, p, d, mix), Near{});
+  if (kind != Kind::kClipped && all_less(abs_value(d), 1.0f)) {
+    use(Probabilities<Floats>{p, p, d}, entry<kind, Range::kNear>(p, p, d, mix), Near{});
   } else {
     const Floats q = teacher_probability(logits, row);
-    use(Probabilities<Floats>{p, q, d}, entry<objective>(p, q, d, mix), Any{});
+    use(Probabilities<Floats>{p, q, d}, entry<kind>(p, q, d, mix), Any{});
   }
 }
 
 // The terms of the divergence; the gradients that need none of them are written on the way, if `gradient` is given.
-template <Objective objective, class Memory, class Gradient>
-void terms(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient,
-           double (&total)[kTermCount<objective>]) {
-  Floats partial[kTermCount<objective>] = {};
+template <Kind kind, class Memory, class Gradient>
+SCSDPO_ALONE void terms(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient,
+                        double (&total)[kTermCount<kind>]) {
+  Floats partial[kTermCount<kind>] = {};
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
-        with_entries<objective>(
+        with_entries<kind>(
             logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
-              add_terms<objective>(partial, at, of, row, mix);
-              if (!kLateMean<objective> && gradient)
-                store(gradient + v, capped(slope<objective, range.value>(at, of.score, row) * scale, logits.s, row),
+              add_terms<kind>(partial, at, of, row, mix);
+              if (!kLateMean<kind> && gradient)
+                store(gradient + v,
+                      capped(slope<kind, range.value>(at, of.score, row) * scale, logits.s, memory.inverse_softcap),
                       count);
             });
       },
       [&]() __attribute__((always_inline)) {
-        for (int i = 0; i < kTermCount<objective>; ++i) total[i] += sum(partial[i]), partial[i] = Floats{};
+        for (int i = 0; i < kTermCount<kind>; ++i) total[i] += sum(partial[i]), partial[i] = Floats{};
       });
 }
 
-template <Objective objective, class Memory, class Gradient>
+template <Kind kind, class Memory, class Gradient>
 void write_gradient(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient) {
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
-        with_entries<objective>(
+        with_entries<kind>(
             logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
-              store(gradient + v, capped(slope<objective, range.value>(at, of.score, row) * scale, logits.s, row),
+              store(gradient + v,
+                    capped(slope<kind, range.value>(at, of.score, row) * scale, logits.s, memory.inverse_softcap),
                     count);
             });
       },
       [] {});
 }
 
-template <Objective objective, class Memory, class Gradient>
-void whole_row(const RowDivergence& task, const Mixture& mix, const Memory& memory, int64_t r) {
-  Row row = maxima(memory, task.temperature);
-  row.inverse_softcap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
-  const Sums<double> all = sums<objective>(memory, row);
-  Entropies entropy = conclude<objective>(all, mix, row);
-  task.student_entropy[r] = entropy.student;
-  task.teacher_entropy[r] = entropy.teacher;
-  if (task.stage == Stage::kStatistics) {
-    LogSumExp lse = log_sum_exp(all, row);
-    task.student_lse[r] = lse.student;
-    task.teacher_lse[r] = lse.teacher;
-    if (task.centre) {
-      task.student_max[r] = row.max_student;
-      task.centre[r] = row.centre;
-      task.log_ratio[r] = row.log_ratio;
+// A number of a row among those of all rows.
+SCSDPO_INLINE float& scalar(const Matrix& scalars, Scalar number, int64_t r) {
+  return static_cast<float*>(scalars.at)[number * scalars.stride + r];
+}
+SCSDPO_INLINE double& term(const Matrix& terms, int number, int64_t r) {
+  return static_cast<double*>(terms.at)[number * terms.stride + r];
+}
+
+// What a row of weight 0 has, whatever it holds: 0 may not meet an infinity.
+template <class Memory, class Gradient>
+void write_zeros(const Memory& memory, Gradient* gradient) {
+  memset(gradient, 0, memory.vocabulary * sizeof *gradient);
+}
+
+template <Kind kind, class Memory, class Gradient>
+SCSDPO_ALONE void whole_row(const Memory& memory, const Mixture& mix, const PerRow& rows, const Matrix& scalars,
+                            Gradient* gradient, int64_t r) {
+  Row row = maxima(memory, mix.objective.temperature);
+  const Entropies entropy = conclude<kind>(sums<kind>(memory, row), mix, row);
+  scalar(scalars, kStudentEntropy, r) = entropy.student;
+  scalar(scalars, kTeacherEntropy, r) = entropy.teacher;
+  float scale = gradient ? slope_scale<kind>(rows.weight[r], mix, row) : 0.0f;
+  if (rows.target) {  // read before the gradient is written
+    const Pair<Floats> target = memory.at(rows.target[r], 1);
+    const float logp = (target.s[0] - row.max_student) * row.inverse_temperature - row.log_student;
+    scalar(scalars, kStudentLogp, r) = logp;
+    scalar(scalars, kTeacherLogp, r) = (target.t[0] - row.max_teacher) * row.inverse_temperature - row.log_teacher;
+    if (rows.old_logp) {
+      const float ratio = importance_ratio(logp, rows.old_logp[r], rows.importance_clip);
+      scalar(scalars, kImportanceRatio, r) = ratio;
+      scale *= ratio;
     }
-    return;
   }
-  auto gradient = static_cast<Gradient*>(task.gradient);
-  if (gradient) gradient += r * task.gradient_stride;
-  float scale = gradient ? slope_scale<objective>(task.weight[r], mix, row) : 0.0f;
-  if (task.target) {  // read before the gradient is written
-    Logits<Floats> target = memory.at(task.target[r], 1);
-    task.student_logp[r] = (target.s[0] - row.max_student) * row.inverse_temperature - row.log_student;
-    task.teacher_logp[r] = (target.t[0] - row.max_teacher) * row.inverse_temperature - row.log_teacher;
-  }
-  if (task.old_logp) {
-    task.importance_ratio[r] = importance_ratio(task.student_logp[r], task.old_logp[r], task.importance_clip);
-    scale *= task.importance_ratio[r];
-  }
-  Gradient* wanted = scale == 0.0f ? nullptr : gradient;
-  double total[kTermCount<objective>] = {};
-  terms<objective>(memory, mix, row, scale, wanted, total);
-  task.divergence[r] = static_cast<float>(finish<objective>(total, row));
-  if (gradient && !wanted)  // whatever the row holds: 0 may not meet an infinity
-    memset(gradient, 0, task.vocabulary * sizeof *gradient);
-  else if (kLateMean<objective> && gradient)
-    write_gradient<objective>(memory, mix, row, scale, gradient);
+  double total[kTermCount<kind>] = {};
+  terms<kind>(memory, mix, row, scale, scale == 0.0f ? nullptr : gradient, total);
+  scalar(scalars, kDivergence, r) = static_cast<float>(finish<kind>(total, row));
+  if (!gradient) return;
+  if (scale == 0.0f) return write_zeros(memory, gradient);
+  if constexpr (kLateMean<kind>) write_gradient<kind>(memory, mix, row, scale, gradient);
 }
 
-// Some entries of a row whose statistics are known.
-template <Objective objective, class Memory, class Gradient>
-void part_of_row(const RowDivergence& task, const Mixture& mix, const Memory& memory, int64_t r) {
-  Row row = row_of_statistics<objective>(task.student_lse[r], task.teacher_lse[r], task.centre[r], task.log_ratio[r],
-                                         task.temperature, mix);
-  row.inverse_softcap = task.student_softcap == 0.0f ? 0.0f : 1.0f / task.student_softcap;
-  double total[kTermCount<objective>] = {};
-  if (task.stage == Stage::kTerms) {
-    terms<objective, Memory, Gradient>(memory, mix, row, 0.0f, nullptr, total);
-    for (int i = 0; i < kTermCount<objective>; ++i) task.terms[i * task.rows + r] = total[i];
-    return;
-  }
-  for (int i = 0; i < kTermCount<objective>; ++i) total[i] = task.terms[i * task.rows + r];
-  double divergence = finish<objective>(total, row);
-  task.divergence[r] = static_cast<float>(divergence);
-  if (objective == Objective::kReverse)  // its scores' mean is the divergence itself
+template <class Memory>
+void statistics_of_row(const Memory& memory, float temperature, const Statistics& out, int64_t r) {
+  Row row = maxima(memory, temperature);
+  const Sums<double> all = sums<Kind::kForward>(memory, row);  // of no objective
+  const Entropies entropy = conclude<Kind::kForward>(all, Mixture{}, row);
+  const LogSumExp lse = log_sum_exp(all, row);
+  out.student_lse[r] = lse.student;
+  out.teacher_lse[r] = lse.teacher;
+  out.student_max[r] = row.max_student;
+  out.centre[r] = row.centre;
+  out.log_ratio[r] = row.log_ratio;
+  out.student_entropy[r] = entropy.student;
+  out.teacher_entropy[r] = entropy.teacher;
+}
+
+template <Kind kind>
+Row known_row(const Statistics& statistics, const Mixture& mix, int64_t r) {
+  return row_of_statistics<kind>({statistics.student_lse[r], statistics.teacher_lse[r]}, statistics.centre[r],
+                                 statistics.log_ratio[r], mix);
+}
+
+template <Kind kind, class Memory>
+SCSDPO_ALONE void terms_of_part(const Memory& memory, const Mixture& mix, const Statistics& statistics,
+                                const Matrix& out, int64_t r) {
+  double total[kTermCount<kind>] = {};
+  terms<kind, Memory, float>(memory, mix, known_row<kind>(statistics, mix, r), 0.0f, nullptr, total);
+  for (int i = 0; i < kTermCount<kind>; ++i) term(out, i, r) = total[i];
+}
+
+template <Kind kind, class Memory, class Gradient>
+SCSDPO_ALONE void gradient_of_part(const Memory& memory, const Mixture& mix, const Statistics& statistics,
+                                   const Matrix& all, const PerRow& rows, const Matrix& scalars, Gradient* gradient,
+                                   int64_t r) {
+  Row row = known_row<kind>(statistics, mix, r);
+  double total[kTermCount<kind>];
+  for (int i = 0; i < kTermCount<kind>; ++i) total[i] = term(all, i, r);
+  const double divergence = finish<kind>(total, row);
+  scalar(scalars, kDivergence, r) = static_cast<float>(divergence);
+  if (kind == Kind::kReverse)  // its scores' mean is the divergence itself
     row.mean_score = bounded_mean(static_cast<float>(divergence - row.reference));
-  if (!task.gradient) return;
-  auto gradient = static_cast<Gradient*>(task.gradient) + r * task.gradient_stride;
-  float scale = slope_scale<objective>(task.weight[r], mix, row);
+  if (!gradient) return;
+  const float scale = slope_scale<kind>(rows.weight[r], mix, row);
   if (scale == 0.0f)
-    memset(gradient, 0, task.vocabulary * sizeof *gradient);
+    write_zeros(memory, gradient);
   else
-    write_gradient<objective>(memory, mix, row, scale, gradient);
+    write_gradient<kind>(memory, mix, row, scale, gradient);
 }
 
-template <Objective objective, class Memory, class Gradient>
-void one_row(const RowDivergence& task, const Mixture& mix, const Memory& memory, int64_t r) {
-  const bool is_part = task.stage == Stage::kTerms || task.stage == Stage::kGradient;
-  auto row = is_part ? part_of_row<objective, Memory, Gradient> : whole_row<objective, Memory, Gradient>;
-  row(task, mix, memory, r);
+// ---------------------------------------------------------------------------------------------------------------
+// From what is known at run time to templates.
+
+template <class Logit, bool difference>
+Memory<Logit, difference> memory_of(const Logits& logits, int64_t r) {
+  return {static_cast<const Logit*>(logits.student.at) + r * logits.student.stride,
+          static_cast<const Logit*>(logits.teacher.at) + r * logits.teacher.stride, logits.vocabulary,
+          logits.softcap == 0.0f ? 0.0f : 1.0f / logits.softcap};
 }
 
-template <class Logit, bool difference, class Gradient>
-void one_row(const RowDivergence& task, const Mixture& mix, int64_t r) {
-  Memory<Logit, difference> memory{static_cast<const Logit*>(task.student) + r * task.student_stride,
-                                   static_cast<const Logit*>(task.teacher) + r * task.teacher_stride, task.vocabulary};
-  auto row = task.entry_clip  ? one_row<Objective::kClippedForward, decltype(memory), Gradient>
-             : task.beta == 0 ? one_row<Objective::kForward, decltype(memory), Gradient>
-             : task.beta == 1 ? one_row<Objective::kReverse, decltype(memory), Gradient>
-                              : one_row<Objective::kJensenShannon, decltype(memory), Gradient>;
-  row(task, mix, memory, r);
+// Calls use(memory) for row r.
+template <class Use>
+void with_memory(const Logits& logits, int64_t r, Use use) {
+  switch (logits.student.dtype) {
+    case DType::kFloat32:
+      return logits.difference ? use(memory_of<float, true>(logits, r)) : use(memory_of<float, false>(logits, r));
+    case DType::kBFloat16:
+      return logits.difference ? use(memory_of<BFloat16, true>(logits, r)) : use(memory_of<BFloat16, false>(logits, r));
+    case DType::kFloat64:
+      return use(memory_of<double, false>(logits, r));
+    case DType::kFloat16:  // no logits are
+      return;
+  }
 }
 
-template <class Logit>
-void one_row(const RowDivergence& task, const Mixture& mix, int64_t r) {
-  const bool fp32 = task.gradient_dtype == DType::kFloat32;
-  if (task.teacher_is_difference)
-    fp32 ? one_row<Logit, true, float>(task, mix, r) : one_row<Logit, true, BFloat16>(task, mix, r);
+template <Kind k>
+struct Of {
+  static constexpr Kind kind = k;
+};
+
+// Calls use(memory, Of<kind>{}) for row r.
+template <class Use>
+void with_row(const Logits& logits, Kind kind, int64_t r, Use use) {
+  with_memory(logits, r, [&](const auto& memory) {
+    switch (kind) {
+      case Kind::kForward:
+        return use(memory, Of<Kind::kForward>{});
+      case Kind::kReverse:
+        return use(memory, Of<Kind::kReverse>{});
+      case Kind::kJensenShannon:
+        return use(memory, Of<Kind::kJensenShannon>{});
+      case Kind::kClipped:
+        return use(memory, Of<Kind::kClipped>{});
+    }
+  });
+}
+
+// Calls use(row r of a gradient), which is null where there is none.
+template <class Use>
+void with_gradient(const Matrix& gradient, int64_t r, Use use) {
+  if (!gradient.at)
+    use(static_cast<float*>(nullptr));
+  else if (gradient.dtype == DType::kFloat32)
+    use(static_cast<float*>(gradient.at) + r * gradient.stride);
   else
-    fp32 ? one_row<Logit, false, float>(task, mix, r) : one_row<Logit, false, BFloat16>(task, mix, r);
+    use(static_cast<BFloat16*>(gradient.at) + r * gradient.stride);
 }
 
 }  // namespace
 
-void SCSDPO_NAME(row_divergence)(const RowDivergence& task, const Mixture& mix, int64_t r) {
-  switch (task.logits_dtype) {
-    case DType::kFloat32:
-      return one_row<float>(task, mix, r);
-    case DType::kBFloat16:
-      return one_row<BFloat16>(task, mix, r);
-    case DType::kFloat64:
-      return one_row<double, false, float>(task, mix, r);
-    case DType::kFloat16:  // no logits are
-      return;
-  }
+void SCSDPO_NAME(row_divergence)(const Logits& logits, const Mixture& mix, const PerRow& rows, const Matrix& scalars,
+                                 const Matrix& gradient, int64_t r) {
+  with_row(logits, mix.objective.kind, r, [&](const auto& memory, auto of) {
+    with_gradient(gradient, r, [&](auto* out) { whole_row<decltype(of)::kind>(memory, mix, rows, scalars, out, r); });
+  });
+}
+
+void SCSDPO_NAME(row_statistics)(const Logits& logits, float temperature, const Statistics& out, int64_t r) {
+  with_memory(logits, r, [&](const auto& memory) { statistics_of_row(memory, temperature, out, r); });
+}
+
+void SCSDPO_NAME(row_terms)(const Logits& logits, const Mixture& mix, const Statistics& statistics, const Matrix& terms,
+                            int64_t r) {
+  with_row(logits, mix.objective.kind, r,
+           [&](const auto& memory, auto of) { terms_of_part<decltype(of)::kind>(memory, mix, statistics, terms, r); });
+}
+
+void SCSDPO_NAME(row_gradient)(const Logits& logits, const Mixture& mix, const Statistics& statistics,
+                               const Matrix& terms, const PerRow& rows, const Matrix& scalars, const Matrix& gradient,
+                               int64_t r) {
+  with_row(logits, mix.objective.kind, r, [&](const auto& memory, auto of) {
+    with_gradient(gradient, r, [&](auto* out) {
+      gradient_of_part<decltype(of)::kind>(memory, mix, statistics, terms, rows, scalars, out, r);
+    });
+  });
 }
 
 }  // namespace scsdpo

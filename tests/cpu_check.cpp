@@ -22,28 +22,26 @@ static void output(const std::vector<float>& numbers) { fwrite(numbers.data(), s
 
 int main(int count, char** arguments) {
   const int64_t rows = atoll(arguments[1]), second = atoll(arguments[2]);
+  const Processor here{2, best_instruction_set()};
   if (count == 5) {
     const int64_t columns = atoll(arguments[3]);
     std::vector<float> left = input(rows * second), right = input(second * columns), product(rows * columns);
-    Matmul task{};
-    task.rows = rows, task.depth = second, task.columns = columns;
-    task.left = {left.data(), second, 1, DType::kFloat32};
-    task.right = {right.data(), 1, columns, DType::kFloat32};
-    task.out = product.data(), task.out_stride = columns;
-    matmul(task, 2, best_instruction_set());
+    const Factor lines{{left.data(), second, DType::kFloat32}, 1},
+        columns_of{{right.data(), 1, DType::kFloat32}, columns};
+    matmul({rows, columns, second, lines, columns_of, {product.data(), columns, DType::kFloat32}, false}, here);
     output(product);
     return 0;
   }
   std::vector<float> student = input(rows * second), teacher = input(rows * second), weight(rows, 1.0f);
-  std::vector<float> divergence(rows), entropies(2 * rows), gradient(rows * second);
-  RowDivergence task{};
-  task.rows = rows, task.vocabulary = second, task.beta = atof(arguments[3]), task.temperature = 1.0f;
-  task.student = student.data(), task.teacher = teacher.data(), task.student_stride = task.teacher_stride = second;
-  task.weight = weight.data(), task.divergence = divergence.data();
-  task.student_entropy = entropies.data(), task.teacher_entropy = entropies.data() + rows;
-  task.gradient = gradient.data(), task.gradient_stride = second;
-  row_divergence_cpu(task, 2, best_instruction_set());
-  output(divergence);
+  std::vector<float> scalars(3 * rows), gradient(rows * second);
+  const auto matrix = [](std::vector<float>& x, int64_t stride) { return Matrix{x.data(), stride, DType::kFloat32}; };
+  const double beta = atof(arguments[3]);
+  const Kind kind = beta == 0 ? Kind::kForward : beta == 1 ? Kind::kReverse : Kind::kJensenShannon;
+  row_divergence({rows, second, matrix(student, second), matrix(teacher, second), false, 0.0f},
+                 {kind, beta, 1.0f, 0.0f}, {weight.data(), nullptr, nullptr, 0.0f}, matrix(scalars, rows),
+                 matrix(gradient, second), here);
+  scalars.resize(rows);  // divergences
+  output(scalars);
   output(gradient);
   return 0;
 }

@@ -9,16 +9,16 @@
 namespace scsdpo {
 namespace {
 
-template <Objective objective>
+template <Kind kind>
 std::array<float, 3> entry_of(float p, float q, float d, double beta) {
-  Entry<float> of = entry<objective>(p, q, d, mixture(beta));
-  return {of.divergence, of.score, slope<objective, Range::kAny, float>({p, q, d}, of.score, Row{})};
+  Entry<float> of = entry<kind>(p, q, d, mixture({kind, beta, 1.0f, 0.0f}));
+  return {of.divergence, of.score, slope<kind, Range::kAny, float>({p, q, d}, of.score, Row{})};
 }
 
 std::array<float, 3> entry_of(float p, float q, float d, double beta) {
-  return beta == 0   ? entry_of<Objective::kForward>(p, q, d, beta)
-         : beta == 1 ? entry_of<Objective::kReverse>(p, q, d, beta)
-                     : entry_of<Objective::kJensenShannon>(p, q, d, beta);
+  return beta == 0   ? entry_of<Kind::kForward>(p, q, d, beta)
+         : beta == 1 ? entry_of<Kind::kReverse>(p, q, d, beta)
+                     : entry_of<Kind::kJensenShannon>(p, q, d, beta);
 }
 
 }  // namespace

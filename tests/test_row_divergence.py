@@ -14,7 +14,7 @@ from conftest import DEVICE
 
 from scsdpo_kernels.kernels import native, row_divergence_triton
 from scsdpo_kernels.kernels.contract import Logits, PerRow, Scalars
-from scsdpo_kernels.problem import objective_of
+from scsdpo_kernels.problem import KINDS, objective_of
 
 BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
 VOCABULARIES = (1, 2, 7, 16, 17, 1021, 4999)
@@ -411,3 +411,7 @@ def test_an_instruction_set_that_is_not_there_raises():
             run(student, teacher, 0.5, kernel=name)
     with pytest.raises(KeyError):
         run(student, teacher, 0.5, kernel="mmx")
+
+
+def test_kinds_have_the_same_names_on_both_sides():
+    assert tuple(native._C.Kind.__members__) == KINDS

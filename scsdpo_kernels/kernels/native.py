@@ -67,21 +67,32 @@ def row_divergence(
 
     csrc/row_divergence.h has the contract, csrc/divergence.h the equations.
     """
-    task, scalars = _row_task(logits, rows, objective, gradient)
-    _on_processor(_C.row_divergence_cpu, task, logits.student.device, instruction_set)
-    return scalars
+    weight, target, old_logp, _ = rows
+    _check_gradient(logits, gradient)
+    for tensor in (logits.teacher, weight, target, old_logp, gradient):
+        assert tensor is None or tensor.device == logits.student.device
+    assert weight.dtype == torch.float32 and weight.is_contiguous()
+    assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
+    assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
+    scalars = torch.empty(rows.scalars, len(weight), dtype=torch.float32)
+    _C.row_divergence(
+        _logits(logits),
+        _objective(objective),
+        _per_row(rows),
+        _matrix(scalars),
+        _matrix(gradient),
+        _processor(logits.student.device, instruction_set),
+    )
+    return Scalars(*scalars, *[None] * (len(Scalars._fields) - rows.scalars))
 
 
 def row_statistics(logits: Logits, temperature: float, *, instruction_set: str | None = None) -> RowStatistics:
     """Statistics of rows, or of the part of each that is here. Where nothing counts the log-sum-exp is -inf."""
     rows = logits.student.shape[0]
-    lse = torch.empty(2, rows, dtype=torch.float64).unbind()
-    others = torch.empty(5, rows, dtype=torch.float32).unbind()
+    lse, others = torch.empty(2, rows, dtype=torch.float64), torch.empty(5, rows, dtype=torch.float32)
     result = RowStatistics(*lse, *others)
-    task = _C.RowDivergence(
-        stage=_C.Stage.statistics, **_logits(logits), temperature=temperature, **_addresses(result._asdict())
-    )
-    _on_processor(_C.row_divergence_cpu, task, logits.student.device, instruction_set)
+    processor = _processor(logits.student.device, instruction_set)
+    _C.row_statistics(_logits(logits), temperature, _statistics(result), processor)
     return result
 
 
@@ -94,14 +105,8 @@ def row_terms(
 ) -> Tensor:
     """(4, C) float64, what these entries add to the sums that a row's divergence is made of."""
     terms = torch.zeros(_C.most_terms, logits.student.shape[0], dtype=torch.float64)
-    task = _C.RowDivergence(
-        stage=_C.Stage.terms,
-        **_logits(logits),
-        **_objective(objective),
-        **_known(statistics),
-        terms=terms.data_ptr(),
-    )
-    _on_processor(_C.row_divergence_cpu, task, logits.student.device, instruction_set)
+    processor = _processor(logits.student.device, instruction_set)
+    _C.row_terms(_logits(logits), _objective(objective), _statistics(statistics), _matrix(terms), processor)
     return terms
 
 
@@ -118,75 +123,50 @@ def row_gradient(
     """(C,) fp32, the divergence of the whole rows, and these entries' weighted gradient into `gradient`."""
     assert weight.dtype == torch.float32 and weight.is_contiguous()
     assert terms.dtype == torch.float64 and terms.is_contiguous() and terms.shape == (_C.most_terms, len(weight))
-    divergence = torch.empty(len(weight), dtype=torch.float32)
-    task = _C.RowDivergence(
-        stage=_C.Stage.gradient,
-        **_logits(logits),
-        **_objective(objective),
-        **_known(statistics),
-        terms=terms.data_ptr(),
-        weight=weight.data_ptr(),
-        divergence=divergence.data_ptr(),
-        **_gradient(gradient),
+    _check_gradient(logits, gradient)
+    divergence = torch.empty(1, len(weight), dtype=torch.float32)
+    _C.row_gradient(
+        _logits(logits),
+        _objective(objective),
+        _statistics(statistics),
+        _matrix(terms),
+        _per_row(PerRow(weight)),
+        _matrix(divergence),
+        _matrix(gradient),
+        _processor(logits.student.device, instruction_set),
     )
-    _on_processor(_C.row_divergence_cpu, task, logits.student.device, instruction_set)
-    return divergence
+    return divergence[0]
 
 
-def _row_task(
-    logits: Logits, rows: PerRow, objective: Objective, gradient: Tensor | None
-) -> tuple[_C.RowDivergence, Scalars]:
-    """The C++ struct of a call, and the tensors that it fills."""
-    student, (weight, target, old_logp, importance_clip) = logits.student, rows
-    assert gradient is None or (gradient.shape == student.shape and gradient.stride(1) == 1)
-    for tensor in (logits.teacher, weight, target, old_logp, gradient):
-        assert tensor is None or tensor.device == student.device
-    if student.dtype == torch.float64:
-        assert not logits.difference and (gradient is None or gradient.dtype == torch.float32)
-    assert weight.dtype == torch.float32 and weight.is_contiguous()
-    assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
-    assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
-    fields = torch.empty(rows.scalars, len(weight), dtype=torch.float32, device=student.device).unbind()
-    scalars = Scalars(*fields, *[None] * (len(Scalars._fields) - len(fields)))
-    task = _C.RowDivergence(
-        **_logits(logits),
-        **_objective(objective),
-        **_addresses({"weight": weight, "target": target, "old_logp": old_logp}),
-        importance_clip=importance_clip,
-        **_addresses(scalars._asdict()),
-        **_gradient(gradient),
-    )
-    return task, scalars
-
-
-def _logits(logits: Logits) -> dict:
+def _logits(logits: Logits) -> _C.Logits:
     student, teacher, difference, softcap = logits
-    assert student.shape == teacher.shape and student.dtype == teacher.dtype
+    assert student.shape == teacher.shape and student.dtype == teacher.dtype and student.dtype != torch.float16
     assert student.stride(1) == teacher.stride(1) == 1
-    return {
-        "rows": student.shape[0],
-        "vocabulary": student.shape[1],
-        "logits_dtype": _DTYPES[student.dtype],
-        **_matrix(student=student),
-        **_matrix(teacher=teacher),
-        "teacher_is_difference": difference,
-        "student_softcap": softcap,
-    }
+    assert not (difference and student.dtype == torch.float64)
+    rows, vocabulary = student.shape
+    return _C.Logits(rows, vocabulary, _matrix(student), _matrix(teacher), difference, softcap)
 
 
-def _objective(objective: Objective) -> dict:
-    return {"beta": objective.beta, "temperature": objective.temperature, "entry_clip": objective.entry_clip}
+def _objective(objective: Objective) -> _C.Objective:
+    kind, *numbers = objective
+    return _C.Objective(_C.Kind.__members__[kind], *numbers)
 
 
-def _known(statistics: RowStatistics) -> dict[str, int]:
-    known = {name: getattr(statistics, name) for name in ("student_lse", "teacher_lse", "centre", "log_ratio")}
-    for name, tensor in known.items():
+def _per_row(rows: PerRow) -> _C.PerRow:
+    *tensors, importance_clip = rows
+    return _C.PerRow(*map(_address, tensors), importance_clip)
+
+
+def _statistics(statistics: RowStatistics) -> _C.Statistics:
+    for name, tensor in statistics._asdict().items():
         assert tensor.is_contiguous() and tensor.dtype == (torch.float64 if "lse" in name else torch.float32), name
-    return _addresses(known)
+    return _C.Statistics(*map(_address, statistics))
 
 
-def _gradient(gradient: Tensor | None) -> dict:
-    return {} if gradient is None else {**_matrix(gradient=gradient), "gradient_dtype": _DTYPES[gradient.dtype]}
+def _check_gradient(logits: Logits, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        assert gradient.shape == logits.student.shape and gradient.stride(1) == 1
+        assert gradient.dtype == torch.float32 or logits.student.dtype != torch.float64
 
 
 def head_logits(
@@ -202,12 +182,12 @@ def head_logits(
     task = _C.HeadLogits(
         rows=logits.shape[0],
         vocabulary=logits.shape[1],
-        **_matrix(logits=logits),
+        logits=_matrix(logits),
         bias=_address(bias),
         scale=scale,
         softcap=softcap,
     )
-    _on_processor(_C.head_logits, task, logits.device, instruction_set)
+    _C.head_logits(task, _processor(logits.device, instruction_set))
 
 
 def tail_gradient(
@@ -224,20 +204,20 @@ def tail_gradient(
     task = _C.TailGradient(
         rows=len(base),
         vocabulary=gradient.shape[1],
-        **_matrix(logits=logits.student),
-        base=base.data_ptr(),
-        factor=factor.data_ptr(),
+        logits=_matrix(logits.student),
+        base=_address(base),
+        factor=_address(factor),
         temperature=temperature,
         softcap=logits.softcap,
-        **_gradient(gradient),
+        gradient=_matrix(gradient),
     )
-    _on_processor(_C.tail_gradient, task, gradient.device, instruction_set)
+    _C.tail_gradient(task, _processor(gradient.device, instruction_set))
 
 
-def _on_processor(kernel, task, device: torch.device, instruction_set: str | None) -> None:
+def _processor(device: torch.device, instruction_set: str | None) -> _C.Processor:
     assert device.type == "cpu"
     name = instruction_set or instruction_sets()[-1]
-    kernel(task, torch.get_num_threads(), _C.InstructionSet.__members__[name])
+    return _C.Processor(torch.get_num_threads(), _C.InstructionSet.__members__[name])
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -267,9 +247,9 @@ def matmul(
         and left.stride(1) == right.stride(0) == 1
         and multiplies_bf16()
     ):
-        _C.matmul_bf16(task, torch.get_num_threads())
+        _C.matmul_bf16(task, _processor(out.device, "avx512_bf16"))
     else:
-        _on_processor(_C.matmul, task, out.device, instruction_set)
+        _C.matmul(task, _processor(out.device, instruction_set))
 
 
 def _matmul_task(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> _C.Matmul:
@@ -283,25 +263,20 @@ def _matmul_task(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> _C.M
         depth=depth,
         left=_factor(left),
         right=_factor(right.t()),
-        **_matrix(out=out),
+        out=_matrix(out),
         add=add,
     )
 
 
 def _factor(lines: Tensor) -> _C.Factor:
-    line, depth = lines.stride()
-    return _C.Factor(at=lines.data_ptr(), line_stride=line, depth_stride=depth, dtype=_DTYPES[lines.dtype])
+    return _C.Factor(_matrix(lines), lines.stride(1))
+
+
+def _matrix(tensor: Tensor | None) -> _C.Matrix:
+    if tensor is None:
+        return _C.Matrix(0, 0, _C.DType.float32)
+    return _C.Matrix(tensor.data_ptr(), tensor.stride(0), _DTYPES[tensor.dtype])
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _addresses(tensors: dict[str, Tensor | None]) -> dict[str, int]:
-    return {name: _address(tensor) for name, tensor in tensors.items()}
-
-
-def _matrix(**named: Tensor) -> dict[str, int]:
-    """Address and row stride of a matrix, under the names that the C++ structs give them."""
-    ((name, tensor),) = named.items()
-    return {name: tensor.data_ptr(), f"{name}_stride": tensor.stride(0)}
