@@ -1,5 +1,4 @@
-// The only pybind11 file: the structs of the C++ interface as Python objects, made of named numbers and addresses, and
-// the functions that take them, without the GIL.
+// The only pybind11 file: structs become Python objects, made of numbers and addresses; functions drop the GIL.
 #include <pybind11/pybind11.h>
 
 #include <initializer_list>
@@ -31,13 +30,12 @@ template <class Struct, class... Values>
 void structure(py::module_& m, const char* name, Field<Struct, Values>... fields) {
   auto make = [=](Given<Values>... values) {
     Struct made{};
-    ((made.*fields.member = (Values)(values)), ...);
+    ((made.*fields.member = (Values)values), ...);
     return made;
   };
   py::class_<Struct>(m, name).def(py::init(make), py::arg(fields.name)...);
 }
 
-// Values 0, 1, 2 ... by name.
 template <class Enum>
 void enumeration(py::module_& m, const char* name, std::initializer_list<const char*> names) {
   py::enum_<Enum> made(m, name);
@@ -46,9 +44,8 @@ void enumeration(py::module_& m, const char* name, std::initializer_list<const c
 }
 
 Processor processor(int threads, InstructionSet instruction_set) {
-  if (instruction_set > best_instruction_set())
-    throw std::invalid_argument("instruction_set: this build or this processor does not have the one asked for");
-  return {threads, instruction_set};
+  if (instruction_set <= best_instruction_set()) return {threads, instruction_set};
+  throw std::invalid_argument("instruction_set: this build or this processor does not have the one asked for");
 }
 
 template <class Function>

@@ -220,8 +220,9 @@ SCSDPO_INLINE F weighted_score(F p, F x) {
 
 constexpr float kLowest = -3.4028235e38f;  // below every logit but -inf, which it is subtracted from
 
+// Student's and teacher's logit.
 template <class F>
-struct Pair {          // of logits
+struct Pair {
   F s, t, difference;  // difference = t - s, with all its digits
 };
 

@@ -217,7 +217,7 @@ SCSDPO_ALONE void whole_row(const Memory& memory, const Mixture& mix, const PerR
 template <class Memory>
 void statistics_of_row(const Memory& memory, float temperature, const Statistics& out, int64_t r) {
   Row row = maxima(memory, temperature);
-  const Sums<double> all = sums<Kind::kForward>(memory, row);  // of no objective
+  const Sums<double> all = sums<Kind::kForward>(memory, row);  // as any objective's
   const Entropies entropy = conclude<Kind::kForward>(all, Mixture{}, row);
   const LogSumExp lse = log_sum_exp(all, row);
   out.student_lse[r] = lse.student;

@@ -158,7 +158,8 @@ def _per_row(rows: PerRow) -> _C.PerRow:
 
 
 def _statistics(statistics: RowStatistics) -> _C.Statistics:
-    for name, tensor in statistics._asdict().items():
+    for name in ("student_lse", "teacher_lse", "centre", "log_ratio"):  # what is read; the others are written alone
+        tensor = getattr(statistics, name)
         assert tensor.is_contiguous() and tensor.dtype == (torch.float64 if "lse" in name else torch.float32), name
     return _C.Statistics(*map(_address, statistics))
 
