@@ -1,19 +1,16 @@
 """Objectives on a support, of sampled tokens, with clipped entries, and heads that are more than a product.
 
-The oracle is written from the definitions on full logits, in float64 and with autograd, and shares nothing with the
-package's own reference, which is checked like every other schedule.
+The oracle shares nothing with the package's own reference, which is checked like every other schedule.
 """
 
-import itertools
 import math
 
+import oracle
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import DEVICE
-from oracle import relative_error
-from test_linear_divergence import DTYPES, problem
-from torch.utils._pytree import tree_leaves, tree_map_only
+from oracle import assert_near, logits, relative_error
+from problems import DTYPES, HEADS, Problem, problem
 
 from scsdpo_kernels import (
     Head,
@@ -32,39 +29,10 @@ BETAS = (0.0, 0.3, 1.0)
 V, D = 307, 24
 
 
-def logits(hidden, head):
-    weight, bias, lora, logit_scale, softcap = Head(head) if isinstance(head, torch.Tensor) else head
-    z = hidden @ weight.T
-    if lora is not None:
-        z = z + lora.scale * (hidden @ lora.a.T) @ lora.b.T
-    if bias is not None:
-        z = z + bias
-    z = z * logit_scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+TAILS = ("bucket", "renormalize")
 
-
-def divergence(log_p, log_q, beta):
-    def kl(of, to):
-        return F.kl_div(to, of, log_target=True, reduction="none").sum(-1)
-
-    if beta in (0.0, 1.0):
-        return kl(log_q, log_p) if beta == 0 else kl(log_p, log_q)
-    log_m = torch.log((1 - beta) * log_p.exp() + beta * log_q.exp())
-    return (1 - beta) * kl(log_p, log_m) + beta * kl(log_q, log_m)
-
-
-def with_tail(log_p, tail):
-    """Of true log-probabilities on a support."""
-    inside = torch.logsumexp(log_p, -1, keepdim=True)
-    if tail == "renormalize":
-        return log_p - inside
-    return torch.cat([log_p, torch.log(-torch.expm1(inside.clamp(max=-1e-7)))], -1)
-
-
-def top_k(z_s, z_t, k, tail, beta):
-    log_p, log_q = z_s.log_softmax(-1), z_t.log_softmax(-1)
-    ids = z_s.topk(k).indices
-    return divergence(with_tail(log_p.gather(-1, ids), tail), with_tail(log_q.gather(-1, ids), tail), beta)
+of_every_tail = pytest.mark.parametrize("tail", TAILS)
+of_every_beta = pytest.mark.parametrize("beta", BETAS, ids="beta {}".format)
 
 
 @pytest.fixture(autouse=True)
@@ -80,83 +48,65 @@ def kernels(request, monkeypatch):
     return request.param
 
 
-def leaves(*given, dtype=None):
-    """Copies of tensors and heads, to differentiate into."""
-    return tree_map_only(torch.Tensor, lambda x: x.detach().to(dtype or x.dtype).clone().requires_grad_(), list(given))
+def near_or_far(distance, near, far):
+    """Sides that are close to one another have lost digits of their difference."""
+    return near if distance < 0.1 else far
 
 
-def double(given):
-    return tree_map_only(torch.Tensor, torch.Tensor.double, given)
+@of_every_tail
+@of_every_beta
+@pytest.mark.parametrize("teacher_width", [None, 16], ids=["shared head", "own head"])
+@pytest.mark.parametrize("k", [1, 20, V], ids="k {}".format)
+@pytest.mark.parametrize("distance", [1e-3, 0.5], ids=["near", "far"])
+def test_top_k(kernels, tail, beta, distance, k, teacher_width):
+    """Values and dense gradients."""
+    given = problem(9, D, V, distance, scale=2.0, teacher_width=teacher_width, weighted=True)
+    options = {"beta": beta, "temperature": 0.8, "support": TopK(k, tail)}
+    got, exact = given.run(**options), oracle.expected(given, **options)
+    result, expected = got[0], exact[0]
+    if k < V:
+        rtol = near_or_far(distance, 3e-4, 2e-5)
+        torch.testing.assert_close(result.divergence.double(), expected.divergence, rtol=rtol, atol=1e-9)
+    # a renormalised support of one entry has nothing to say
+    floor = 1e-6 if k == 1 and tail == "renormalize" else 1e-8
+    assert_near(got, exact, limit=near_or_far(distance, 5e-4, 2e-5), floor=floor)
+    for side in ("student_entropy", "teacher_entropy"):
+        x, y = getattr(result, side), getattr(expected, side)
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=2e-6)
 
 
-def tensors(given):
-    """Those of heads too, in the order of their fields."""
-    return [x for x in tree_leaves(given) if isinstance(x, torch.Tensor)]
-
-
-def check(got, inputs, expected, exact_inputs, limit=2e-5, floor=1e-9):
-    """The gradients of all inputs; `floor` is of a gradient's norm. Of the loss the rows, which may cancel in it, say
-    how exact it is."""
-    torch.testing.assert_close(got.double(), expected, rtol=1e-2, atol=1e-5)
-    gradients = torch.autograd.grad(got, tensors(inputs))
-    exact = torch.autograd.grad(expected, tensors(exact_inputs))
-    for x, y in zip(gradients, exact, strict=True):
-        assert (x.double() - y).norm() <= limit * y.norm() + floor, relative_error(x, y)
-
-
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
-@pytest.mark.parametrize("beta", BETAS)
-def test_top_k(kernels, tail, beta):
-    """Values and dense gradients, near-equal sides and far ones, K of 1, some and all, shared head and own."""
-    cases = itertools.product((1e-3, 0.5), (1, 20, V), (None, 16))
-    for distance, k, teacher_width in cases:
-        hidden, weight, teacher, head = problem((9,), D, V, distance, scale=2.0, teacher_width=teacher_width)
-        token_weight = torch.randn(9)
-        inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-        result = linear_divergence(*inputs, teacher, head, token_weight=token_weight, beta=beta, temperature=0.8,
-                                   support=TopK(k, tail))  # fmt: skip
-        z_t = logits(teacher.double(), (weight if head is None else head).double()) / 0.8
-        z_s = logits(*exact) / 0.8
-        expected = top_k(z_s, z_t, k, tail, beta)
-        # a renormalised support of one entry has nothing to say
-        floor = 1e-6 if k == 1 and tail == "renormalize" else 1e-8
-        if k < V:
-            torch.testing.assert_close(result.divergence.double(), expected, rtol=3e-4 if distance < 0.1 else 2e-5,
-                                       atol=1e-9)  # fmt: skip
-        check(result.loss, inputs, (token_weight * expected).sum(), exact,
-              limit=5e-4 if distance < 0.1 else 2e-5, floor=floor)  # fmt: skip
-        for side, z in (("student", z_s), ("teacher", z_t)):
-            p = z.log_softmax(-1)
-            torch.testing.assert_close(getattr(result, f"{side}_entropy").double(), -(p.exp() * p).sum(-1),
-                                       rtol=1e-5, atol=2e-6)  # fmt: skip
+def both_logits(given):
+    """In float64, for what others compute of them; and the leaves."""
+    leaves = given.to(torch.float64).leaves()
+    return (logits(leaves.hidden, leaves.head), logits(leaves.teacher, leaves.head).detach()), leaves
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("add_tail", [True, False])
 def test_top_k_is_what_trl_computes(beta, add_tail):
     losses = pytest.importorskip("trl.experimental.sdpo.loss_utils")
-    hidden, weight, teacher, _ = problem((40,), D, V, 0.7, scale=2.0)
-    inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    support = TopK(20, "bucket" if add_tail else "renormalize")
-    got = linear_divergence(*inputs, teacher, beta=beta, support=support)
-    expected = losses.compute_topk_self_distillation_loss(
-        logits(*exact), logits(teacher.double(), weight.double()),
-        distillation_topk=20, distillation_alpha=beta, distillation_add_tail=add_tail,
-    )  # fmt: skip
-    torch.testing.assert_close(got.divergence.double(), expected.detach(), rtol=1e-5, atol=1e-7)
-    check(got.loss, inputs, expected.sum(), exact)
+    given = problem(40, D, V, 0.7, scale=2.0)
+    options = {"beta": beta, "support": TopK(20, "bucket" if add_tail else "renormalize")}
+    (z_s, z_t), leaves = both_logits(given)
+    trls = losses.compute_topk_self_distillation_loss(
+        z_s, z_t, distillation_topk=20, distillation_alpha=beta, distillation_add_tail=add_tail
+    )
+    got = given.run(**options)
+    torch.testing.assert_close(got[0].divergence.double(), trls.detach(), rtol=1e-5, atol=1e-7)
+    of_trl = got[0]._replace(loss=trls.sum().detach()), *torch.autograd.grad(trls.sum(), leaves.trained)
+    assert_near(got, of_trl)
+    assert_near(of_trl, oracle.expected(given, **options))
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@of_every_beta
 def test_top_k_of_near_equal_sides_keeps_relative_precision(kernels, beta):
     """A shared fp32 head: 1e-4 relative of the K + 1 buckets' divergence at 1e-9 and below."""
-    hidden, weight, teacher, _ = problem((9,), D, V, 1e-5, scale=2.0)
-    delta = teacher.double() - hidden.double()
-    inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    got = linear_divergence(*inputs, teacher, beta=beta, support=TopK(20))
-    z_s, d = logits(*exact), delta @ weight.double().T
+    given = problem(9, D, V, 1e-5, scale=2.0)
+    result, grad_hidden, grad_weight = given.run(beta=beta, support=TopK(20))
+    hidden, weight, teacher, _ = given.to(torch.float64)
+    z_s, d = logits(hidden, weight), (teacher - hidden) @ weight.T
     ids = z_s.topk(20).indices
-    p = z_s.softmax(-1).detach()
+    p = z_s.softmax(-1)
     inside = torch.zeros_like(p).scatter(1, ids, 1.0)
     # d of a bucket is the mean of its entries' d; D = c/2 Var over buckets, to second order
     mass = torch.cat([p.gather(1, ids), (p * (1 - inside)).sum(1, keepdim=True)], 1)
@@ -165,273 +115,241 @@ def test_top_k_of_near_equal_sides_keeps_relative_precision(kernels, beta):
     variance = (mass * of_bucket**2).sum(1) - mean**2
     curvature = 1.0 if beta in (0.0, 1.0) else beta * (1 - beta)
     assert variance.max() < 1e-8
-    assert relative_error(got.divergence, curvature / 2 * variance) < 1e-4
+    assert relative_error(result.divergence, curvature / 2 * variance) < 1e-4
     # ∂D/∂z_v = -c p_v (d of v's bucket - mean), to first order
     of_entry = torch.where(inside > 0, d, of_bucket[:, -1:])
     gradient = -curvature * p * (of_entry - mean[:, None])
-    grad_hidden, grad_weight = torch.autograd.grad(got.loss, inputs)
-    assert relative_error(grad_hidden, gradient @ weight.double()) < 1e-4
-    assert relative_error(grad_weight, gradient.T @ hidden.double()) < 1e-4
+    assert relative_error(grad_hidden, gradient @ weight) < 1e-4
+    assert relative_error(grad_weight, gradient.T @ hidden) < 1e-4
 
 
-def test_top_k_bounds_the_tail_as_sdpo_does(kernels):
+@of_every_tail
+@of_every_beta
+def test_top_k_bounds_the_tail_as_sdpo_does(kernels, beta, tail):
     """A peaked side's tail counts as 1e-7: a student that is unsure is not infinitely far from a sure teacher."""
-    hidden, weight, teacher, _ = problem((6,), D, V, 0.5)
-    teacher = teacher.clone()
-    teacher[:3] *= 60.0  # nearly all the mass in one entry
-    hidden[3:] *= 60.0
-    for beta, tail in itertools.product(BETAS, ("bucket", "renormalize")):
-        inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-        got = linear_divergence(*inputs, teacher, beta=beta, support=TopK(5, tail))
-        expected = top_k(logits(*exact), logits(teacher.double(), weight.double()), 5, tail, beta)
-        torch.testing.assert_close(got.divergence.double(), expected.detach(), rtol=5e-5, atol=3e-7)
-        check(got.loss, inputs, expected.sum(), exact, floor=1e-6)
+    given = problem(6, D, V, 0.5)
+    given.teacher[:3] *= 60.0  # nearly all the mass in one entry
+    given.hidden[3:] *= 60.0
+    options = {"beta": beta, "support": TopK(5, tail)}
+    got, exact = given.run(**options), oracle.expected(given, **options)
+    torch.testing.assert_close(got[0].divergence.double(), exact[0].divergence, rtol=5e-5, atol=3e-7)
+    assert_near(got, exact, floor=1e-6)
 
 
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
-@pytest.mark.parametrize("beta", BETAS)
+def teachers_logp(given):
+    return logits(given.teacher.double(), given.head.double()).log_softmax(-1)
+
+
+@of_every_tail
+@of_every_beta
 def test_support_of_the_teacher(kernels, tail, beta):
     """A server's top-K: values, gradients, empty slots, rows of weight 0 whose slots may hold anything."""
-    k, rows = 12, 10
-    hidden, weight, teacher, _ = problem((2, 5), D, V, 0.5, scale=2.0)
-    log_q, ids = logits(teacher.double(), weight.double()).log_softmax(-1).topk(k)
-    ids, support_logp = ids.clone(), log_q.float()
+    given = problem((2, 5), D, V, 0.5, scale=2.0, weighted=True)
+    logp, ids = teachers_logp(given).topk(12)
+    ids, logp = ids.clone(), logp.float()
     ids[0, 0, 3:] = -1
     ids[0, 1] = -1
     ids[1, 2, 0] = -1
-    token_weight = torch.randn(2, 5)
-    token_weight[1, 4] = 0
-    ids[1, 4], support_logp[1, 4] = 10**6, torch.nan
-    inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    result = linear_divergence(*inputs, support=TopLogprobs(ids, support_logp, tail), token_weight=token_weight,
-                               beta=beta, target_ids=torch.zeros(2, 5, dtype=torch.long))  # fmt: skip
-    log_p = logits(*exact).log_softmax(-1)
-    expected = []
-    for r in range(rows):
-        of_row = ids.view(rows, k)[r]
-        there = of_row >= 0
-        if not token_weight.view(-1)[r] or (not there.any() and tail == "renormalize"):
-            expected.append(log_p.new_zeros(()))
-            continue
-        p = with_tail(log_p.view(rows, V)[r, of_row[there]], tail)
-        q = with_tail(support_logp.view(rows, k)[r, there].double(), tail)
-        expected.append(divergence(p, q, beta))
-    expected = torch.stack(expected).view(2, 5)
-    torch.testing.assert_close(result.divergence.double(), expected, rtol=2e-5, atol=1e-7)
-    check(result.loss, inputs, (token_weight * expected).sum(), exact)
+    given.token_weight[1, 4] = 0
+    ids[1, 4], logp[1, 4] = 10**6, torch.nan
+    given = given.but(teacher=None)
+    options = {"support": TopLogprobs(ids, logp, tail), "beta": beta, "target_ids": torch.zeros(2, 5).long()}
+    got, exact = given.run(**options), oracle.expected(given, **options)
+    result, expected = got[0], exact[0]
+    torch.testing.assert_close(result.divergence.double(), expected.divergence, rtol=2e-5, atol=1e-7)
+    assert_near(got, exact)
     assert result.teacher_entropy is None and result.teacher_logp is None
-    torch.testing.assert_close(result.student_logp[0].double(), log_p[0, :, 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(result.student_logp.double(), expected.student_logp, rtol=1e-5, atol=1e-6)
 
 
-def test_support_of_the_teacher_is_top_k_where_both_choose_the_same(kernels):
-    hidden, weight, teacher, _ = problem((8,), D, V, 1e-2, scale=3.0)
-    ids = (hidden @ weight.T).topk(9).indices
-    log_q = logits(teacher.double(), weight.double()).log_softmax(-1).gather(1, ids)
-    for tail in ("bucket", "renormalize"):
-        first, second = leaves(hidden, weight), leaves(hidden, weight)
-        a = linear_divergence(*first, teacher, support=TopK(9, tail))
-        b = linear_divergence(*second, support=TopLogprobs(ids, log_q, tail))
-        torch.testing.assert_close(a.divergence, b.divergence, rtol=1e-3, atol=1e-9)
-        for x, y in zip(torch.autograd.grad(a.loss, first), torch.autograd.grad(b.loss, second), strict=True):
-            assert relative_error(x, y) < 1e-3
+@of_every_tail
+def test_support_of_the_teacher_is_top_k_where_both_choose_the_same(kernels, tail):
+    given = problem(8, D, V, 1e-2, scale=3.0)
+    ids = (given.hidden @ given.head.T).topk(9).indices
+    named = TopLogprobs(ids, teachers_logp(given).gather(1, ids), tail)
+    a, *chosen = given.run(support=TopK(9, tail))
+    b, *named_gradients = given.but(teacher=None).run(support=named)
+    torch.testing.assert_close(a.divergence, b.divergence, rtol=1e-3, atol=1e-9)
+    for x, y in zip(chosen, named_gradients, strict=True):
+        assert relative_error(x, y) < 1e-3
 
 
-def test_wrong_supports_raise():
-    hidden, weight, _, _ = problem((4,), D, V)
-    ids, logp = torch.arange(12).view(4, 3), torch.full((4, 3), -2.0)
-    for wrong in (ids + V, ids - 2, torch.where(ids == 4, 3, ids)):
-        with pytest.raises(ValueError, match=r"support\.ids: expected ids in \[0, 307\), each once in a row"):
-            linear_divergence(hidden, weight, support=TopLogprobs(wrong, logp))
-    repeated = torch.tensor([[3, -1, 3], [-1, -1, -1], [0, 1, 2], [5, 6, -1]])
-    with pytest.raises(ValueError, match=r"support\.ids"):
-        linear_divergence(hidden, weight, support=TopLogprobs(repeated, logp))
-    token_weight = torch.tensor([0.0, 1, 1, 1])
-    linear_divergence(hidden, weight, support=TopLogprobs(repeated, logp), token_weight=token_weight)
+LOGP = torch.full((4, 3), -2.0)
+TWELVE = torch.arange(12).view(4, 3)
+REPEATED = torch.tensor([[3, -1, 3], [-1, -1, -1], [0, 1, 2], [5, 6, -1]])
+WRONG = {
+    "above": TWELVE + V,
+    "below": TWELVE - 2,
+    "twice": torch.where(TWELVE == 4, 3, TWELVE),
+    "twice, with empty slots": REPEATED,
+}
 
 
-@pytest.mark.parametrize("distance", [1e-3, 0.7])
-def test_sampled_token(kernels, distance):
-    hidden, weight, teacher, _ = problem((3, 7), D, V, distance, scale=2.0)
-    ids, token_weight = torch.randint(V, (3, 7)), torch.randn(3, 7)
-    ids[0] = (hidden[0] @ weight.T).argmax(-1)
-    old = torch.randn(3, 7) - 4
-    for importance in (False, True):
-        inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-        options = {"old_logp": old, "importance_clip": 1.5} if importance else {}
-        result = linear_divergence(*inputs, teacher, target_ids=ids, token_weight=token_weight, beta=1.0,
-                                   temperature=1.2, support=SampledToken(), **options)  # fmt: skip
-        log_p = (logits(*exact) / 1.2).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-        log_q = (logits(teacher.double(), weight.double()) / 1.2).log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-        expected = (log_p - log_q).detach() * log_p
-        torch.testing.assert_close(result.divergence.double(), expected, rtol=1e-4 if distance < 0.1 else 1e-5,
-                                   atol=1e-7)  # fmt: skip
-        torch.testing.assert_close(result.student_logp.double(), log_p, rtol=1e-6, atol=2e-6)
-        torch.testing.assert_close((result.student_logp - result.teacher_logp).double(), log_p - log_q,
-                                   rtol=1e-4, atol=3e-6)  # fmt: skip
-        if importance:
-            ratio = (log_p.detach() - old).clamp(-20, 20).exp().clamp(max=1.5)
-            torch.testing.assert_close(result.importance_ratio.double(), ratio, rtol=1e-5, atol=1e-6)
-            expected = expected * ratio
-        check(result.loss, inputs, (token_weight * expected).sum(), exact, limit=1e-4 if distance < 0.1 else 2e-5)
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_supports_raise(name):
+    given = problem(4, D, V).but(teacher=None)
+    with pytest.raises(ValueError, match=r"support\.ids: expected ids in \[0, 307\), each once in a row"):
+        given.call(support=TopLogprobs(WRONG[name], LOGP))
+
+
+def test_wrong_supports_of_rows_of_weight_0():
+    given = problem(4, D, V).but(teacher=None)
+    given.call(support=TopLogprobs(REPEATED, LOGP), token_weight=torch.tensor([0.0, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("importance", [False, True], ids=["plain", "importance"])
+@pytest.mark.parametrize("distance", [1e-3, 0.7], ids=["near", "far"])
+def test_sampled_token(kernels, distance, importance):
+    given = problem((3, 7), D, V, distance, scale=2.0, weighted=True)
+    ids = torch.randint(V, (3, 7))
+    ids[0] = (given.hidden[0] @ given.head.T).argmax(-1)
+    options = {"target_ids": ids, "beta": 1.0, "temperature": 1.2, "support": SampledToken()}
+    if importance:
+        options |= {"old_logp": torch.randn(3, 7) - 4, "importance_clip": 1.5}
+    got, exact = given.run(**options), oracle.expected(given, **options)
+    result, expected = got[0], exact[0]
+    rtol = near_or_far(distance, 1e-4, 1e-5)
+    torch.testing.assert_close(result.divergence.double(), expected.divergence, rtol=rtol, atol=1e-7)
+    torch.testing.assert_close(result.student_logp.double(), expected.student_logp, rtol=1e-6, atol=2e-6)
+    apart = (x.student_logp.double() - x.teacher_logp.double() for x in (result, expected))
+    torch.testing.assert_close(*apart, rtol=1e-4, atol=3e-6)
+    assert (result.importance_ratio is None) == (not importance)
+    if importance:
+        ratio = expected.importance_ratio
+        torch.testing.assert_close(result.importance_ratio.double(), ratio, rtol=1e-5, atol=1e-6)
+    assert_near(got, exact, limit=near_or_far(distance, 1e-4, 2e-5))
 
 
 def test_sampled_token_is_what_trl_computes():
     losses = pytest.importorskip("trl.experimental.sdpo.loss_utils")
-    hidden, weight, teacher, _ = problem((40,), D, V, 0.7, scale=2.0)
-    ids = torch.randint(V, (40,))
-    inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    got = linear_divergence(*inputs, teacher, beta=1.0, target_ids=ids, support=SampledToken())
+    given, ids = problem(40, D, V, 0.7, scale=2.0), torch.randint(V, (40,))
+    options = {"beta": 1.0, "target_ids": ids, "support": SampledToken()}
+    (z_s, z_t), leaves = both_logits(given)
     loss = losses.compute_sampled_token_self_distillation_loss
-    expected = loss(logits(*exact), logits(teacher.double(), weight.double()), ids, distillation_alpha=1.0)
-    stick = loss(logits(hidden, weight), logits(teacher, weight), ids, distillation_alpha=1.0)
-    assert relative_error(got.divergence, expected) < 2 * relative_error(stick, expected)
-    check(got.loss, inputs, expected.sum(), exact)
+    trls = loss(z_s, z_t, ids, distillation_alpha=1.0)
+    stick = loss(logits(given.hidden, given.head), logits(given.teacher, given.head), ids, distillation_alpha=1.0)
+    got = given.run(**options)
+    assert relative_error(got[0].divergence, trls) < 2 * relative_error(stick, trls)
+    of_trl = got[0]._replace(loss=trls.sum().detach()), *torch.autograd.grad(trls.sum(), leaves.trained)
+    assert_near(got, of_trl)
+    assert_near(of_trl, oracle.expected(given, **options))
 
 
-def clipped(z_s, z_t, bound):
-    log_p, log_q = z_s.log_softmax(-1), z_t.log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).clamp(max=bound).sum(-1)
-
-
-def test_entry_clip(kernels):
+@pytest.mark.parametrize("distance, bound", [(1.0, 0.05), (1.0, 0.5), (0.3, 0.01), (1e-3, 0.05)])
+def test_entry_clip(kernels, distance, bound):
     """Far sides, of which most clip some entries, and near ones, of which none does: that is the forward KL."""
-    counts = []
-    for distance, bound in ((1.0, 0.05), (1.0, 0.5), (0.3, 0.01), (1e-3, 0.05)):
-        hidden, weight, teacher, _ = problem((30,), D, V, distance, scale=3.0)
-        token_weight = torch.randn(30)
-        inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-        result = linear_divergence(*inputs, teacher, token_weight=token_weight, beta=0.0, temperature=0.9,
-                                   entry_clip=bound)  # fmt: skip
-        z_s, z_t = logits(*exact) / 0.9, logits(teacher.double(), weight.double()) / 0.9
-        expected = clipped(z_s, z_t, bound)
-        full = divergence(z_s.log_softmax(-1), z_t.log_softmax(-1), 0.0)
-        counts.append(int((full > expected + 1e-9).sum()))
-        torch.testing.assert_close(result.divergence.double(), expected, rtol=3e-4 if distance < 0.1 else 2e-5,
-                                   atol=1e-6 if counts[-1] else 1e-9)  # fmt: skip
-        check(result.loss, inputs, (token_weight * expected).sum(), exact,
-              limit=3e-4 if distance < 0.1 else 2e-5)  # fmt: skip
-        if distance < 0.1:
-            plain = linear_divergence(hidden, weight, teacher, beta=0.0, temperature=0.9).divergence
-            torch.testing.assert_close(result.divergence, plain, rtol=1e-4, atol=0)
-    assert min(counts[:3]) >= 5 and counts[3] == 0, counts
+    given = problem(30, D, V, distance, scale=3.0, weighted=True)
+    options = {"beta": 0.0, "temperature": 0.9}
+    got, exact = given.run(**options, entry_clip=bound), oracle.expected(given, **options, entry_clip=bound)
+    result, expected = got[0], exact[0]
+    full, *_ = oracle.expected(given, **options)
+    clipped = int((full.divergence > expected.divergence + 1e-9).sum())
+    assert clipped == 0 if distance < 0.1 else clipped >= 5
+    rtol, atol = near_or_far(distance, 3e-4, 2e-5), 1e-6 if clipped else 1e-9
+    torch.testing.assert_close(result.divergence.double(), expected.divergence, rtol=rtol, atol=atol)
+    assert_near(got, exact, limit=near_or_far(distance, 3e-4, 2e-5))
+    if not clipped:
+        torch.testing.assert_close(result.divergence, given.call(**options).divergence, rtol=1e-4, atol=0)
 
 
-def test_entry_clip_of_forbidden_entries(kernels):
+@pytest.mark.parametrize("who", ["student", "teacher", "both"])
+def test_entry_clip_of_forbidden_entries(kernels, who):
     """What the student forbids counts as the bound, what the teacher forbids as nothing."""
-    hidden, weight, teacher, _ = problem((5,), D, V, 0.5)
+    given = problem(5, D, V, 0.5)
     bias = torch.zeros(V)
     bias[7] = -torch.inf
-    forbids, allows = Head(weight, bias=bias), Head(weight, bias=torch.zeros(V))
-    for student, of_teacher in ((forbids, allows), (weight, forbids), (forbids, None)):
-        got = linear_divergence(hidden, student, teacher, of_teacher, beta=0.0, entry_clip=0.001).divergence
-        log_p = logits(hidden.double(), double(student)).log_softmax(-1)
-        log_q = logits(teacher.double(), double(of_teacher or student)).log_softmax(-1)
-        terms = log_q.exp() * torch.where(log_q > -torch.inf, log_q - log_p, 0.0)
-        torch.testing.assert_close(got.double(), terms.clamp(max=0.001).sum(-1), rtol=1e-5, atol=1e-6)
+    forbids, allows = Head(given.head, bias=bias), Head(given.head, bias=torch.zeros(V))
+    sides = {"student": (forbids, allows), "teacher": (given.head, forbids), "both": (forbids, None)}[who]
+    given = given.but(head=sides[0], teacher_head=sides[1])
+    options = {"beta": 0.0, "entry_clip": 0.001}
+    got, (exact, *_) = given.call(**options), oracle.expected(given, **options)
+    torch.testing.assert_close(got.divergence.double(), exact.divergence, rtol=1e-5, atol=1e-6)
 
 
-HEADS = {
-    "bias": {"bias": True},
-    "softcap": {"softcap": 4.0},
-    "logit_scale": {"logit_scale": 0.25},
-    "lora": {"lora": 3},
-    "all": {"bias": True, "softcap": 5.0, "logit_scale": 1.7, "lora": 5},
+SIDES = {
+    "student": {"head"},
+    "teacher": {"teacher_head"},
+    "both": {"head", "teacher_head"},
 }
 
 
-def head_of(kind, weight, seed):
-    """A head of `weight` with what else such a head has."""
-    generator = torch.Generator().manual_seed(seed)
-    given = dict(HEADS[kind])
-    if "bias" in given:
-        given["bias"] = torch.randn(V, generator=generator)
-    if "lora" in given:
-        rank, width = given["lora"], weight.shape[1]
-        a = torch.randn(rank, width, generator=generator) * width**-0.5
-        given["lora"] = LoRA(a, torch.randn(V, rank, generator=generator), 0.5)
-    return Head(weight, **given)
+def of_all_heads(test):
+    """Of every kind, on either side and on both, with a teacher of the student's width or of another."""
+    sides = [*((x, None) for x in SIDES), ("both", 16)]
+    test = pytest.mark.parametrize("sides, teacher_width", sides)(of_every_beta(test))
+    return pytest.mark.parametrize("kind", HEADS)(test)
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("kind", HEADS)
-def test_heads(kernels, beta, kind, monkeypatch):
-    """Per side: the student's, the teacher's, both; values, and gradients of everything of the student's."""
+def check_heads(kind, beta, sides, teacher_width, **schedule):
+    """Values, and gradients of everything of the student's."""
+    heads = {"head": "plain", "teacher_head": "plain", **dict.fromkeys(SIDES[sides], kind)}
+    given = problem(13, D, V, 0.4, scale=2.0, teacher_width=teacher_width, weighted=True, **heads)
+    options = {"beta": beta, "temperature": 0.8}
+    got, exact = given.run(**options, **schedule), oracle.expected(given, **options)
+    torch.testing.assert_close(got[0].divergence.double(), exact[0].divergence, rtol=2e-5, atol=1e-8)
+    assert_near(got, exact, limit=3e-5)
+
+
+@of_all_heads
+def test_heads(kernels, kind, beta, sides, teacher_width, monkeypatch):
     monkeypatch.setattr(chunked, "MIN_ROWS", 5)
     monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 0)  # three chunks
-    schedules = ("chunked", "reference") if kernels == "cpu" else ("chunked",)
-    cases = (("s", None), ("t", None), ("st", 16), ("st", None))
-    for (sides, teacher_width), schedule in itertools.product(cases, schedules):
-        hidden, weight, teacher, other = problem((13,), D, V, 0.4, scale=2.0, teacher_width=teacher_width)
-        student_head, teacher_head = weight, weight if other is None else other
-        if "s" in sides:
-            student_head = head_of(kind, student_head, 1)
-        if "t" in sides:
-            teacher_head = head_of(kind, teacher_head, 2)
-        inputs, exact = leaves(hidden, student_head), leaves(hidden, student_head, dtype=torch.double)
-        token_weight = torch.randn(13)
-        got = linear_divergence(*inputs, teacher, teacher_head, beta=beta, temperature=0.8,
-                                token_weight=token_weight, schedule=schedule)  # fmt: skip
-        z_s, z_t = logits(*exact) / 0.8, logits(teacher.double(), double(teacher_head)) / 0.8
-        expected = divergence(z_s.log_softmax(-1), z_t.log_softmax(-1), beta)
-        torch.testing.assert_close(got.divergence.double(), expected, rtol=2e-5, atol=1e-8)
-        check(got.loss, inputs, (token_weight * expected).sum(), exact, limit=3e-5)
+    check_heads(kind, beta, sides, teacher_width)
+
+
+@of_all_heads
+def test_heads_in_the_reference(kind, beta, sides, teacher_width):
+    check_heads(kind, beta, sides, teacher_width, schedule="reference")
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_teacher_without_a_head_of_its_own_has_the_students(kind):
-    hidden, weight, teacher, _ = problem((7,), D, V, 0.3)
-    head = head_of(kind, weight, 1)
-    shared = linear_divergence(hidden, head, teacher)
-    torch.testing.assert_close(shared, linear_divergence(hidden, head, teacher, head))
-    assert (linear_divergence(hidden, head, hidden).divergence == 0).all()
-    apart = linear_divergence(hidden, head, teacher, weight)
-    assert not torch.allclose(apart.divergence, shared.divergence, rtol=1e-3)
+    given = problem(7, D, V, 0.3, head=kind)
+    hidden, head, _, _ = given
+    shared = given.call()
+    torch.testing.assert_close(shared, given.but(teacher_head=head).call())
+    assert (given.but(teacher=hidden).call().divergence == 0).all()
+    apart = given.but(teacher_head=head.weight).call().divergence
+    assert not torch.allclose(apart, shared.divergence, rtol=1e-3)
     neutral = {"bias": torch.zeros(V), "softcap": math.inf, "logit_scale": 1.0,
                "lora": LoRA(torch.zeros(1, D), torch.zeros(V, 1))}  # fmt: skip
     replaced = head._replace(**{name: neutral[name] for name in HEADS[kind]})
-    torch.testing.assert_close(linear_divergence(hidden, head, teacher, replaced).divergence,
-                               apart.divergence, rtol=1e-4, atol=1e-6)  # fmt: skip
+    torch.testing.assert_close(given.but(teacher_head=replaced).call().divergence, apart, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@of_every_beta
 def test_shared_linear_heads_keep_relative_precision(kernels, beta):
     """With a bias, a scale and an adapter too, the difference of the hidden states is what is projected."""
-    hidden, weight, teacher, _ = problem((9,), D, V, 1e-5, scale=2.0)
-    head = head_of("all", weight, 1)._replace(softcap=None)
-    got = linear_divergence(hidden, head, teacher, beta=beta)
-    exact = double(head)
-    p = logits(hidden.double(), exact).softmax(-1)
-    d = logits(teacher.double() - hidden.double(), exact._replace(bias=None))
+    given = problem(9, D, V, 1e-5, scale=2.0, head="all")
+    given = given.but(head=given.head._replace(softcap=None))
+    hidden, head, teacher, _ = given.to(torch.float64)
+    p = logits(hidden, head).softmax(-1)
+    d = logits(teacher - hidden, head._replace(bias=None))
     variance = (p * d**2).sum(-1) - (p * d).sum(-1) ** 2
     curvature = 1.0 if beta in (0.0, 1.0) else beta * (1 - beta)
-    assert variance.max() < 1e-8 and relative_error(got.divergence, curvature / 2 * variance) < 1e-4
+    assert variance.max() < 1e-8
+    assert relative_error(given.call(beta=beta).divergence, curvature / 2 * variance) < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", HEADS)
 def test_heads_in_half_precision(dtype, kind):
     """Values as exact as in fp32; gradients within the rounding of the logit gradient, twice where two products add."""
-    hidden, weight, teacher, _ = problem((30,), 64, V, 0.3, dtype=dtype)
-    inputs = leaves(hidden, head_of(kind, weight, 1), dtype=dtype)
-    exact = leaves(*inputs, dtype=torch.double)
-    got = linear_divergence(*inputs, teacher)
-    z_t = logits(teacher.double(), exact[1]).detach()
-    expected = divergence(logits(*exact).log_softmax(-1), z_t.log_softmax(-1), 0.5)
-    assert relative_error(got.divergence, expected) < 1e-4
-    gradients = torch.autograd.grad(got.loss, tensors(inputs))
-    sought = torch.autograd.grad(expected.sum(), tensors(exact))
-    for x, y in zip(gradients, sought, strict=True):
+    given = problem(30, 64, V, 0.3, dtype=dtype, head=kind).to(dtype)
+    (got, *gradients), (exact, *exact_gradients) = given.run(), oracle.expected(given)
+    assert relative_error(got.divergence, exact.divergence) < 1e-4
+    for x, y in zip(gradients, exact_gradients, strict=True):
         assert x.dtype == dtype and relative_error(x, y) < (8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
 def test_a_frozen_head_under_an_adapter_has_no_gradient_of_its_own(monkeypatch):
-    hidden, weight, teacher, _ = problem((9,), D, V)
-    (lora,) = leaves(head_of("lora", weight, 1).lora)
+    given = problem(9, D, V, head="lora").leaves()
+    lora, weight = given.head.lora, given.head.weight.detach()
     shapes, add = [], products.HeadGradient.add
     monkeypatch.setattr(
         products.HeadGradient, "add", lambda self, g, h: shapes.append((g.shape[1], h.shape[1])) or add(self, g, h)
     )
-    linear_divergence(hidden, Head(weight, lora=lora), teacher).loss.backward()
+    given.but(hidden=given.hidden.detach(), head=Head(weight, lora=lora)).call().loss.backward()
     assert shapes == [(3, D), (V, 3)] and lora.a.grad.abs().sum() > 0 and lora.b.grad.abs().sum() > 0
     assert weight.grad is None
 
@@ -447,84 +365,94 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-@pytest.mark.parametrize("kind", [None, "all"])
+@pytest.mark.parametrize("kind", ["plain", "all"])
 def test_objectives_and_heads_together(kernels, name, kind):
-    """Against the reference in float64, per token, with an importance ratio, through a softcap, twice."""
-    hidden, weight, teacher, _ = problem((2, 6), D, V, 0.5, scale=2.0)
-    head = weight if kind is None else head_of(kind, weight, 1)
+    """Per token, with an importance ratio, through a softcap, twice."""
+    given = problem((2, 6), D, V, 0.5, scale=2.0, head=kind)
     options = {**EVERYTHING[name], "target_ids": torch.randint(V, (2, 6)), "old_logp": torch.randn(2, 6) - 5}
+    options["temperature"] = 1.1
     upstream = torch.randn(2, 6)
     upstream[0, 2] = 0
-    results = []
-    for schedule in ("chunked", "reference"):
-        dtype = torch.double if schedule == "reference" else torch.float32
-        inputs = leaves(hidden, head, dtype=dtype)
-        out = linear_divergence_per_token(*inputs, teacher.to(dtype), **options, temperature=1.1, schedule=schedule)
-        loss = (torch.sin(out) * upstream).sum()
-        results.append((out, *torch.autograd.grad(loss, tensors(inputs), retain_graph=True)))
-        for x, y in zip(torch.autograd.grad(loss, tensors(inputs)), results[-1][1:], strict=True):
-            torch.testing.assert_close(x, y)
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=2e-4, atol=2e-6)
+
+    def above(out):
+        return (torch.sin(out) * upstream).sum()
+
+    exact, *exact_gradients = oracle.expected(given, lambda result: above(oracle.per_token(result)), **options)
+    for dtype, schedule in ((torch.float32, "chunked"), (torch.float64, "reference")):
+        leaves = given.to(dtype).leaves()
+        out = leaves.call(linear_divergence_per_token, **options, schedule=schedule)
+        assert out.dtype == dtype
+        first, second = (torch.autograd.grad(above(out), leaves.trained, retain_graph=True) for _ in range(2))
+        torch.testing.assert_close(second, first)
+        for got, want in zip((out, *first), (oracle.per_token(exact), *exact_gradients), strict=True):
+            torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
-def test_near_equal_peaked_and_forbidden(kernels, name):
-    """Equal sides are 0 with a gradient of 0; -inf columns of one side or both; NaN and +inf stay in their row."""
-    hidden, weight, _, _ = problem((6,), D, V, scale=8.0)
-    options = {**EVERYTHING[name], "target_ids": torch.full((6,), 3)}
-    inputs = leaves(hidden, weight)
-    same = linear_divergence(*inputs, hidden, **options)
-    assert (same.divergence == 0).all()
-    assert all((x == 0).all() for x in torch.autograd.grad(same.loss, inputs))
+def test_equal_sides_are_0_with_a_gradient_of_0(kernels, name):
+    given = problem(6, D, V, scale=8.0)
+    given = given.but(teacher=given.hidden)
+    same, *gradients = given.run(**EVERYTHING[name], target_ids=torch.full((6,), 3))
+    assert all((x == 0).all() for x in (same.divergence, *gradients))
 
+
+@pytest.mark.parametrize("head", ["shared", "own"])
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_forbidden_columns(kernels, name, head):
+    """-inf in the bias of one side or both."""
+    hidden, weight, _, _ = problem(6, D, V, scale=8.0)
     forbidden = torch.zeros(V)
     forbidden[10:200] = -torch.inf
-    inputs = leaves(hidden, Head(weight, bias=forbidden))
-    for teacher_head in (None, inputs[1]._replace(bias=torch.zeros(V))):
-        given = [*inputs, hidden + 0.3, teacher_head]
-        got = linear_divergence(*given, **options)
-        expected = linear_divergence(*double(given), **options, schedule="reference")
-        torch.testing.assert_close(got.divergence.double(), expected.divergence, rtol=1e-4, atol=1e-6)
-        assert all(x.isfinite().all() for x in torch.autograd.grad(got.loss, tensors(inputs)))
-
-    for bad in (torch.nan, torch.inf):
-        broken = hidden.clone()
-        broken[2, 0] = bad
-        inputs = leaves(broken, weight)
-        got = linear_divergence(*inputs, hidden, **options, token_weight=torch.ones(6))
-        assert got.divergence[2].isnan() and got.divergence[[0, 1, 3, 4, 5]].isfinite().all()
-        grad_hidden, _ = torch.autograd.grad(got.loss, inputs)
-        assert grad_hidden[2].isnan().all() and grad_hidden[[0, 1, 3, 4, 5]].isfinite().all()
+    own = None if head == "shared" else Head(weight, bias=torch.zeros(V))
+    given = Problem(hidden, Head(weight, bias=forbidden), hidden + 0.3, own)
+    options = {**EVERYTHING[name], "target_ids": torch.full((6,), 3)}
+    (got, *gradients), (exact, *_) = given.run(**options), oracle.expected(given, **options)
+    torch.testing.assert_close(got.divergence.double(), exact.divergence, rtol=1e-4, atol=1e-6)
+    assert all(x.isfinite().all() for x in gradients)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_what_is_not_finite_stays_in_its_row(kernels, name, bad):
+    given, others = problem(6, D, V, scale=8.0), [0, 1, 3, 4, 5]
+    given = given.but(teacher=given.hidden.clone(), token_weight=torch.ones(6))
+    given.hidden[2, 0] = bad
+    got, grad_hidden, _ = given.run(**EVERYTHING[name], target_ids=torch.full((6,), 3))
+    assert got.divergence[2].isnan() and got.divergence[others].isfinite().all()
+    assert grad_hidden[2].isnan().all() and grad_hidden[others].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_objectives_in_every_dtype(dtype, name):
-    hidden, weight, teacher, _ = problem((25,), 64, V, 0.4, scale=2.0, dtype=dtype)
+    given = problem(25, 64, V, 0.4, scale=2.0, dtype=dtype)
     options = {**EVERYTHING[name], "target_ids": torch.randint(V, (25,))}
-    inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-    got = linear_divergence(*inputs, teacher, **options)
-    expected = linear_divergence(*exact, teacher.double(), **options, schedule="reference")
-    assert relative_error(got.divergence, expected.divergence) < 2e-5
+    (got, *gradients), (exact, *exact_gradients) = given.run(**options), oracle.expected(given, **options)
+    assert relative_error(got.divergence, exact.divergence) < 2e-5
     limit = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    for x, y in zip(torch.autograd.grad(got.loss, inputs), torch.autograd.grad(expected.loss, exact), strict=True):
+    for x, y in zip(gradients, exact_gradients, strict=True):
         assert x.dtype == dtype and relative_error(x, y) < limit
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
+def test_the_reference_equals_the_oracle(name):
+    """In float64, every field, with tokens of weight 0 and importance ratios."""
+    given = problem((3, 5), D, V, 0.4, scale=2.0, head="all", weighted=True).to(torch.float64)
+    given.token_weight[1] = 0
+    options = {**EVERYTHING[name], "target_ids": torch.randint(V, (3, 5)), "old_logp": torch.randn(3, 5) - 5}
+    options["temperature"] = 0.8
+    got, exact = given.run(**options, schedule="reference"), oracle.expected(given, **options)
+    torch.testing.assert_close((*got[0], *got[1:]), (*exact[0], *exact[1:]), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
 def test_zero_negative_and_huge_weights(name):
-    hidden, weight, teacher, _ = problem((8,), D, V, 0.4)
-    options = {**EVERYTHING[name], "target_ids": torch.randint(V, (8,))}
+    given, ids = problem(8, D, V, 0.4), torch.randint(V, (8,))
     token_weight = torch.tensor([0.0, 1.0, -2.0, 1e30, 0.0, 1e-30, -1e20, 3.0])
-    inputs = leaves(hidden, weight)
-    result = linear_divergence(*inputs, teacher, token_weight=token_weight, **options)
-    grad_hidden, _ = torch.autograd.grad(result.loss, inputs)
+    result, grad_hidden, _ = given.run(**EVERYTHING[name], target_ids=ids, token_weight=token_weight)
     for r in range(8):
-        one = leaves(hidden[r : r + 1], weight)
-        options_r = {**options, "target_ids": options["target_ids"][r : r + 1]}
-        alone = linear_divergence(*one, teacher[r : r + 1], **options_r)
-        (expected,) = torch.autograd.grad(alone.loss, one[:1])
+        row = slice(r, r + 1)
+        alone, expected, _ = given.tokens(row).run(**EVERYTHING[name], target_ids=ids[row])
         torch.testing.assert_close(grad_hidden[r], expected[0] * token_weight[r], rtol=1e-4, atol=1e-37)
         assert result.divergence[r] == (0 if token_weight[r] == 0 else alone.divergence[0])
 
@@ -534,7 +462,7 @@ NAMED = TopLogprobs(torch.arange(8).view(4, 2), torch.full((4, 2), -1.0))
 
 def called(options):
     """linear_divergence on small sides; a head in `options` is what it has beside its weight."""
-    hidden, weight, teacher, _ = problem((4,), D, V)
+    hidden, weight, teacher, _ = problem(4, D, V)
     given = {"student_head": {}, "teacher_hidden": teacher, **options}
     for name in {"student_head", "teacher_head"} & set(given):
         given[name] = Head(weight, **given[name])
@@ -594,89 +522,90 @@ def test_types(options, message):
         called(options)
 
 
-def test_one_row_without_a_leading_axis():
-    hidden, weight, teacher, _ = problem((1,), D, V)
-    for head, support in ((weight, TopK(3)), (Head(weight, bias=torch.randn(V)), None)):
-        one = linear_divergence(hidden[0], head, teacher[0], support=support)
-        many = linear_divergence(hidden, head, teacher, support=support)
-        assert one.divergence.shape == () and one.divergence == many.divergence[0]
-    ids, logp = torch.tensor([3, 4, -1]), torch.tensor([-1.0, -2.0, 0.0])
-    one = linear_divergence(hidden[0], weight, support=TopLogprobs(ids, logp))
-    many = linear_divergence(hidden, weight, support=TopLogprobs(ids[None], logp[None]))
-    assert one.divergence.shape == () and one.divergence == many.divergence[0] and one.teacher_entropy is None
+@pytest.mark.parametrize("case", ["top_k", "bias", "top_logprobs"])
+def test_one_row_without_a_leading_axis(case):
+    given, of_one, of_many = problem(1, D, V), {}, {}
+    if case == "top_k":
+        of_one = of_many = {"support": TopK(3)}
+    elif case == "bias":
+        given = given.but(head=Head(given.head, bias=torch.randn(V)))
+    one, many = given.tokens(0), given
+    if case == "top_logprobs":
+        ids, logp = torch.tensor([3, 4, -1]), torch.tensor([-1.0, -2.0, 0.0])
+        of_one, of_many = {"support": TopLogprobs(ids, logp)}, {"support": TopLogprobs(ids[None], logp[None])}
+        one, many = one.but(teacher=None), many.but(teacher=None)
+    alone, together = one.call(**of_one), many.call(**of_many)
+    assert alone.divergence.shape == () and alone.divergence == together.divergence[0]
+    assert (alone.teacher_entropy is None) == (case == "top_logprobs")
 
 
 def test_kernels_of_a_cpu_are_native():
     assert kernels_of(torch.device("cpu")) != triton_kernels()
 
 
-def test_listed_rows_of_weight_0_may_hold_anything(kernels):
-    """Padding in `rows=`: repeated ids, NaN, -inf and infinite divergences of rows of weight 0 reach no gradient."""
-    hidden, weight, teacher, _ = problem((4,), D, V)
+@of_every_beta
+@pytest.mark.parametrize("bad_ids, bad_logp", [(0, -2.0), (7, torch.nan), (9, -torch.inf)])
+def test_listed_rows_of_weight_0_may_hold_anything(kernels, beta, bad_ids, bad_logp):
+    """Padding in `rows=`: repeated ids, NaN and -inf of rows of weight 0 reach no gradient."""
+    given = problem(4, D, V).but(teacher=None, token_weight=torch.tensor([1.0, 0.0, 2.0, 0.0]))
     ids, logp = torch.arange(12).view(4, 3), torch.full((4, 3), -2.0)
-    token_weight, rows = torch.tensor([1.0, 0.0, 2.0, 0.0]), torch.arange(4)
-    for beta in BETAS:
-        for bad_ids, bad_logp in ((0, -2.0), (7, torch.nan), (9, -torch.inf)):
-            given, teacher_logp = ids.clone(), logp.clone()
-            given[1], teacher_logp[1], teacher_logp[3] = bad_ids, bad_logp, bad_logp
-            results = []
-            for listed in (None, rows):
-                inputs = leaves(hidden, weight)
-                out = linear_divergence(*inputs, support=TopLogprobs(given, teacher_logp), beta=beta,
-                                        token_weight=token_weight, rows=listed)  # fmt: skip
-                results.append((out.loss, *torch.autograd.grad(out.loss, inputs)))
-            for x, y in zip(*results, strict=True):
-                torch.testing.assert_close(x, y)
-    forbids = torch.zeros(V)
+    ids[1], logp[1], logp[3] = bad_ids, bad_logp, bad_logp
+    (kept, *of_kept), (listed, *of_listed) = (
+        given.run(support=TopLogprobs(ids, logp), beta=beta, rows=rows) for rows in (None, torch.arange(4))
+    )
+    torch.testing.assert_close((listed.loss, *of_listed), (kept.loss, *of_kept))
+
+
+def test_infinite_divergences_of_rows_of_weight_0_reach_no_gradient(kernels):
+    given, forbids = problem(4, D, V), torch.zeros(V)
     forbids[3] = -torch.inf
-    inputs = leaves(hidden, Head(weight, bias=torch.zeros(V)))
-    infinite = *inputs, teacher, inputs[1]._replace(bias=forbids)
-    result = linear_divergence(*infinite, beta=1.0, token_weight=torch.zeros(4), rows=rows)
+    given = given.but(head=Head(given.head, bias=torch.zeros(V)), teacher_head=Head(given.head, bias=forbids))
+    options = {"beta": 1.0, "rows": torch.arange(4)}
+    result, *gradients = given.run(**options, token_weight=torch.zeros(4))
     assert result.divergence.isinf().all()
-    assert all((x == 0).all() for x in torch.autograd.grad(result.loss, tensors(inputs)))
-    out = linear_divergence_per_token(*infinite, beta=1.0, rows=rows)
-    assert all((x == 0).all() for x in torch.autograd.grad(out, tensors(inputs), torch.zeros(4)))
+    leaves = given.leaves()
+    out = leaves.call(linear_divergence_per_token, **options)
+    assert all((x == 0).all() for x in (*gradients, *torch.autograd.grad(out, leaves.trained, torch.zeros(4))))
 
 
-def test_unchecked_ids_give_nan_in_their_row(kernels, monkeypatch):
-    """What a GPU does with `rows=`, where nothing is checked: NaN in the rows of wrong ids, and in no others."""
+@pytest.fixture
+def unchecked(monkeypatch):
+    """What a GPU does with `rows=`, where nothing is checked."""
     monkeypatch.setattr(row_choice, "kept_rows", lambda weight, target, rows, *_, **__: (rows, True))
-    hidden, weight, teacher, _ = problem((5,), D, V)
-    rows, logp = torch.arange(5), torch.full((5, 3), -2.0)
+
+
+def test_unchecked_ids_of_a_support_give_nan_in_their_row(kernels, unchecked):
     ids = torch.tensor([[1, 2, 3], [-5, -7, -100], [-2, 3, 4], [3, 3, 4], [3, 4, V]])
-    inputs = leaves(hidden, weight)
-    result = linear_divergence(*inputs, support=TopLogprobs(ids, logp), rows=rows)
+    named = TopLogprobs(ids, torch.full((5, 3), -2.0))
+    result, grad, _ = problem(5, D, V).but(teacher=None).run(support=named, rows=torch.arange(5))
     assert result.divergence.isnan().tolist() == [False, True, True, True, True]
-    (grad,) = torch.autograd.grad(result.loss, inputs[:1])
     assert grad[0].isfinite().all() and grad[1:].isnan().all()
-    targets = torch.tensor([4, -100, V, 3, -100])
-    token_weight = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0])
-    inputs = leaves(hidden, weight)
-    result = linear_divergence(*inputs, teacher, beta=1.0, support=SampledToken(), target_ids=targets, rows=rows,
-                               token_weight=token_weight)  # fmt: skip
+
+
+def test_unchecked_targets_give_nan_in_their_row(kernels, unchecked):
+    given = problem(5, D, V).but(token_weight=torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0]))
+    options = {"beta": 1.0, "support": SampledToken(), "target_ids": torch.tensor([4, -100, V, 3, -100])}
+    result, grad, _ = given.run(**options, rows=torch.arange(5))
     assert result.student_logp.isnan().tolist() == [False, True, True, False, True]
-    (grad,) = torch.autograd.grad(result.loss, inputs[:1])
     assert grad.isnan().any(1).tolist() == [False, False, True, False, False]
 
 
-def test_entry_clip_where_the_teacher_is_sure(kernels):
+@pytest.mark.parametrize("margin", [4.0, 8.0, 14.0])
+def test_entry_clip_where_the_teacher_is_sure(kernels, margin):
     """Nearly all of q is clipped: 1 - Q is summed, not subtracted, in value and gradient."""
-    hidden, weight, teacher, _ = problem((6,), D, V, 0.5)
-    for margin in (4.0, 8.0, 14.0):
-        bias = torch.zeros(V)
-        bias[5] = margin + 7
-        inputs, exact = leaves(hidden, weight), leaves(hidden, weight, dtype=torch.double)
-        got = linear_divergence(*inputs, teacher, Head(inputs[1], bias=bias), beta=0.0, entry_clip=0.05)
-        z_t = logits(teacher.double(), Head(weight.double(), bias=bias.double()))
-        expected = clipped(logits(*exact), z_t, 0.05)
-        assert z_t.softmax(-1)[:, 5].min() > 0.5
-        assert relative_error(got.divergence, expected) < 3e-6
-        for x, y in zip(torch.autograd.grad(got.loss, inputs), torch.autograd.grad(expected.sum(), exact), strict=True):
-            assert relative_error(x, y) < 1e-5
+    given, bias = problem(6, D, V, 0.5), torch.zeros(V)
+    bias[5] = margin + 7
+    given = given.but(teacher_head=Head(given.head, bias=bias))
+    options = {"beta": 0.0, "entry_clip": 0.05}
+    (got, *gradients), (exact, *exact_gradients) = given.run(**options), oracle.expected(given, **options)
+    assert logits(given.teacher, given.teacher_head).softmax(-1)[:, 5].min() > 0.5
+    assert relative_error(got.divergence, exact.divergence) < 3e-6
+    for x, y in zip(gradients, exact_gradients, strict=True):
+        assert relative_error(x, y) < 1e-5
 
 
 def test_compiled_with_other_numbers():
-    hidden, weight, teacher, _ = problem((4,), D, V)
+    hidden, weight, teacher, _ = problem(4, D, V)
     a, b = torch.randn(2, D), torch.randn(V, 2)
 
     def step(hidden, cap, scale, clip):
