@@ -56,13 +56,13 @@ from .divergence_triton import (
 
 # Entries of a row at a time, warps, and, in the passes that only read, stages of the loads' pipeline.
 #
-# Nothing here has been timed on hardware. What is counted are instructions of sm_90's SASS in the loops over whole
-# blocks, divided by the entries that a thread takes in a round (tests/compile_triton.py). Jensen-Shannon with a bf16
-# gradient has 139 to 144 an entry, of which 32 to 35, 63 and 44 are in its three walks. 11 of them are 2^x, 1/x and
-# log2, which issue at an eighth of the rate. There are 75 and 64 at beta 0 and 1, and 108 with clipped entries; copying
-# the bytes above leaves an H200 room for about 180 and 124. Registers leave room for four programs on a multiprocessor
-# of sm_90 where the vocabulary is a multiple of 16, and for three else; for two on sm_80. Caps that would fit more make
-# some kernels spill.
+# On an H200 a launch that fills it takes little more than the bytes above do (benchmarks/results/row_kernels-*.json).
+# What is counted here are instructions of sm_90's SASS in the loops over whole blocks, divided by the entries that a
+# thread takes in a round (tests/compile_triton.py). Jensen-Shannon with a bf16 gradient has 139 to 144 an entry, of
+# which 32 to 35, 63 and 44 are in its three walks. 11 of them are 2^x, 1/x and log2, which issue at an eighth of the
+# rate. There are 75 and 64 at beta 0 and 1, and 108 with clipped entries; copying the bytes above leaves an H200 room
+# for about 180 and 124. Registers leave room for four programs on a multiprocessor of sm_90 where the vocabulary is a
+# multiple of 16, and for three else; for two on sm_80. Caps that would fit more make some kernels spill.
 BLOCK, WARPS = 2048, 4
 STAGES = tl.constexpr(3)
 # Lanes of a program, one a thread, and how many neighbouring entries a lane takes with one access.
