@@ -14,6 +14,8 @@ import torch
 from oracle import relative_error
 from problems import problem
 
+from scsdpo_kernels import Head, LoRA
+from scsdpo_kernels.problem import Gradients
 from scsdpo_kernels.schedules import chunked, products
 
 V, D = 197, 16
@@ -95,3 +97,14 @@ print(chunked._chunk_rows(2**17, device("cuda")))
     environment = {**os.environ, "SCSDPO_BUFFER_MIB": "64"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) == 64
+
+
+def test_an_adapters_gradient_keeps_what_bf16_would_round_off(on_a_gpu):
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(40, V, generator=generator).bfloat16()
+    adapted, lora = torch.randn(40, 3, generator=generator), LoRA(torch.zeros(3, D), torch.zeros(V, 3), 0.5)
+    head = Head(torch.zeros(V, D, dtype=torch.bfloat16), lora=lora)
+    sums = products.head_sums(head, Gradients(None, None, None, None, torch.float32), None, 1)
+    products.add_gradients(gradient, torch.zeros(40, D).bfloat16(), adapted, head, torch.arange(40), sums)
+    exact = gradient.double().T @ (adapted.double() * 0.5)
+    assert relative_error(sums.lora_b.result(), exact) < 2**-14  # 2^-9 of each factor in bf16
