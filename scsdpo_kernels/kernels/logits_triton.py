@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import Logits
-from .divergence_triton import exponential, hyperbolic_tangent, softcap_slope
+from .elementary_triton import exponential, hyperbolic_tangent, softcap_slope
 
 BLOCK, WARPS = 4096, 4
 
