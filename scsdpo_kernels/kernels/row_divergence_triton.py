@@ -151,8 +151,9 @@ def _load(pair: Pair, start, masked: tl.constexpr, form: tl.constexpr, size: tl.
         t = tl.load(pair.teacher + columns, inside, 0.0 if form.difference else float("-inf"))
     else:
         s, t = tl.load(pair.student + columns), tl.load(pair.teacher + columns)
-    packs: tl.constexpr = size // (form.lanes * PACK)
-    s, t = s.reshape(packs, form.lanes, PACK), t.reshape(packs, form.lanes, PACK)
+    lanes: tl.constexpr = form.lanes
+    packs: tl.constexpr = size // (lanes * PACK)
+    s, t = s.reshape(packs, lanes, PACK), t.reshape(packs, lanes, PACK)
     if form.difference:
         s, d = s.to(tl.float32), t.to(tl.float32)
         t = s + d
@@ -185,9 +186,10 @@ def _extended(m: Moments, top_block, pair: Pair, start, by: Numbers, masked: tl.
 @triton.jit
 def _row_moments(pair: Pair, by: Numbers, form: tl.constexpr):
     """Walk 1: a row's moments."""
-    rest: tl.constexpr = form.lanes * PACK
-    m = first_moments(_load(pair, 0, True, form, rest), tl.zeros((form.lanes,), tl.float32))
-    top_block = tl.zeros((form.lanes,), tl.int32)
+    lanes: tl.constexpr = form.lanes
+    rest: tl.constexpr = lanes * PACK
+    m = first_moments(_load(pair, 0, True, form, rest), tl.zeros((lanes,), tl.float32))
+    top_block = tl.zeros((lanes,), tl.int32)
     whole = pair.vocabulary // form.block * form.block
     for start in tl.range(0, whole, form.block, num_stages=STAGES):
         m, top_block = _extended(m, top_block, pair, start, by, False, form, form.block)
@@ -201,8 +203,9 @@ def _row_moments(pair: Pair, by: Numbers, form: tl.constexpr):
 @triton.jit
 def _at_top(pair: Pair, top_block, top, form: tl.constexpr):
     """(1,) other - own at the largest logit, found again in its block; -inf if there is none."""
-    rest: tl.constexpr = form.lanes * PACK
-    at_top = tl.full((form.lanes,), float("-inf"), tl.float32)
+    lanes: tl.constexpr = form.lanes
+    rest: tl.constexpr = lanes * PACK
+    at_top = tl.full((lanes,), float("-inf"), tl.float32)
     for start in tl.range(top_block, top_block + form.block, rest, num_stages=1):
         at = _load(pair, start, True, form, rest)
         at_top = tl.maximum(at_top, largest(tl.where(at.own == top, at.difference, float("-inf"))))
@@ -212,8 +215,9 @@ def _at_top(pair: Pair, top_block, top, form: tl.constexpr):
 @triton.jit
 def _row_terms(pair: Pair, row: Row, reference, by: Numbers, form: tl.constexpr):
     """Walk 2: (1,) sums of a row's terms."""
-    rest: tl.constexpr = form.lanes * PACK
-    zero = tl.zeros((form.lanes,), tl.float32)
+    lanes: tl.constexpr = form.lanes
+    rest: tl.constexpr = lanes * PACK
+    zero = tl.zeros((lanes,), tl.float32)
     sums = Terms(zero, zero, zero, zero)
     whole = pair.vocabulary // form.block * form.block
     for start in tl.range(0, whole, form.block, num_stages=STAGES):
