@@ -423,6 +423,21 @@ SCSDPO_INLINE float importance_ratio(float logp, float old_logp, float clip) {
   return ratio > clip ? clip : ratio;
 }
 
+// A policy's loss -min(r A, clip(r) A), whether it is clipped, and A r, or 0 where it is. No advantage: nothing of them,
+// whatever r.
+struct PolicyTerms {
+  float loss;
+  bool clipped;
+  float slope;
+};
+
+SCSDPO_INLINE PolicyTerms policy_terms(float advantage, float ratio, float lowest, float highest) {
+  if (advantage == 0.0f) return {0.0f, false, 0.0f};
+  if (advantage > 0.0f && ratio > highest) return {-advantage * highest, true, 0.0f};
+  if (advantage < 0.0f && ratio < lowest) return {-advantage * lowest, true, 0.0f};
+  return {-advantage * ratio, false, advantage * ratio};
+}
+
 // What multiplies a row's `slope`; z are the logits before the temperature.
 template <Kind kind>
 SCSDPO_INLINE float slope_scale(float weight, const Mixture& mix, const Row& row) {

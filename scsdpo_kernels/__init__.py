@@ -9,7 +9,7 @@ except ImportError as error:
     ) from error
 
 from .linear_divergence import LinearDivergence, linear_divergence, linear_divergence_per_token
-from .problem import Head, LoRA, SampledToken, TopK, TopLogprobs
+from .problem import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs
 from .question_weights import question_weights
 from .scsdpo_loss import scsdpo_loss, step_denominator
 from .trust_region import TrustRegionTeacher
@@ -20,6 +20,7 @@ __all__ = [
     "Head",
     "LinearDivergence",
     "LoRA",
+    "PolicyGradient",
     "SampledToken",
     "TopK",
     "TopLogprobs",

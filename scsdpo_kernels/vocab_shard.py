@@ -193,7 +193,7 @@ def _described(problem: Problem, schedule: str) -> dict[str, Any]:
         )  # what crosses
         described[name_of(path)] = (shape, str(value.dtype), needs)
     if not own_rows:
-        described["token_weight's rows"] = zlib.crc32(bytes((problem.token_weight != 0).flatten().tolist()))
+        described["token_weight's rows"] = zlib.crc32(bytes(problem.counts.flatten().tolist()))
     return described
 
 
