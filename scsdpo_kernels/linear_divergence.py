@@ -93,10 +93,10 @@ def linear_divergence(
         schedule: "chunked" projects a chunk of tokens at a time, into buffers. "reference" is plain PyTorch with full
             logits, in any dtype up to float64 and differentiable twice. "auto" is "chunked".
         rows: (R,) int64 flat indices: every token whose token_weight (or, with `policy`, advantage) is not 0, once, and
-            any others, for a caller who knows them. On a GPU the operator waits for the device once, to learn how many tokens have a weight and to
-            check values; with `rows` it never does. What would have raised then gives NaN: an incomplete list NaN in
-            the loss and all gradients, a target outside the vocabulary NaN in its log-probabilities, a support with
-            wrong ids NaN for its token.
+            any others, for a caller who knows them. On a GPU the operator waits for the device once, to learn how many
+            tokens have a weight and to check values; with `rows` it never does. What would have raised then gives NaN:
+            an incomplete list NaN in the loss and all gradients, a target outside the vocabulary NaN in its log-
+            probabilities, a support with wrong ids NaN for its token.
         shard: the vocabulary is spread over a process group, as in Megatron's tensor parallelism. Weights, biases and
             LoRA's B are this process's part; ids are the whole vocabulary's. Every process calls this with the same
             tokens (or, with `shard.sequence_parallel`, each with its own) and gets the same results and the whole

@@ -26,6 +26,7 @@ ON_PROCESSOR = {
     "test_objectives",
     "test_operator",
     "test_per_token",
+    "test_policy",
     "test_properties",
     "test_scsdpo_loss",
     "test_transformers",

@@ -22,6 +22,7 @@ import scsdpo_kernels
 from scsdpo_kernels import (
     Head,
     LoRA,
+    PolicyGradient,
     SampledToken,
     TopK,
     TopLogprobs,
@@ -37,7 +38,8 @@ from scsdpo_kernels.schedules import chunked
 VOCABULARY, WIDTH, ROWS = 67, 16, 37
 # Where the parts end: uneven, one entry, none.
 CUTS = {1: (67,), 2: (50, 67), 3: (10, 10, 67), 4: (1, 30, 67, 67)}
-FIELDS = ("divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp", "importance_ratio")
+FIELDS = ("divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp", "importance_ratio",
+          "policy_loss", "policy_clipped")  # fmt: skip
 
 
 class Process:
@@ -81,6 +83,7 @@ def problem(dtype=torch.float32, distance=0.5, seed=0, rows=ROWS) -> dict[str, t
         "lora_b": normal(VOCABULARY, 3, scale=0.3),
         "support_ids": torch.rand(rows, VOCABULARY, generator=generator).argsort(1)[:, :6],
         "support_logp": normal(rows, 6) - 4,
+        "advantages": normal(rows),
     }
 
 
@@ -99,6 +102,8 @@ def arguments(given: dict, *, student=None, teacher=None, tail="bucket") -> dict
         given["teacher_head"] = Head(given.pop("teacher_weight"), bias, **(teacher or {}))
     elif bias is not None:
         given["teacher_head"] = head._replace(bias=bias)
+    if "advantages" in given:
+        given["policy"] = PolicyGradient(given.pop("advantages"), clip_high=0.3, coefficient=0.7)
     if "support_ids" in given:
         given["support"] = TopLogprobs(given.pop("support_ids"), given.pop("support_logp"), tail)
     return given
@@ -155,6 +160,7 @@ def same_everywhere(process: Process, tensor: torch.Tensor) -> None:
 PLAIN = ("student_hidden", "student_weight", "teacher_hidden", "token_weight")
 OWN_HEAD = (*PLAIN, "teacher_weight")
 TARGETS = ("target_ids", "old_logp")
+POLICY = (*TARGETS, "advantages")
 SERVER = ("student_hidden", "student_weight", "token_weight", "support_ids", "support_logp")
 
 
@@ -191,6 +197,26 @@ def supports(process):
 def sampled_token(process):
     compare(process, (*OWN_HEAD, *TARGETS), support=SampledToken(), beta=1.0)
     compare(process, (*PLAIN, *TARGETS), support=SampledToken(), beta=1.0)
+
+
+def policies(process):
+    """On-policy, off-policy, through a softcap, for tokens that have nothing else, on supports."""
+    names = (*OWN_HEAD, *POLICY)
+    for beta in (0.0, 0.3, 1.0):
+        compare(process, names, beta=beta, temperature=0.7)
+    compare(process, (*PLAIN, "target_ids", "advantages", "student_bias"), student={"softcap": 2.0})
+    compare(process, names, support=TopK(5))
+    compare(process, (*SERVER, *POLICY), tail="renormalize")
+    compare(process, (*PLAIN, *POLICY), support=SampledToken(), beta=1.0)
+    given = problem()
+    given["token_weight"] = torch.zeros(ROWS)
+    given["advantages"][1::2] = 0
+    compare(process, names, given=given)
+    for at in (0, 20, 66):  # a token that is almost sure
+        given = problem()
+        given["student_weight"][at] = given["student_hidden"][4] * 3
+        given["target_ids"][:] = at
+        compare(process, names, given=given, floor=1e-12, share=1e-4)
 
 
 def clipped_entries(process):
@@ -258,6 +284,7 @@ def per_token(process):
     names = tuple(name for name in OWN_HEAD if name != "token_weight")
     compare(process, names, op=linear_divergence_per_token, beta=0.4)
     compare(process, (*names, *TARGETS), op=linear_divergence_per_token, support=TopK(5))
+    compare(process, (*names, *POLICY), op=linear_divergence_per_token)
 
 
 def frozen(process):
@@ -323,12 +350,12 @@ def sequence_parallel(process):
     own = slice(ends[process.rank], ends[process.rank + 1])
     for options in ({}, {"support": TopK(4)}):
         whole, exact = run(
-            {name: x.to(process.device) for name, x in given.items() if name in (*OWN_HEAD, *TARGETS)}, **options
+            {name: x.to(process.device) for name, x in given.items() if name in (*OWN_HEAD, *POLICY)}, **options
         )
         parts = {
             name: process.part(x) if name in PER_VOCABULARY else x[own].to(process.device)
             for name, x in given.items()
-            if name in (*OWN_HEAD, *TARGETS)
+            if name in (*OWN_HEAD, *POLICY)
         }
         got, gradients = run(parts, **options, shard=process.shard(sequence_parallel=True))
         torch.testing.assert_close(got.loss, whole.loss, rtol=1e-5, atol=1e-6)
@@ -486,7 +513,7 @@ def splits_of_a_batch(process):
 
 CASES = {
     function.__name__: function
-    for function in (betas, targets, heads, supports, sampled_token, clipped_entries, near_equal, peaked,
+    for function in (betas, targets, heads, supports, sampled_token, policies, clipped_entries, near_equal, peaked,
                      forbidden_tokens, odd_weights, no_rows, chunks, bf16, per_token, frozen, padded_heads, dtensors,
                      sequence_parallel, losses_over_own_rows, data_and_vocabulary, disagreement, compiled,
                      splits_of_a_batch)

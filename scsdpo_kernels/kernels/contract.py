@@ -15,7 +15,7 @@ class Logits(NamedTuple):
 
 
 class RowPolicy(NamedTuple):
-    """A row's policy-gradient loss L = -min(r A, clip(r) A) of its target, r = e^(log p - old_logp), or 1 without it."""
+    """A row's policy-gradient loss L = -min(r A, clip(r) A) of its target: r = e^(log p - old_logp), 1 without it."""
 
     advantage: Tensor  # (C,) fp32, as the others: A
     coefficient: Tensor  # multiplies the gradient of L, as the weight that of the divergence

@@ -72,7 +72,14 @@ def kept_rows(
     if summed_head is not None:
         asked["head"] = summed_head
     numbers = torch.stack([x.double() for x in asked.values()]).tolist()  # waits for the device
-    told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, "policy": 0.0, **dict(zip(asked, numbers, strict=True))}
+    told = {
+        "lowest": 0,
+        "highest": 0,
+        "support": True,
+        "head": 0.0,
+        "policy": 0.0,
+        **dict(zip(asked, numbers, strict=True)),
+    }
     if not math.isfinite(told["largest"]):
         raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
     if not math.isfinite(told["policy"]):
