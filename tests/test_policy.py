@@ -117,7 +117,7 @@ def test_rows(kernel, beta, entry_clip, case, alone):
             limit = 3 * (stick.double() - own).norm(dim=1) + 1e-5 * (gradient - own).norm(dim=1)
             limit = limit + 1e-6 * gradient.norm(dim=1)
             if dtype == torch.bfloat16:
-                limit = limit + 2**-8 * gradient.norm(dim=1)
+                limit = limit + (2**-7 if kernel == "triton" else 2**-8) * gradient.norm(dim=1)
             assert (error <= limit).all(), (error, limit)
             if case == "peaked" and dtype == torch.float32 and alone and kernel != "triton":
                 # 1 - p of 1e-9, which an fp32 p has lost: as many digits as the sum of e^z has kept beside 1.
