@@ -128,7 +128,7 @@ def test_a_policy_loss_is_trls(folder, name, monkeypatch):
             metric = f"self_distillation/{metric}"
             if metric in b:
                 assert a[metric] == pytest.approx(b[metric], rel=1e-5, abs=1e-6)
-    assert any(abs(line["self_distillation/policy_loss"]) > 1e-3 for line in stock)
+    assert any(line["grad_norm"] > 1e-2 for line in stock)  # on-policy the loss of a group is 0, not its gradient
     for a, b in zip(our_model.parameters(), stock_model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
 

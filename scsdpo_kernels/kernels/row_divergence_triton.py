@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import KINDS, Objective
-from .contract import Logits, PerRow, RowPolicy, RowStatistics, Scalars
+from .contract import Logits, PerRow, RowStatistics, Scalars
 from .divergence_triton import (
     CLIPPED,
     FORWARD,
@@ -89,12 +89,16 @@ class Chunk(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What is given of each row: `PerRow`'s tensors."""
+    """What is given of each row: `PerRow`'s tensors, and its policy's numbers. Flat, as old compilers want it."""
 
     weight: tl.tensor
     target: tl.tensor | None
     old_logp: tl.tensor | None
-    policy: RowPolicy | None
+    advantage: tl.tensor | None
+    coefficient: tl.tensor | None
+    ratio: tl.tensor | None
+    lowest: float | None
+    highest: float | None
 
 
 class Output(NamedTuple):
@@ -353,13 +357,13 @@ def row_gradient_kernel(chunk, known, terms, given, divergence_out, out, by, for
         mean = Mean(mean.reference, bounded_mean(mean.score), mean.mostly_clipped)
         scale = gradient_scale(tl.load(given.weight + one), by, form.objective)
         of_policy = None
-        if given.policy is not None:
+        if given.coefficient is not None:
             column = tl.load(given.target + one)
             target, _ = _target_entry(pair, column, form)
             lse = tl.load(known.student_lse + one)
             student = target.other if form.objective == FORWARD else target.own
             logp = (student.reshape(1).to(tl.float64) * by.inverse_temperature - lse).to(tl.float32)
-            pull = tl.load(given.policy.coefficient + one) * by.inverse_temperature
+            pull = tl.load(given.coefficient + one) * by.inverse_temperature
             of_policy = Pull(pull, column, target, minus_other(logp))
         _write_gradient(out, pair, row, mean, scale, of_policy, by, form)
 
@@ -374,19 +378,13 @@ def _target_entry(pair: Pair, column, form: tl.constexpr):
 
 
 @triton.jit
-def _of_policy(policy: RowPolicy, old_logp, logp, scalars, rows, one):
+def _store_policy(advantage, coefficient, ratio, lowest, highest, logp, scalars, rows, one):
     """Stores a row's policy loss and whether it is clipped, and returns coefficient A r, 0 where it is."""
-    ratio = tl.full((1,), 1.0, tl.float32)
-    if policy.ratio is not None:
-        ratio = tl.load(policy.ratio + one)
-    elif old_logp is not None:
-        ratio = tl.exp(logp - tl.load(old_logp + one))
     ratio = tl.where(logp == logp, ratio, logp)  # a NaN row is NaN throughout
-    loss, clipped, slope = policy_terms(tl.load(policy.advantage + one), ratio, policy.lowest, policy.highest)
+    loss, clipped, slope = policy_terms(advantage, ratio, lowest, highest)
     tl.store(scalars + 5 * rows + one, tl.full((1,), 1.0, tl.float32))
     tl.store(scalars + 6 * rows + one, loss)
     tl.store(scalars + 7 * rows + one, clipped)
-    coefficient = tl.load(policy.coefficient + one)
     return tl.where(coefficient == 0, 0.0, coefficient * slope)
 
 
@@ -434,8 +432,17 @@ def row_divergence_kernel(chunk, given, scalars, out, by, form: tl.constexpr, wa
         target = tl.load(given.target + one)
         logp = _store_target(pair, target, scalars, chunk.rows, one, zero, zero_other, by, form)
     of_policy = None
-    if given.policy is not None:
-        pull = _of_policy(given.policy, given.old_logp, logp, scalars, chunk.rows, one) * by.inverse_temperature
+    if given.advantage is not None:
+        policy_ratio = tl.full((1,), 1.0, tl.float32)
+        if given.ratio is not None:
+            policy_ratio = tl.load(given.ratio + one)
+        elif given.old_logp is not None:
+            policy_ratio = tl.exp(logp - tl.load(given.old_logp + one))
+        advantage, coefficient = tl.load(given.advantage + one), tl.load(given.coefficient + one)
+        pull = _store_policy(
+            advantage, coefficient, policy_ratio, given.lowest, given.highest, logp, scalars, chunk.rows, one
+        )
+        pull *= by.inverse_temperature
         entry, exists = _target_entry(pair, target, form)
         of_policy = Pull(pull, tl.where(exists, target, -1), entry, minus_other(logp))
     if given.old_logp is not None:
@@ -468,13 +475,17 @@ def _form(logits: Logits, kind: str) -> Form:
     return Form(KINDS.index(kind), logits.difference, bool(logits.softcap), BLOCK, lanes)
 
 
+def _given(rows: PerRow) -> Given:
+    return Given(rows.weight, rows.target, rows.old_logp, *(rows.policy or [None] * 5))
+
+
 def _output(gradient: Tensor | None) -> Output | None:
     return None if gradient is None else Output(gradient, gradient.stride(0))
 
 
 def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient: Tensor | None = None) -> Scalars:
     """As native.row_divergence, on the tensors' device and its current stream; ids outside [0, V) give NaN."""
-    student, (weight, target, old_logp, importance_clip, policy) = logits.student, rows
+    student, (weight, target, old_logp, importance_clip, _) = logits.student, rows
     assert gradient is None or (gradient.shape == student.shape and gradient.stride(1) == 1)
     assert weight.dtype == torch.float32 and weight.is_contiguous()
     assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
@@ -482,7 +493,7 @@ def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient:
     scalars = torch.empty(rows.scalars, len(weight), dtype=torch.float32, device=student.device)
     first_walk = "jensen_shannon" if objective.kind == "clipped" else objective.kind
     row_divergence_kernel[(len(weight),)](
-        _chunk(logits), Given(weight, target, old_logp, policy), scalars, _output(gradient),
+        _chunk(logits), _given(rows), scalars, _output(gradient),
         _numbers(objective, importance_clip, logits.softcap), form=_form(logits, objective.kind),
         walk=_form(logits, first_walk), **options(student.device.type),
     )  # fmt: skip
@@ -527,9 +538,8 @@ def row_gradient(
     """As native.row_gradient."""
     student = logits.student
     divergence = torch.empty(len(student), dtype=torch.float32, device=student.device)
-    given = Given(rows.weight, rows.target, None, rows.policy)
     row_gradient_kernel[(len(student),)](
-        _chunk(logits), _known(statistics), terms, given, divergence, _output(gradient),
+        _chunk(logits), _known(statistics), terms, _given(rows), divergence, _output(gradient),
         _numbers(objective, 0.0, logits.softcap), form=_form(logits, objective.kind), **options(student.device.type),
     )  # fmt: skip
     return divergence
