@@ -510,6 +510,16 @@ def policy_terms(advantage, ratio, lowest, highest):
 
 
 @triton.jit
+def beside_one(at: Entries, row: Row, m: Moments, by: Numbers, objective: tl.constexpr):
+    """(1,) p - 1 of a (1, 1, 1) entry of the student, with what the sum of all e has kept beside it."""
+    e, e_other, _ = _factors(at, row, by)
+    z = m.z_own
+    if objective == FORWARD:
+        e, z = e_other, m.z_other
+    return (e.reshape(1) - z) / z
+
+
+@triton.jit
 def minus_other(log_p):
     """p - 1 of a log-probability, with all its digits."""
     return tl.where(log_p > -1, log_p + phi(tl.maximum(log_p, -1.0)), exponential(log_p) - 1.0)

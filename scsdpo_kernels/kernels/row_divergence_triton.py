@@ -35,6 +35,7 @@ from .divergence_triton import (
     Terms,
     added_terms,
     base,
+    beside_one,
     bounded_mean,
     concluded,
     concluded_terms,
@@ -444,7 +445,8 @@ def row_divergence_kernel(chunk, given, scalars, out, by, form: tl.constexpr, wa
         )
         pull *= by.inverse_temperature
         entry, exists = _target_entry(pair, target, form)
-        of_policy = Pull(pull, tl.where(exists, target, -1), entry, minus_other(logp))
+        above = beside_one(entry, row, m, by, form.objective)
+        of_policy = Pull(pull, tl.where(exists, target, -1), entry, above)
     if given.old_logp is not None:
         ratio = importance_ratio(logp, tl.load(given.old_logp + one), by.importance_clip)
         tl.store(scalars + 5 * chunk.rows + one, ratio)
