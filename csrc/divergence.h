@@ -423,8 +423,8 @@ SCSDPO_INLINE float importance_ratio(float logp, float old_logp, float clip) {
   return ratio > clip ? clip : ratio;
 }
 
-// A policy's loss -min(r A, clip(r) A), whether it is clipped, and A r, or 0 where it is. No advantage: nothing of them,
-// whatever r.
+// A policy's loss -min(r A, clip(r) A), whether it is clipped, and A r, or 0 where it is. No advantage: nothing of
+// them, whatever r.
 struct PolicyTerms {
   float loss;
   bool clipped;

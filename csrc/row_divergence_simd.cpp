@@ -125,10 +125,10 @@ SCSDPO_INLINE Floats capped(Floats gradient, Floats z, float inverse_softcap) {
 
 // What a policy adds to a row's gradient: pull (p - [v = y]) of its target y.
 struct Pull {
-  float pull;  // coefficient A r / temperature; 0: nothing
-  int64_t column;  // y, or negative: it is not here
+  float pull;           // coefficient A r / temperature; 0: nothing
+  int64_t column;       // y, or negative: it is not here
   Pair<Floats> target;  // its logits, read before the gradient is written over them
-  float above;  // p_y - 1, with all its digits
+  float above;          // p_y - 1, with all its digits
 };
 
 SCSDPO_INLINE Floats pulled(Floats gradient, Floats p, float pull) {
@@ -156,14 +156,14 @@ SCSDPO_ALONE void terms(const Memory& memory, const Mixture& mix, const Row& row
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
-        with_entries<kind>(
-            logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
-              add_terms<kind>(partial, at, of, row, mix);
-              if (!kLateMean<kind> && gradient) {
-                const Floats g = pulled(slope<kind, range.value>(at, of.score, row) * scale, at.p, pull);
-                store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
-              }
-            });
+        with_entries<kind>(logits, row, mix,
+                           [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
+                             add_terms<kind>(partial, at, of, row, mix);
+                             if (!kLateMean<kind> && gradient) {
+                               const Floats g = pulled(slope<kind, range.value>(at, of.score, row) * scale, at.p, pull);
+                               store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
+                             }
+                           });
       },
       [&]() __attribute__((always_inline)) {
         for (int i = 0; i < kTermCount<kind>; ++i) total[i] += sum(partial[i]), partial[i] = Floats{};
@@ -176,11 +176,11 @@ void write_gradient(const Memory& memory, const Mixture& mix, const Row& row, fl
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
-        with_entries<kind>(
-            logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
-              const Floats g = pulled(slope<kind, range.value>(at, of.score, row) * scale, at.p, pull);
-              store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
-            });
+        with_entries<kind>(logits, row, mix,
+                           [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
+                             const Floats g = pulled(slope<kind, range.value>(at, of.score, row) * scale, at.p, pull);
+                             store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
+                           });
       },
       [] {});
 }
