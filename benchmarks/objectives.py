@@ -169,7 +169,7 @@ def in_dtype(head: Head, dtype: torch.dtype) -> Head:
 
 
 def errors_hidden(head: Head, options: dict, hidden: Tensor, teacher: Tensor) -> tuple[float, float]:
-    """Of the hidden gradient against float64 on the first rows: ours, and the measuring stick, `eager` in the dtype."""
+    """Error of the hidden gradient against float64 on the first tokens: ours, and `eager`'s, the stick."""
     hidden, teacher = hidden[:SUBSAMPLE].detach(), teacher[:SUBSAMPLE]
 
     def ours(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:

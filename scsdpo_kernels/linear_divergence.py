@@ -35,7 +35,7 @@ class LinearDivergence(NamedTuple):
     teacher_entropy: Tensor | None  # (...,) -Σ q log q, None with TopLogprobs
     student_logp: Tensor | None  # (...,) log p at target_ids, None without them
     teacher_logp: Tensor | None  # (...,) log q at target_ids, None without them or with TopLogprobs
-    importance_ratio: Tensor | None  # (...,) what the row's weight was multiplied with, None without old_logp
+    importance_ratio: Tensor | None  # (...,) multiplies the token's weight; None without old_logp
 
 
 def linear_divergence(
@@ -119,7 +119,7 @@ def linear_divergence(
     return LinearDivergence(loss, *fields)
 
 
-# What a function that takes **options is not told.
+# A function that takes **options is told only some.
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(linear_divergence).parameters.items()

@@ -68,7 +68,7 @@ def launch_rows(vocabulary):
             logits = logits_of(vocabulary, difference, softcap)
             gradient = torch.empty_like(logits_of(vocabulary).student, dtype=dtype)
             row_divergence_triton.row_divergence(logits, rows, objective, gradient)
-        if objective.kind != "clipped":  # of supports
+        if objective.kind != "clipped":  # supports have these
             logits = logits_of(vocabulary, dtype=torch.float64)
             few = PerRow(rows.weight)
             row_divergence_triton.row_divergence(logits, few, objective, torch.empty_like(logits.student).float())

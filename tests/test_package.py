@@ -30,7 +30,7 @@ MODULES = {
 
 # Everything imports only from below; the modules of one package here import each other, in no circle.
 LAW = (
-    "scsdpo",  # of scsdpo_kernels only public names
+    "scsdpo",  # knows public names of scsdpo_kernels
     "__init__ > scsdpo_loss > linear_divergence > trust_region, question_weights",
     "arguments, ops > checks > vocab_shard",
     "schedules",  # chunked and reference know neither each other nor torch.library

@@ -55,7 +55,7 @@ _INFINITY = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234e38)
 # A set whose largest logit is below it is as good as forbidden: the rounding of larger exponents might overflow e.
 _FORBIDDEN = tl.constexpr(-1e8)
-# What x is compared with before log(1 + x) is trusted; beyond it the logarithms of both Z are far apart.
+# log(1 + x) is trusted below; beyond, the logarithms of both Z are far apart.
 _TRUSTED = tl.constexpr(1e4)
 
 
@@ -95,7 +95,7 @@ class Moments(NamedTuple):
 class Values(NamedTuple):
     """What the first walk knows of a row's values."""
 
-    divergence: tl.tensor  # KL. Of the other objectives, 0, or NaN in a row with NaN
+    divergence: tl.tensor  # KL; the other objectives have 0, or NaN in a row with NaN
     own_entropy: tl.tensor
     other_entropy: tl.tensor
     log_own: tl.tensor  # log Σ e^((s - base)/τ)
@@ -117,7 +117,7 @@ class Mean(NamedTuple):
     """What a row's scores are counted from."""
 
     reference: tl.tensor
-    score: tl.tensor  # their mean, counted from there. Of clipped entries Q, or 1 - Q where most are
+    score: tl.tensor  # their mean, counted from there; clipped: Q, or 1 - Q where that is less
     mostly_clipped: tl.tensor
 
 
@@ -125,7 +125,7 @@ class Terms(NamedTuple):
     """Second walk's sums."""
 
     divergence: tl.tensor
-    score: tl.tensor  # of Jensen-Shannon, counted from the row's reference; of clipped entries Q
+    score: tl.tensor  # Jensen-Shannon: counted from the row's reference; clipped: Q
     unclipped: tl.tensor  # 1 - Q
     plain: tl.tensor  # the divergence to take where Q is large
 
@@ -517,7 +517,7 @@ def logit_gradient(at: Entries, row: Row, mean: Mean, scale, by: Numbers, object
             slope = excess(own, other, d)
         elif objective == REVERSE:
             slope = times(own, -d - _spread(mean.score))
-        else:  # p (1 - Q), and of an entry that is not clipped -q
+        else:  # p (1 - Q), less q where an entry is not clipped
             clipped = times(other, d) > by.entry_clip
             share = own * _spread(mean.score)
             few = tl.where(clipped, own, -excess(own, other, d)) - share

@@ -70,7 +70,7 @@ MAX_LANES, PACK = 128, tl.constexpr(4)
 def options(device_type: str) -> dict[str, int | bool]:
     """Compiler options of the launch."""
     if device_type == "hip" or torch.version.hip is not None:
-        return {"num_warps": WARPS // 2, "enable_fp_fusion": True}  # of 64 lanes
+        return {"num_warps": WARPS // 2, "enable_fp_fusion": True}  # a warp has 64 lanes
     registers = {"maxnreg": 208} if device_type == "cuda" else {}
     return {"num_warps": WARPS, "enable_fp_fusion": True, **registers}
 
@@ -111,7 +111,7 @@ class Known(NamedTuple):
 class Form(NamedTuple):
     """What a kernel is compiled for."""
 
-    objective: int  # of problem.KINDS; of statistics Jensen-Shannon
+    objective: int  # its place in problem.KINDS; statistics take Jensen-Shannon
     difference: bool  # the second logits are teacher - student
     softcap: bool
     block: int  # entries at a time
