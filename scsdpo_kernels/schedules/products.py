@@ -135,8 +135,11 @@ def add_gradients(
     if sums.lora_a is not None:
         sums.lora_a.add(grad_adapted, hidden)
     if sums.lora_b is not None:
-        # Two parts, so that a bf16 product keeps the 16 bits of them that count.
         scaled = adapted * head.lora.scale
+        if on_cpu(scaled):
+            sums.lora_b.add(logit_gradient, scaled)
+            return
+        # Two parts, so that a product of 16-bit numbers keeps the 16 bits of them that count.
         upper = scaled.to(logit_gradient.dtype)
         sums.lora_b.add(logit_gradient, upper)
         if upper.dtype != scaled.dtype:
@@ -191,13 +194,14 @@ class HeadGradient:
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
         beta = min(self.terms, 1)
         self.terms += 1
-        widened = on_cpu(hidden) and hidden.dtype != logit_gradient.dtype == torch.float32
-        if widened and self.sum.dtype == torch.float32:
-            native.matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
-            return
-        if not widened:
+        mixed = on_cpu(hidden) and hidden.dtype != logit_gradient.dtype
+        if not mixed:
             hidden = hidden.to(logit_gradient.dtype)
-        if self.sum.dtype == logit_gradient.dtype:
+        if mixed and self.sum.dtype == torch.float32:
+            native.matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
+        elif mixed:
+            self._add_slabs(logit_gradient, hidden, beta, native.matmul, torch.float32)
+        elif self.sum.dtype == logit_gradient.dtype:
             for part in _parts(logit_gradient.t()):
                 self.sum[part].addmm_(logit_gradient[:, part].t(), hidden, beta=beta)
         elif not on_cpu(hidden) and logit_gradient.dtype != torch.float32:
@@ -205,13 +209,15 @@ class HeadGradient:
                 total = self.sum[part]
                 addmm_fp32(total, logit_gradient[:, part].t(), hidden, beta=beta, out=total)
         else:
-            self._add_slabs(logit_gradient, hidden, beta, native.matmul if widened else _mm)
+            self._add_slabs(logit_gradient, hidden, beta, _mm, logit_gradient.dtype)
 
-    def _add_slabs(self, logit_gradient: Tensor, hidden: Tensor, beta: int, matmul: Callable) -> None:
+    def _add_slabs(
+        self, logit_gradient: Tensor, hidden: Tensor, beta: int, matmul: Callable, dtype: torch.dtype
+    ) -> None:
         """What is added in another dtype exists a slab at a time."""
         for start in range(0, self.sum.shape[0], SLAB_ROWS):
             slab = slice(start, start + SLAB_ROWS)
-            product = logit_gradient.new_empty(len(self.sum[slab]), hidden.shape[1])
+            product = torch.empty(len(self.sum[slab]), hidden.shape[1], dtype=dtype, device=hidden.device)
             matmul(logit_gradient[:, slab].t(), hidden, product)
             if beta == 0:
                 self.sum[slab] = product
