@@ -1,5 +1,7 @@
 """Processes of a torch.distributed group that stay between tests, since starting them takes longer than a test."""
 
+import functools
+import inspect
 import time
 import traceback
 import uuid
@@ -8,6 +10,7 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -15,15 +18,17 @@ import torch.multiprocessing as mp
 SECONDS = 60  # after which a rank that has not answered waits for another
 GRACE = 5  # the same, where another has failed
 
+GROUPS: dict[int, dist.ProcessGroup] = {}  # in each process, by size: of the last processes
 
-def serve(rank: int, world: int, backend: str, setup: Callable | None, rendezvous: str, pipe) -> None:
+
+def serve(rank: int, world: int, backend: str, rendezvous: str, pipe) -> None:
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
     timeout = timedelta(seconds=SECONDS)
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world, timeout=timeout)
-    if setup is not None:
-        setup()
+    for size in range(1, world + 1):
+        GROUPS[size] = dist.new_group(range(world - size, world))
     while (task := pipe.recv()) is not None:
         case, arguments = task
         try:
@@ -34,20 +39,17 @@ def serve(rank: int, world: int, backend: str, setup: Callable | None, rendezvou
 
 
 class Ranks:
-    """Runs a function of a test's module in every process; returns what each has returned, by rank.
+    """Runs a function of a test's module in every process; returns what each has returned, by rank."""
 
-    setup: what every process runs first, such as making groups.
-    """
-
-    def __init__(self, folder, world: int, backend: str = "gloo", setup: Callable | None = None):
-        self.folder, self.world, self.backend, self.setup = folder, world, backend, setup
+    def __init__(self, folder, world: int, backend: str = "gloo"):
+        self.folder, self.world, self.backend = folder, world, backend
         self.processes, self.pipes = [], []
 
     def start(self) -> None:
         context, rendezvous = mp.get_context("spawn"), f"file://{self.folder}/{uuid.uuid4().hex}"
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            given = rank, self.world, self.backend, self.setup, rendezvous, theirs
+            given = rank, self.world, self.backend, rendezvous, theirs
             process = context.Process(target=serve, args=given, daemon=True)
             process.start()
             self.processes.append(process)
@@ -80,3 +82,28 @@ class Ranks:
             process.kill()
             process.join()
         self.processes, self.pipes = [], []
+
+
+def over(*sizes: int) -> Callable:
+    """A test that runs in every process of groups of these sizes, each of which has its `group` as an argument.
+
+    It asserts after its last exchange, so that where it fails the processes stay in step.
+    """
+
+    def decorate(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def started(ranks, size, **given):
+            if size > ranks.world:
+                pytest.skip(f"needs {size} GPUs")
+            ranks(_in_group, last=size, test=started, size=size, given=given)
+
+        _, *others = inspect.signature(test).parameters.values()
+        ours = [inspect.Parameter(x, inspect.Parameter.POSITIONAL_OR_KEYWORD) for x in ("ranks", "size")]
+        started.__signature__ = inspect.Signature([*ours, *others])
+        return pytest.mark.parametrize("size", sizes, ids="{} processes".format)(started)
+
+    return decorate
+
+
+def _in_group(test: Callable, size: int, given: dict) -> None:
+    test.__wrapped__(GROUPS[size], **given)

@@ -1,13 +1,6 @@
-"""A vocabulary spread over processes: real process groups against the oracle, which sees all of it.
-
-On gloo, and under `-m gpu` on NCCL with as many processes as there are GPUs. Groups of one to four are the last of four
-processes that stay. A case asserts after its last exchange, so that one that fails leaves the processes in step.
-"""
+"""A vocabulary spread over processes: real process groups against the oracle, which sees all of it."""
 
 import functools
-import itertools
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import oracle
@@ -15,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from problems import Problem, problem
-from ranks import Ranks
+from ranks import over
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -29,28 +22,22 @@ from scsdpo_kernels import (
     VocabShard,
     linear_divergence,
     linear_divergence_per_token,
-    question_weights,
-    scsdpo_loss,
-    step_denominator,
 )
 from scsdpo_kernels.schedules import chunked
 
 V, D, ROWS, OWN_WIDTH = 67, 16, 37, 12
 # Where the parts end: uneven, one entry, none.
 ENDS = {1: (67,), 2: (50, 67), 3: (10, 10, 67), 4: (1, 30, 67, 67)}
-BETAS = (0.0, 0.3, 1.0)
 
 
 class Process:
     """One of a group: its rank, its device, its part of the vocabulary."""
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device, ends: tuple[int, ...] | None = None):
-        self.group, self.device = group, device
+    def __init__(self, group: dist.ProcessGroup, ends: tuple[int, ...] | None = None):
+        self.group, self.device = group, torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.last = self.rank == self.world - 1
         self.start, self.stop = (0, *(ends or ENDS[self.world]))[self.rank : self.rank + 2]
 
-    @functools.cache  # noqa: B019
     def shard(self, **options) -> VocabShard:
         group = None if self.world == dist.get_world_size() else self.group  # None: all processes
         return VocabShard(self.start, self.stop, group, check=True, **options)
@@ -132,7 +119,7 @@ class Case(NamedTuple):
         values = result if isinstance(result, Tensor) else oracle.per_token(result)
         return (values * torch.linspace(-1, 1, ROWS, device=values.device)).sum()
 
-    def __call__(self, process: Process) -> None:
+    def check(self, process: Process) -> None:
         ends = [ROWS * r // max(1, process.world - 1) for r in range(process.world)] + [ROWS]
         tokens = slice(*ends[process.rank : process.rank + 2]) if self.own_tokens else slice(None)
         options = process.here(self.options, tokens) | {"shard": process.shard(sequence_parallel=self.own_tokens)}
@@ -162,323 +149,266 @@ def case(given: Problem | None = None, limits: dict | None = None, **more) -> Ca
     return Case(sides() if given is None else given, options, limits or {}, **more)
 
 
-def named() -> dict[str, Case]:
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(V, (ROWS,), generator=generator)
-    targets = {"target_ids": ids, "old_logp": -1 - 4 * torch.rand(ROWS, generator=generator)}
-    of_server = (
-        torch.rand(ROWS, V, generator=generator).argsort(1)[:, :6],
-        torch.randn(ROWS, 6, generator=generator) - 4,
-    )
-    empty_slots = of_server[0].clone()
-    empty_slots[::2, 1:] = empty_slots[1] = -1
-    own, shared, every = sides(own=True), sides(), sides(head="all")
-    server, unweighted = (
-        shared.but(teacher=None),
-        {x: sides(x == "own").but(token_weight=None) for x in ("own", "shared")},
-    )
-    forbidden = sides(own=True, head="bias", teacher_head="bias")
-    forbidden.head.bias[:12] = forbidden.teacher_head.bias[:12] = forbidden.teacher_head.bias[40:50] = -torch.inf
-    cases = {
-        **{f"beta {x}": case(beta=x) for x in BETAS},
-        **{f"beta {x}, own head": case(own, beta=x, temperature=0.7) for x in BETAS},
-        "targets": case(beta=0.0, target_ids=ids),
-        "importance ratios": case(own, **targets, importance_clip=1.5),
-        # heads
-        "all that a head has, on both sides": case(sides(own=True, head="all", teacher_head="all")),
-        "adapter in a linear head": case(every.but(head=every.head._replace(softcap=None)), **targets, beta=1.0),
-        "teacher's bias": case(every.but(teacher_head=every.head._replace(bias=-every.head.bias))),
-        "adapter and softcap, top 5": case(every, support=TopK(5)),
-        # supports
-        **{f"top {k}, {tail}": case(own, **targets, support=TopK(k, tail))
-           for k in (1, 7, 60, 100) for tail in ("bucket", "renormalize")},
-        "top 9, shared head": case(support=TopK(9), beta=0.0),
-        "server": case(server, support=TopLogprobs(*of_server), beta=0.0),
-        "server, renormalize": case(server, **targets, support=TopLogprobs(*of_server, "renormalize")),
-        "server, empty slots": case(server, support=TopLogprobs(empty_slots, of_server[1])),
-        "sampled token": case(**targets, support=SampledToken(), beta=1.0),
-        "sampled token, own head": case(own, **targets, support=SampledToken(), beta=1.0),
-        **{f"entries clipped at {x}": case(own, beta=0.0, entry_clip=x) for x in (1e-3, 0.05, 10.0)},
-        # numbers
-        **{f"{x} apart, beta {beta}": case(sides(distance=x), {"limit": 1e-4, "floor": 1e-30}, beta=beta)
-           for x in (4e-3, 4e-5) for beta in (0.0, 0.5, 1.0)},
-        **{f"peak at {at}, {x} apart": case(peaked(at, x), {"limit": 1e-4, "floor": 1e-12})
-           for at in (0, 20, 66) for x in (4.0, 4e-4)},
-        **{f"forbidden tokens, beta {x}": case(forbidden, target_ids=ids, beta=x) for x in (0.0, 0.5)},
-        "weights of 0": case(shared.but(token_weight=torch.zeros(ROWS)), {"floor": 0.0}),
-        "negative weights": case(shared.but(token_weight=torch.full((ROWS,), -3.0)), {"floor": 1e-30}),
-        "huge weights": case(shared.but(token_weight=torch.linspace(-1e6, 1e6, ROWS)), {"floor": 1e-30}),
-        "bf16": case(sides(own=True, dtype=torch.bfloat16), {"rounding": 1e-2}, **targets),
-        "bf16, top 9": case(sides(dtype=torch.bfloat16), {"rounding": 1e-2}, support=TopK(9)),
-        # tokens
-        "no tokens": case(sides(rows=0), **{name: x[:0] for name, x in targets.items()}),
-        "chunks": case(own, **targets, chunks=True),
-        "chunks, adapter, top 5": case(sides(head="lora"), support=TopK(5), chunks=True),
-        "per token": case(unweighted["own"], per_token=True, beta=0.4),
-        "per token, top 5": case(unweighted["own"], **targets, per_token=True, support=TopK(5)),
-        "own tokens": case(own, **targets, own_tokens=True),
-        "own tokens, top 4": case(own, **targets, own_tokens=True, support=TopK(4)),
-        "own tokens, server": case(server, own_tokens=True, support=TopLogprobs(*of_server)),
-        "padding": case(own, padding=5),
-        "padding, all that a head has": case(every, padding=5),
-    }  # fmt: skip
-    return cases
-
-
 def peaked(at: int, distance: float) -> Problem:
     given = sides(distance=distance)
     given.head[at] = given.hidden[4] * 3 / 16
     return given
 
 
-def frozen(process: Process, trained: str) -> None:
-    given = sides()
-    mine = process.part(given)
+def forbidding(*teachers: tuple[int, int]) -> Problem:
+    """The student forbids entries 0 to 12, the teacher these."""
+    given = sides(own=True, head="bias", teacher_head="bias")
+    given.head.bias[:12] = -torch.inf
+    for start, stop in teachers:
+        given.teacher_head.bias[start:stop] = -torch.inf
+    return given
+
+
+GENERATOR = torch.Generator().manual_seed(1)
+IDS = torch.randint(V, (ROWS,), generator=GENERATOR)
+TARGETS = {"target_ids": IDS, "old_logp": -1 - 4 * torch.rand(ROWS, generator=GENERATOR)}
+NAMED = torch.rand(ROWS, V, generator=GENERATOR).argsort(1)[:, :6]
+EMPTY_SLOTS = NAMED.clone()
+EMPTY_SLOTS[::2, 1:] = EMPTY_SLOTS[1] = -1
+LOGP = torch.randn(ROWS, 6, generator=GENERATOR) - 4
+OWN, SHARED, EVERY = sides(own=True), sides(), sides(head="all")
+SERVER, UNWEIGHTED = SHARED.but(teacher=None), OWN.but(token_weight=None)
+CASES = {
+    **{f"beta {x}": case(beta=x) for x in (0.0, 0.3, 1.0)},
+    **{f"beta {x}, own head": case(OWN, beta=x, temperature=0.7) for x in (0.0, 0.3, 1.0)},
+    "targets": case(beta=0.0, target_ids=IDS),
+    "importance ratios": case(OWN, **TARGETS, importance_clip=1.5),
+    # Heads.
+    "all that a head has, on both sides": case(sides(own=True, head="all", teacher_head="all")),
+    "adapter in a linear head": case(EVERY.but(head=EVERY.head._replace(softcap=None)), **TARGETS, beta=1.0),
+    "teacher's bias": case(EVERY.but(teacher_head=EVERY.head._replace(bias=-EVERY.head.bias))),
+    "adapter and softcap, top 5": case(EVERY, support=TopK(5)),
+    "padding": case(OWN, padding=5),
+    "padding of all that a head has": case(EVERY, padding=5),
+    # Supports.
+    **{f"top {k}, {tail}": case(OWN, **TARGETS, support=TopK(k, tail))
+       for k in (1, 7, 60, 100) for tail in ("bucket", "renormalize")},
+    "top 9, shared head": case(support=TopK(9), beta=0.0),
+    "server": case(SERVER, support=TopLogprobs(NAMED, LOGP), beta=0.0),
+    "server, renormalize": case(SERVER, **TARGETS, support=TopLogprobs(NAMED, LOGP, "renormalize")),
+    "server, empty slots": case(SERVER, support=TopLogprobs(EMPTY_SLOTS, LOGP)),
+    "sampled token": case(**TARGETS, support=SampledToken(), beta=1.0),
+    "sampled token, own head": case(OWN, **TARGETS, support=SampledToken(), beta=1.0),
+    **{f"entries clipped at {x}": case(OWN, beta=0.0, entry_clip=x) for x in (1e-3, 0.05, 10.0)},
+    # Numbers.
+    **{f"{x} apart, beta {beta}": case(sides(distance=x), {"limit": 1e-4, "floor": 1e-30}, beta=beta)
+       for x in (4e-3, 4e-5) for beta in (0.0, 0.5, 1.0)},
+    **{f"peak at {at}, {x} apart": case(peaked(at, x), {"limit": 1e-4, "floor": 1e-12})
+       for at in (0, 20, 66) for x in (4.0, 4e-4)},
+    **{f"forbidden tokens, beta {x}": case(forbidding((0, 12), (40, 50)), target_ids=IDS, beta=x) for x in (0.0, 0.5)},
+    "forbidden to the student": case(forbidding((40, 50)), target_ids=IDS),
+    "weights of 0": case(SHARED.but(token_weight=torch.zeros(ROWS)), {"floor": 0.0}),
+    "negative weights": case(SHARED.but(token_weight=torch.full((ROWS,), -3.0)), {"floor": 1e-30}),
+    "huge weights": case(SHARED.but(token_weight=torch.linspace(-1e6, 1e6, ROWS)), {"floor": 1e-30}),
+    "bf16": case(sides(own=True, dtype=torch.bfloat16), {"rounding": 1e-2}, **TARGETS),
+    "bf16, top 9": case(sides(dtype=torch.bfloat16), {"rounding": 1e-2}, support=TopK(9)),
+    # Tokens.
+    "no tokens": case(sides(rows=0), **{name: x[:0] for name, x in TARGETS.items()}),
+    "chunks": case(OWN, **TARGETS, chunks=True),
+    "chunks, adapter, top 5": case(sides(head="lora"), support=TopK(5), chunks=True),
+    "per token": case(UNWEIGHTED, per_token=True, beta=0.4),
+    "per token, top 5": case(UNWEIGHTED, **TARGETS, per_token=True, support=TopK(5)),
+    "own tokens": case(OWN, **TARGETS, own_tokens=True),
+    "own tokens, top 4": case(OWN, **TARGETS, own_tokens=True, support=TopK(4)),
+    "own tokens, server": case(SERVER, own_tokens=True, support=TopLogprobs(NAMED, LOGP)),
+}  # fmt: skip
+
+
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("name", CASES)
+def test_parts_are_the_whole(group, name):
+    CASES[name].check(Process(group))
+
+
+@over(1, 2, 3, 4)
+def test_divergences_of_1e_13(group):
+    """Against long double, since float64 end to end would lose them."""
+    given, process = sides(distance=4e-7).but(token_weight=None), Process(group)
+    got = process.part(given).call(shard=process.shard()).divergence
+    hidden, head, teacher, _ = given.to(torch.float64)
+    student = hidden @ head.T
+    exact = oracle.rows(student, student + (teacher - hidden) @ head.T, 0.5).divergence
+    assert_near("divergence", got, torch.from_numpy(exact.astype("float64")), limit=1e-4, floor=0.0)
+
+
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("trained", ["hidden", "head"])
+def test_the_other_is_frozen(group, trained):
+    process = Process(group)
+    mine = process.part(SHARED)
     leaf = getattr(mine, trained).clone().requires_grad_()
     mine.but(**{trained: leaf}).call(shard=process.shard()).loss.backward()
-    _, of_hidden, of_head = oracle.expected(given)
-    assert_near("gradient", leaf.grad, of_hidden if trained == "hidden" else of_head[process.start : process.stop])
+    _, of_hidden, of_head = oracle.expected(SHARED)
+    assert_near(
+        "gradient", leaf.grad.cpu(), of_hidden if trained == "hidden" else of_head[process.start : process.stop]
+    )
+
+
+@over(1, 2, 3, 4)
+def test_overflow_of_one_process(group):
+    """Its infinite upstream gradient reaches every part of the head."""
+    process = Process(group)
+    mine = process.part(SHARED.but(token_weight=None)).leaves()
+    out = mine.call(linear_divergence_per_token, shard=process.shard(sequence_parallel=True))
+    out.backward(torch.full_like(out, torch.inf if process.rank == 0 else 1.0))
+    assert mine.head.grad.isnan().all()
 
 
 # DTensors, as PyTorch's tensor parallelism has a head: equal parts, the last one smaller.
 
 
-def spread(process: Process, dim: int = 0) -> tuple[Process, Problem, Problem]:
-    """The process with its part, a problem, and that with heads that are DTensors."""
-    given, size = sides(own=True, head="bias"), -(-V // process.world)
-    mesh = DeviceMesh.from_group(process.group, process.device.type)
+def spread(group: dist.ProcessGroup, dim: int = 0) -> tuple[Process, Problem, Problem]:
+    """The process with such a part, a problem, and that with heads that are DTensors."""
+    given, world = sides(own=True, head="bias"), dist.get_world_size(group)
+    process = Process(group, tuple(min(V, -(-V // world) * r) for r in range(1, world + 1)))
+    mesh = DeviceMesh.from_group(group, process.device.type)
     mine = Problem(*process.here(tuple(given)), process.here(given.token_weight))
-    head, teacher_head = tree_map_only(
-        Tensor, lambda x: distribute_tensor(x, mesh, [Shard(min(dim, x.dim() - 1))]), (mine.head, mine.teacher_head)
-    )
-    ends = tuple(min(V, size * r) for r in range(1, process.world + 1))
-    return Process(process.group, process.device, ends), given, mine.but(head=head, teacher_head=teacher_head)
+
+    def distributed(x: Tensor) -> Tensor:
+        return distribute_tensor(x, mesh, [Shard(min(dim, x.dim() - 1))])
+
+    head, teacher_head = tree_map_only(Tensor, distributed, (mine.head, mine.teacher_head))
+    return process, given, mine.but(head=head, teacher_head=teacher_head)
 
 
-def dtensors(process: Process, replicated: bool) -> None:
-    equal, given, mine = spread(process)
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("replicated", [False, True], ids=["", "replicated hidden states"])
+def test_dtensors(group, replicated):
+    process, given, mine = spread(group)
     if replicated:
         mine = mine.but(hidden=distribute_tensor(mine.hidden, mine.head.weight.device_mesh, [Replicate()]))
     result, *gradients = mine.run()
-    assert [x.placements for x in gradients if isinstance(x, DTensor)][-2:] == [(Shard(0),)] * 2
+    placements = [x.placements for x in gradients if isinstance(x, DTensor)]
+    assert placements == [(Replicate(),)] * replicated + [(Shard(0),)] * 2
     local = [x.to_local() if isinstance(x, DTensor) else x for x in gradients]
-    equal.assert_exact((result, *local), oracle.expected(given))
+    process.assert_exact((result, *local), oracle.expected(given))
 
 
-def whole_tensors_beside_a_dtensor(process: Process) -> None:
-    _, given, mine = spread(process)
+@over(1, 2, 3, 4)
+def test_whole_tensors_beside_a_dtensor(group):
+    process, given, mine = spread(group)
     bias, teacher_head = process.here((given.head.bias, given.teacher_head))
     got = mine.but(head=mine.head._replace(bias=bias), teacher_head=teacher_head).call()
     assert_near("loss", got.loss, oracle.expected(given)[0].loss)
 
 
-def a_parameter_of_fsdp2(process: Process) -> None:
+@over(2, 3, 4)
+def test_a_parameter_of_fsdp2(group):
     """Outside of its forward, with tokens of each process's own."""
-    _, _, mine = spread(process)
+    process, _, mine = spread(group)
     with pytest.raises(ValueError, match=r"they differ\. A parameter of FSDP2"):
         mine.but(hidden=mine.hidden + process.rank).call()
 
 
-def dtensors_of_columns(process: Process) -> None:
-    _, _, mine = spread(process, dim=1)
+@over(1, 2, 3, 4)
+def test_dtensors_of_columns(group):
+    _, _, mine = spread(group, dim=1)
     with pytest.raises(ValueError, match="student_head: expected a DTensor with placements"):
         mine.call()
 
 
 # Refusals: on every process, with the difference, and nobody waits.
 
+# What is given, where the last process differs, and the message.
+REFUSED = {
+    "beta": (lambda x, last: (x, {"beta": 0.25 if last else 0.5}), "beta: 0.5 on process 0, 0.25 on process"),
+    "support": (lambda x, last: (x, {"support": TopK(5) if last else None}), "support"),
+    "weights of 0": (lambda x, last: (x.but(token_weight=torch.arange(ROWS, 0.0, -1) - last), {}),
+                     "token_weight's rows"),
+    "gradients": (lambda x, last: (x.but(hidden=x.hidden.clone().requires_grad_(last)), {}), "student_hidden"),
+    "tokens": (lambda x, last: (x.tokens(slice(ROWS - last)), {}), r"student_hidden: .*37.* on process 0, .*36"),
+    "whole head": (lambda x, last: (x.but(head=SHARED.head), {}), "student_head: expected this process's"),
+    "reference": (lambda x, last: (x, {"schedule": "reference"}), "schedule='reference': it does not have shard"),
+}  # fmt: skip
 
-def refused(process: Process, what: str) -> None:
-    given, last = process.part(sides()), process.last
-    weight = given.token_weight.clone()
-    weight[-1] = float(not last)
-    elsewhere = f"refused on other processes, process {process.world - 1}: temperature: expected"
-    sequence_parallel = {"rows": torch.arange(ROWS), "shard": process.shard(sequence_parallel=True)}
-    changed, options, message = {
-        "beta": ({}, {"beta": 0.25 if last else 0.5}, "beta: 0.5 on process 0, 0.25 on process"),
-        "support": ({}, {"support": TopK(5) if last else None}, "support"),
-        "weights of 0": ({"token_weight": weight}, {}, "token_weight's rows"),
-        "gradients": ({"hidden": given.hidden.clone().requires_grad_(last)}, {}, "student_hidden"),
-        "temperature of one": ({}, {"temperature": -1.0 if last else 1.0}, "^temperature" if last else elsewhere),
-        "tokens": (vars(given.tokens(slice(ROWS - last))), {}, r"student_hidden: .*37.* on process 0, .*36"),
-        "whole head": ({"head": process.here(sides().head)}, {}, "student_head: expected this process's"),
-        "list of own tokens": ({}, sequence_parallel, "rows: expected None"),
-        "reference": ({}, {"schedule": "reference"}, "schedule='reference': it does not have shard"),
-    }[what]
+
+@over(2, 3, 4)
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(group, name):
+    process, (given, message) = Process(group), REFUSED[name]
+    mine, shard = process.part(SHARED), process.shard()
+    changed, options = given(mine, process.rank == process.world - 1)
+    on_device = Problem(*process.here(tuple(changed)), process.here(changed.token_weight))
     with pytest.raises(ValueError, match=message):
-        given.but(**changed).call(**{"shard": process.shard(), **process.here(options)})
+        on_device.call(**options, shard=shard)
+    mine.call(shard=shard)  # and they go on
 
 
-def refused_parts(process: Process, what: str) -> None:
-    start, stop = process.start, process.stop
-    bounds, options, message = {
-        "overlap": ((start, stop + 1), {}, "expected parts that cover a vocabulary"),
-        "an empty part covers nothing": (
-            ((0, 30), (40, 40), (40, 67), (67, 67))[process.rank],
-            {},
-            "expected parts that cover a vocabulary",
-        ),
-        "others": ((start, stop), {"bounds": ((0, 68),) * process.world}, "bounds: expected"),
-    }[what]
-    with pytest.raises(ValueError, match=message):
-        VocabShard(*bounds, process.group, **options)
+@over(2, 3, 4)
+def test_what_one_process_refuses_all_refuse(group):
+    process = Process(group)
+    last = process.world - 1
+    message = "refused on other processes, process {}: temperature: expected".format(last)
+    with pytest.raises(ValueError, match="^temperature: expected" if process.rank == last else message):
+        process.part(SHARED).call(temperature=-1.0 if process.rank == last else 1.0, shard=process.shard())
 
 
-def compiled(process: Process) -> None:
-    """torch.compile takes the group with it."""
-    given, shard = process.part(sides()), VocabShard(process.start, process.stop, process.group)
-    expected = given.call(shard=shard).loss
-    step = torch.compile(lambda *x: Problem(*x).call(shard=shard).loss, fullgraph=True, backend="eager")
-    got = step(*given, given.token_weight)
-    assert torch.equal(got, expected)
+@over(1, 2, 3, 4)
+def test_a_list_of_own_tokens(group):
+    process = Process(group)
+    rows = torch.arange(ROWS, device=process.device)
+    with pytest.raises(ValueError, match="rows: expected None"):
+        process.part(SHARED).call(rows=rows, shard=process.shard(sequence_parallel=True))
 
 
-# Losses of a batch.
-
-
-def batch(process: Process) -> tuple[Problem, Tensor, Tensor, Tensor]:
-    """Rollouts of four questions, one of which nobody solves, their rewards, questions and masks."""
-    rewards = torch.tensor([1, 0, 1, 0, 0, 0, 1, 0, 0, 1, 1, 1.0])
-    question = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3])
-    mask = (torch.rand(12, 5, generator=torch.Generator().manual_seed(1)) < 0.7).float()
-    given = problem((12, 5), D, V, 2.0, scale=4.0)
-    return Problem(*process.here(tuple(given))), *process.here((rewards, question, mask))
-
-
-def own_rollouts(process: Process, reduction: str) -> None:
-    """scsdpo_loss where each process has its own: one denominator for all."""
-    given, rewards, question, mask = batch(process)
-    weight, own = question_weights(rewards, question), slice(process.rank, None, process.world)
-    whole = given.call(scsdpo_loss, mask=mask, question_weight=weight, reduction=reduction).loss
-    options = {"mask": mask[own], "question_weight": weight[own], "reduction": reduction}
-    got = process.part(given, own).call(scsdpo_loss, **options, shard=process.shard(sequence_parallel=True)).loss
-    assert_near("loss", got, whole.cpu())
-
-
-def sequence_mean_of_own_rollouts(process: Process) -> None:
-    with pytest.raises(ValueError, match="sequence-mean"):
-        own_rollouts(process, "sequence-mean")
-
-
-def overflow_of_one_process(process: Process) -> None:
-    """Its infinite upstream gradient reaches every part of the head."""
-    given = process.part(sides()).but(token_weight=None).leaves()
-    out = given.call(linear_divergence_per_token, shard=process.shard(sequence_parallel=True))
-    out.backward(torch.full_like(out, torch.inf if process.rank == 0 else 1.0))
-    assert given.head.grad.isnan().all()
-
-
-# Where each process's rollouts end; one may have none, or those of the unsolved question only.
-SPLITS = {
-    "even": lambda world: [12 * r // world for r in range(world + 1)],
-    "all on the first": lambda world: [0, *[12] * world],
-    "uneven": lambda world: [0, *[min(12, 7 + r) for r in range(world - 1)], 12],
+EMPTY = ((0, 30), (40, 40), (40, 67), (67, 67))  # covers nothing, though it stands in a gap
+PARTS = {
+    "overlap": (lambda start, stop, rank: (start, stop + 1), "expected parts that cover a vocabulary"),
+    "all the first": (lambda start, stop, rank: (0, 5), "expected parts that cover a vocabulary"),
+    "an empty one in a gap": (lambda start, stop, rank: EMPTY[rank], "expected parts that cover a vocabulary"),
+    "bounds of others": (lambda start, stop, rank: (start, stop, ((0, 68),) * 4), "bounds: expected"),
 }
 
 
-def split_batch(process: Process, reduction: str, split: str, micro: int) -> None:
-    """Weights to the bit, and gradients to rounding, whichever way a batch is spread; questions straddle processes."""
-    given, rewards, question, mask = batch(process)
-    expected = question_weights(rewards, question)
-    _, _, whole = given.run(scsdpo_loss, question_weight=expected, mask=mask, reduction=reduction)
-    own = torch.arange(12, device=process.device)[slice(*SPLITS[split](process.world)[process.rank :][:2])]
-    weight = question_weights(rewards[own], question[own], group=process.group)
-    total = step_denominator(mask[own], weight, reduction=reduction, group=process.group)
-    gradient = torch.zeros_like(given.head)
-    for part in own.split(micro) if len(own) else (own,):
-        options = {"question_weight": weight[part - own[:1]], "mask": mask[part], "denominator": total}
-        gradient += given.tokens(part).run(scsdpo_loss, **options, reduction=reduction)[2]
-    dist.all_reduce(gradient, group=process.group)
-    assert torch.equal(weight, expected[own])
-    assert_near("gradient", gradient, whole.cpu())
+@over(3, 4)
+@pytest.mark.parametrize("name", PARTS)
+def test_wrong_parts(group, name):
+    process, (parts, message) = Process(group), PARTS[name]
+    start, stop, *bounds = parts(process.start, process.stop, process.rank)
+    with pytest.raises(ValueError, match=message):
+        VocabShard(start, stop, group, bounds=bounds[0] if bounds else None)
 
 
-def data_and_vocabulary(process: Process) -> None:
+# Beside what else a trainer has.
+
+
+@over(1, 2, 3, 4)
+def test_compiled(group):
+    """torch.compile takes the group with it."""
+    process = Process(group)
+    mine, shard = process.part(SHARED), VocabShard(process.start, process.stop, group)
+    step = torch.compile(lambda *x: Problem(*x).call(shard=shard).loss, fullgraph=True, backend="eager")
+    assert torch.equal(step(*mine, mine.token_weight), mine.call(shard=shard).loss)
+
+
+@over(4)
+def test_data_and_vocabulary(group):
     """A 2 × 2 mesh: DDP over the batch, the vocabulary spread within each of its processes."""
-    mesh = init_device_mesh(process.device.type, (2, 2), mesh_dim_names=("data", "vocabulary"))
-    data, vocabulary = mesh.get_group("data"), mesh.get_group("vocabulary")
-    given, half = sides(rows=36), Process(vocabulary, process.device)
-    shard = half.shard()
+    device = Process(group).device.type
+    mesh = init_device_mesh(device, (2, 2), mesh_dim_names=("data", "vocabulary"))
+    data, process, given = mesh.get_group("data"), Process(mesh.get_group("vocabulary")), sides(rows=36)
+    tokens = slice(18 * dist.get_rank(data), 18 * dist.get_rank(data) + 18)
+    mine, shard = process.part(given, tokens).leaves(), process.shard()
 
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(half.cut(given.head).clone())
+            self.weight = torch.nn.Parameter(mine.head.detach().clone())
 
-        def forward(self, mine: Problem) -> Tensor:
-            return mine.but(head=self.weight).call(shard=shard).loss
+        def forward(self, hidden: Tensor) -> Tensor:
+            return mine.but(hidden=hidden, head=self.weight).call(shard=shard).loss
 
     layer = DistributedDataParallel(Layer(), process_group=data)
-    tokens = slice(18 * dist.get_rank(data), 18 * dist.get_rank(data) + 18)
-    mine = half.part(given, tokens)
-    mine.hidden.requires_grad_()
-    loss = layer(mine)
-    (2 * loss).backward()  # DDP takes the mean over its two processes
-    total = loss.detach().clone()
+    loss = 2 * layer(mine.hidden)  # DDP takes the mean over its two processes
+    loss.backward()
+    total = loss.detach() / 2
     dist.all_reduce(total, group=data)
     exact, of_hidden, of_head = oracle.expected(given)
     assert_near("loss", total, exact.loss)
     assert_near("gradient of hidden states", mine.hidden.grad / 2, of_hidden[tokens])
-    assert_near("gradient of the head", layer.module.weight.grad, half.cut(of_head))
-
-
-def others() -> dict[str, Callable[[Process], None]]:
-    reductions = ("token-mean", "weighted-token-mean", "sum")
-    splits = itertools.product(("token-mean", "weighted-token-mean", "sequence-mean"), SPLITS, (1, 3, 12))
-    return {
-        **{f"{x} alone has a gradient": partial(frozen, trained=x) for x in ("hidden", "head")},
-        "DTensors": partial(dtensors, replicated=False),
-        "DTensors, replicated hidden states": partial(dtensors, replicated=True),
-        "whole tensors beside a DTensor": whole_tensors_beside_a_dtensor,
-        "a parameter of FSDP2": a_parameter_of_fsdp2,
-        "DTensors of columns": dtensors_of_columns,
-        **{f"refuses: {x}": partial(refused, what=x) for x in
-           ("beta", "support", "weights of 0", "gradients", "temperature of one", "tokens", "whole head",
-            "list of own tokens", "reference")},
-        **{f"refuses parts: {x}": partial(refused_parts, what=x) for x in
-           ("overlap", "an empty part covers nothing", "others")},
-        "compiled": compiled,
-        **{f"own rollouts, {x}": partial(own_rollouts, reduction=x) for x in reductions},
-        "own rollouts, sequence-mean": sequence_mean_of_own_rollouts,
-        "overflow of one process": overflow_of_one_process,
-        **{f"batch, {x}, {split}, micro-batches of {n}": partial(split_batch, reduction=x, split=split, micro=n)
-           for x, split, n in splits},
-        "data and vocabulary": data_and_vocabulary,
-    }  # fmt: skip
-
-
-CASES = {**named(), **others()}
-# What one process alone has nothing to say to, and what takes four.
-LEAST = {name: 2 for name in CASES if name.startswith("refuses") or "FSDP2" in name}
-LEAST |= {"refuses parts: an empty part covers nothing": 3, "data and vocabulary": 4}
-
-
-PROCESSES: dict[int, Process] = {}
-
-
-def make_groups() -> None:
-    """This process as one of each group: the last processes."""
-    most, device = dist.get_world_size(), torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
-    for world in range(1, most + 1):
-        group = dist.new_group(range(most - world, most))
-        if dist.get_rank() >= most - world:
-            PROCESSES[world] = Process(group, device)
-
-
-def run(world: int, name: str) -> None:
-    CASES[name](PROCESSES[world])
-
-
-@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
-def ranks(request, tmp_path_factory):
-    most = max(ENDS) if request.param == "gloo" else min(max(ENDS), torch.cuda.device_count())
-    ranks = Ranks(tmp_path_factory.mktemp("rendezvous"), most, request.param, make_groups)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.mark.parametrize("world, name", [(x, name) for x in ENDS for name in CASES if x >= LEAST.get(name, 1)])
-def test_parts_are_the_whole(ranks, world, name):
-    if world > ranks.world:
-        pytest.skip(f"needs {world} GPUs")
-    ranks(run, last=world, world=world, name=name)
+    assert_near("gradient of the head", layer.module.weight.grad, process.cut(of_head).cpu())
