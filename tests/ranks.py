@@ -18,6 +18,8 @@ import torch.multiprocessing as mp
 SECONDS = 60  # after which a rank that has not answered waits for another
 GRACE = 5  # the same, where another has failed
 
+# What a process has when it starts: imported once, in one that they are all forked from.
+IMPORTED = ["pytest", "scsdpo_kernels", "torch.distributed.tensor", "torch._dynamo"]
 GROUPS: dict[int, dist.ProcessGroup] = {}  # in each process, by size: of the last processes
 
 
@@ -46,7 +48,8 @@ class Ranks:
         self.processes, self.pipes = [], []
 
     def start(self) -> None:
-        context, rendezvous = mp.get_context("spawn"), f"file://{self.folder}/{uuid.uuid4().hex}"
+        context, rendezvous = mp.get_context("forkserver"), f"file://{self.folder}/{uuid.uuid4().hex}"
+        context.set_forkserver_preload(IMPORTED)
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             given = rank, self.world, self.backend, rendezvous, theirs

@@ -318,7 +318,7 @@ def test_dtensors_of_columns(group):
 REFUSED = {
     "beta": (lambda x, last: (x, {"beta": 0.25 if last else 0.5}), "beta: 0.5 on process 0, 0.25 on process"),
     "support": (lambda x, last: (x, {"support": TopK(5) if last else None}), "support"),
-    "weights of 0": (lambda x, last: (x.but(token_weight=torch.arange(ROWS, 0.0, -1) - last), {}),
+    "weights of 0": (lambda x, last: (x.but(token_weight=torch.arange(ROWS, 0.0, -1) - float(last)), {}),
                      "token_weight's rows"),
     "gradients": (lambda x, last: (x.but(hidden=x.hidden.clone().requires_grad_(last)), {}), "student_hidden"),
     "tokens": (lambda x, last: (x.tokens(slice(ROWS - last)), {}), r"student_hidden: .*37.* on process 0, .*36"),
@@ -343,7 +343,7 @@ def test_refusals(group, name):
 def test_what_one_process_refuses_all_refuse(group):
     process = Process(group)
     last = process.world - 1
-    message = "refused on other processes, process {}: temperature: expected".format(last)
+    message = f"refused on other processes, process {last}: temperature: expected"
     with pytest.raises(ValueError, match="^temperature: expected" if process.rank == last else message):
         process.part(SHARED).call(temperature=-1.0 if process.rank == last else 1.0, shard=process.shard())
 
