@@ -55,6 +55,7 @@ class Ranks:
             given = rank, self.world, self.backend, rendezvous, theirs
             process = context.Process(target=serve, args=given, daemon=True)
             process.start()
+            theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)
 
@@ -68,7 +69,10 @@ class Ranks:
         answers, failures, deadline = {}, [], time.monotonic() + SECONDS
         while len(answers) < len(pipes) and (left := deadline - time.monotonic()) > 0:
             for pipe in wait([x for x in pipes if x not in answers], left):
-                answers[pipe], error = pipe.recv()
+                try:
+                    answers[pipe], error = pipe.recv()
+                except EOFError:
+                    error, deadline = "its process has ended", 0.0
                 if error is not None:
                     failures.append(f"rank {self.pipes.index(pipe)}:\n{error}")
                     deadline = min(deadline, time.monotonic() + GRACE)

@@ -15,14 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from scsdpo_kernels import (
-    SampledToken,
-    TopK,
-    TopLogprobs,
-    VocabShard,
-    linear_divergence,
-    linear_divergence_per_token,
-)
+from scsdpo_kernels import SampledToken, TopK, TopLogprobs, VocabShard, linear_divergence, linear_divergence_per_token
 from scsdpo_kernels.schedules import chunked
 
 V, D, ROWS, OWN_WIDTH = 67, 16, 37, 12
@@ -63,22 +56,12 @@ class Process:
         hidden, teacher, weight = self.here((given.hidden, given.teacher, given.token_weight), tokens)
         return Problem(hidden, head, teacher, teacher_head, weight)
 
-    def gather(self, tree: Any) -> list[Tensor]:
-        """The numbers that each process has in its tensors."""
-        own = torch.cat([x.detach().flatten().float() for x in tree_leaves(tree) if x is not None])
-        every = [torch.empty_like(own) for _ in range(self.world)]
-        dist.all_gather(every, own, group=self.group)
-        return every
-
     def assert_exact(self, got, exact, tokens=slice(None), padding=0, limit=2e-5, floor=2e-6, rounding=None) -> None:
-        """A result and its gradients: in every field, without any in padding. rounding: limit of the gradients."""
+        """A result in every field and its gradients, none of them of padding. rounding: the gradients' limit."""
         (result, *gradients), (expected, *exact_gradients) = got, exact
         if isinstance(result, Tensor):
-            result, expected = {"per token": result}, {"per token": oracle.per_token(expected)}
-        else:
-            result, expected = result._asdict(), expected._asdict()
-        for name, x in result.items():
-            y = expected[name]
+            result, expected = (result,), (oracle.per_token(expected),)
+        for name, x, y in zip(getattr(result, "_fields", ["per token"]), result, expected, strict=True):
             assert (x is None) == (y is None), name
             if x is not None:
                 assert x.dtype == torch.float32, name
@@ -86,9 +69,9 @@ class Process:
         exact_gradients[0] = exact_gradients[0][tokens]
         for number, (x, y) in enumerate(zip(gradients, exact_gradients, strict=True)):
             if len(y) == V:
-                y, behind = y[self.start : self.stop], x[self.stop - self.start :]
-                x = x[: self.stop - self.start]
-                assert len(behind) == padding and (behind == 0).all(), f"gradient {number} of padding"
+                y, size = y[self.start : self.stop], self.stop - self.start
+                assert len(x) == size + padding and (x[size:] == 0).all(), f"gradient {number} of padding"
+                x = x[:size]
             assert_near(f"gradient {number}", x, y, rounding or limit, floor)
 
 
@@ -129,10 +112,13 @@ class Case(NamedTuple):
                 patch.setattr(chunked, "MIN_ROWS", 2)
                 patch.setattr(chunked, "BUFFER_BYTES", dict.fromkeys(chunked.BUFFER_BYTES, 4 * V * 8))
             got = process.part(self.given, tokens, self.padding).run(op, self.total, **options)
-        every = process.gather(got[0].loss if self.own_tokens else got[:2])
+        seen = got[0].loss if self.own_tokens else got[:2]
+        own = torch.cat([x.detach().flatten().float() for x in tree_leaves(seen) if x is not None])
+        every = [torch.empty_like(own) for _ in range(process.world)]
+        dist.all_gather(every, own, group=process.group)
         exact = oracle.expected(self.given, self.total, **self.options)
         process.assert_exact(got, exact, tokens, self.padding, **self.limits)
-        assert all(torch.equal(x, every[0]) for x in every), "not the same bits on every process"
+        assert all(torch.equal(x, own) for x in every), "not the same bits on every process"
 
 
 def sides(own: bool = False, distance: float = 2.0, rows: int = ROWS, **kinds) -> Problem:
@@ -155,12 +141,12 @@ def peaked(at: int, distance: float) -> Problem:
     return given
 
 
-def forbidding(*teachers: tuple[int, int]) -> Problem:
-    """The student forbids entries 0 to 12, the teacher these."""
+def forbidding(*entries: slice) -> Problem:
+    """The student the first 12 entries, the teacher these."""
     given = sides(own=True, head="bias", teacher_head="bias")
     given.head.bias[:12] = -torch.inf
-    for start, stop in teachers:
-        given.teacher_head.bias[start:stop] = -torch.inf
+    for some in entries:
+        given.teacher_head.bias[some] = -torch.inf
     return given
 
 
@@ -200,8 +186,9 @@ CASES = {
        for x in (4e-3, 4e-5) for beta in (0.0, 0.5, 1.0)},
     **{f"peak at {at}, {x} apart": case(peaked(at, x), {"limit": 1e-4, "floor": 1e-12})
        for at in (0, 20, 66) for x in (4.0, 4e-4)},
-    **{f"forbidden tokens, beta {x}": case(forbidding((0, 12), (40, 50)), target_ids=IDS, beta=x) for x in (0.0, 0.5)},
-    "forbidden to the student": case(forbidding((40, 50)), target_ids=IDS),
+    "forbidden tokens": case(forbidding(slice(12), slice(40, 50)), target_ids=IDS),
+    "forbidden tokens, beta 0": case(forbidding(slice(12), slice(40, 50)), target_ids=IDS, beta=0.0),
+    "forbidden to the student": case(forbidding(slice(40, 50)), target_ids=IDS),
     "weights of 0": case(SHARED.but(token_weight=torch.zeros(ROWS)), {"floor": 0.0}),
     "negative weights": case(SHARED.but(token_weight=torch.full((ROWS,), -3.0)), {"floor": 1e-30}),
     "huge weights": case(SHARED.but(token_weight=torch.linspace(-1e6, 1e6, ROWS)), {"floor": 1e-30}),
@@ -314,64 +301,49 @@ def test_dtensors_of_columns(group):
 
 # Refusals: on every process, with the difference, and nobody waits.
 
-# What is given, where the last process differs, and the message.
+# What is given, which may differ on the last process, and the message.
 REFUSED = {
     "beta": (lambda x, last: (x, {"beta": 0.25 if last else 0.5}), "beta: 0.5 on process 0, 0.25 on process"),
     "support": (lambda x, last: (x, {"support": TopK(5) if last else None}), "support"),
-    "weights of 0": (lambda x, last: (x.but(token_weight=torch.arange(ROWS, 0.0, -1) - float(last)), {}),
+    "weights of 0": (lambda x, last: (x.but(token_weight=1.0 - last * (x.token_weight != 0).float()), {}),
                      "token_weight's rows"),
     "gradients": (lambda x, last: (x.but(hidden=x.hidden.clone().requires_grad_(last)), {}), "student_hidden"),
+    "temperature of one": (lambda x, last: (x, {"temperature": -1.0 if last else 1.0}),
+                           r"^(shard: arguments were refused on other processes, process \d: )?temperature: expected"),
     "tokens": (lambda x, last: (x.tokens(slice(ROWS - last)), {}), r"student_hidden: .*37.* on process 0, .*36"),
-    "whole head": (lambda x, last: (x.but(head=SHARED.head), {}), "student_head: expected this process's"),
+    "whole head": (lambda x, last: (x.but(head=SHARED.head.to(x.hidden.device)), {}),
+                   "student_head: expected this process's"),
     "reference": (lambda x, last: (x, {"schedule": "reference"}), "schedule='reference': it does not have shard"),
+    "rows": (lambda x, last: (x, {"rows": torch.arange(ROWS).to(x.hidden.device)}), "rows: expected None"),
 }  # fmt: skip
 
 
 @over(2, 3, 4)
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals(group, name):
-    process, (given, message) = Process(group), REFUSED[name]
-    mine, shard = process.part(SHARED), process.shard()
-    changed, options = given(mine, process.rank == process.world - 1)
-    on_device = Problem(*process.here(tuple(changed)), process.here(changed.token_weight))
+    process, (change, message) = Process(group), REFUSED[name]
+    mine, shard = process.part(SHARED), process.shard(sequence_parallel=name == "rows")
+    changed, options = change(mine, process.rank == process.world - 1)
     with pytest.raises(ValueError, match=message):
-        on_device.call(**options, shard=shard)
+        changed.call(**options, shard=shard)
     mine.call(shard=shard)  # and they go on
 
 
-@over(2, 3, 4)
-def test_what_one_process_refuses_all_refuse(group):
-    process = Process(group)
-    last = process.world - 1
-    message = f"refused on other processes, process {last}: temperature: expected"
-    with pytest.raises(ValueError, match="^temperature: expected" if process.rank == last else message):
-        process.part(SHARED).call(temperature=-1.0 if process.rank == last else 1.0, shard=process.shard())
-
-
-@over(1, 2, 3, 4)
-def test_a_list_of_own_tokens(group):
-    process = Process(group)
-    rows = torch.arange(ROWS, device=process.device)
-    with pytest.raises(ValueError, match="rows: expected None"):
-        process.part(SHARED).call(rows=rows, shard=process.shard(sequence_parallel=True))
-
-
-EMPTY = ((0, 30), (40, 40), (40, 67), (67, 67))  # covers nothing, though it stands in a gap
+EMPTY = ((0, 30), (40, 40), (40, 67), (67, 67))  # in the gap, which it does not fill
 PARTS = {
-    "overlap": (lambda start, stop, rank: (start, stop + 1), "expected parts that cover a vocabulary"),
-    "all the first": (lambda start, stop, rank: (0, 5), "expected parts that cover a vocabulary"),
-    "an empty one in a gap": (lambda start, stop, rank: EMPTY[rank], "expected parts that cover a vocabulary"),
-    "bounds of others": (lambda start, stop, rank: (start, stop, ((0, 68),) * 4), "bounds: expected"),
+    "overlap": (lambda x: (x.start, x.stop + 1), "expected parts that cover a vocabulary"),
+    "an empty one in a gap": (lambda x: EMPTY[x.rank - x.world], "expected parts that cover a vocabulary"),
+    "bounds of others": (lambda x: (x.start, x.stop, x.group, False, False, ((0, 68),) * 4), "bounds: expected"),
 }
 
 
-@over(3, 4)
+@over(2, 3, 4)
 @pytest.mark.parametrize("name", PARTS)
 def test_wrong_parts(group, name):
-    process, (parts, message) = Process(group), PARTS[name]
-    start, stop, *bounds = parts(process.start, process.stop, process.rank)
+    parts, message = PARTS[name]
+    start, stop, *more = parts(Process(group))
     with pytest.raises(ValueError, match=message):
-        VocabShard(start, stop, group, bounds=bounds[0] if bounds else None)
+        VocabShard(start, stop, *(more or [group]))
 
 
 # Beside what else a trainer has.
