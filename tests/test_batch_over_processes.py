@@ -51,6 +51,18 @@ def test_splits_of_a_batch(group, reduction, split, micro):
     torch.testing.assert_close(gradient, whole, rtol=1e-4, atol=1e-6 * whole.abs().max().item())
 
 
+@over(3)
+@pytest.mark.parametrize("split", [(8, 8, 8), (1, 20, 3), (24, 0, 0), (0, 11, 13)], ids=str)
+def test_any_split_gives_the_same_weights_to_the_bit(group, split):
+    """Questions straddle processes, and one process has no rollout at all."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, questions = torch.randint(2, (24,), generator=generator), torch.randint(5, (24,), generator=generator)
+    before, device = sum(split[: dist.get_rank(group)]), on_device(group)[-1].device
+    own = slice(before, before + split[dist.get_rank(group)])
+    weight = question_weights(rewards[own].float().to(device), questions[own].to(device), group=group)
+    assert torch.equal(weight.cpu(), question_weights(rewards.float(), questions)[own])
+
+
 def of_own_rollouts(group, reduction):
     """scsdpo_loss of all, and that of a vocabulary whose processes have rollouts of their own."""
     given, rewards, questions, mask = on_device(group)
