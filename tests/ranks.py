@@ -16,9 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SECONDS = 60  # after which a rank that has not answered waits for another
-GRACE = 5  # the same, where another has failed
-
-# What a process has when it starts: imported once, in one that they are all forked from.
+# These are imported once, in a process that all ranks are forked from.
 IMPORTED = ["pytest", "scsdpo_kernels", "torch.distributed.tensor", "torch._dynamo"]
 GROUPS: dict[int, dist.ProcessGroup] = {}  # in each process, by size: of the last processes
 
@@ -66,22 +64,20 @@ class Ranks:
         pipes = self.pipes if last is None else self.pipes[-last:]
         for pipe in pipes:
             pipe.send((case, arguments))
-        answers, failures, deadline = {}, [], time.monotonic() + SECONDS
-        while len(answers) < len(pipes) and (left := deadline - time.monotonic()) > 0:
-            for pipe in wait([x for x in pipes if x not in answers], left):
+        answers, deadline = {}, time.monotonic() + SECONDS
+        while missing := [pipe for pipe in pipes if pipe not in answers]:
+            for pipe in wait(missing, max(0, deadline - time.monotonic())):
                 try:
                     answers[pipe], error = pipe.recv()
                 except EOFError:
-                    error, deadline = "its process has ended", 0.0
+                    error = "its process has ended"
                 if error is not None:
-                    failures.append(f"rank {self.pipes.index(pipe)}:\n{error}")
-                    deadline = min(deadline, time.monotonic() + GRACE)
-        missing = [self.pipes.index(pipe) for pipe in pipes if pipe not in answers]
-        if missing:
-            self.stop()
-            failures.append(f"ranks {missing} have not answered: one waits for another")
-        if failures:
-            raise RuntimeError("\n".join(failures))
+                    rank = self.pipes.index(pipe)
+                    self.stop()  # another rank may wait for this one
+                    raise RuntimeError(f"rank {rank}:\n{error}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise TimeoutError(f"{len(missing)} of {len(pipes)} ranks have not answered: one waits for another")
         return [answers[pipe] for pipe in pipes]
 
     def stop(self) -> None:
@@ -92,10 +88,7 @@ class Ranks:
 
 
 def over(*sizes: int) -> Callable:
-    """A test that runs in every process of groups of these sizes, each of which has its `group` as an argument.
-
-    It asserts after its last exchange, so that where it fails the processes stay in step.
-    """
+    """A test that runs in every process of groups of these sizes, with its `group` as the first argument."""
 
     def decorate(test: Callable) -> Callable:
         @functools.wraps(test)
