@@ -12,6 +12,7 @@ import levels
 
 os.environ |= levels.environment(os.environ.get("SCSDPO_CPU_CAPABILITY", ""))
 
+import pytest
 import torch
 
 # Triton kernels run on the GPU, or without one on CPU tensors in Triton's interpreter.
@@ -38,3 +39,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in ON_PROCESSOR and "triton" not in item.name:
             item.add_marker("processor")
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def ranks(request, tmp_path_factory):
+    """Four processes, or under `-m gpu` as many as there are GPUs, if those are fewer."""
+    from ranks import Ranks
+
+    most = 4 if request.param == "gloo" else min(4, torch.cuda.device_count())
+    ranks = Ranks(tmp_path_factory.mktemp("rendezvous"), most, request.param)
+    yield ranks
+    ranks.stop()

@@ -29,36 +29,36 @@ CASES = [(0, 2, 1, 4), (1, 3, 2, 1), (5, 4, 2, 2), (7, 4, 1, 3), (8, 1, 2, 4), (
 
 
 @pytest.mark.parametrize("count, micro_batches, processes, most", CASES)
-def test_each_is_dealt_once_and_evenly(count, micro_batches, processes, most):
-    for seed in range(5):
-        rollouts = drawn(seed, count)
-        shares = deal(rollouts, micro_batches, processes, most)
-        assert len(shares) == processes and all(len(share) == micro_batches for share in shares)
-        dealt = [x for share in shares for part in share for x in part]
-        assert len(dealt) == count and {id(x) for x in dealt} == {id(x) for x in rollouts}
-        assert all(len(part) <= most for share in shares for part in share)
-        loads = [sum(x.tokens for part in share for x in part) for share in shares]
-        if count < micro_batches * most:  # no process is full
-            assert max(loads) - min(loads) <= max((x.tokens for x in rollouts), default=0)
-        for share in shares:  # where there is one, it is in the last
-            assert share[-1] or not any(share)
+@pytest.mark.parametrize("seed", range(5), ids="seed {}".format)
+def test_each_is_dealt_once_and_evenly(count, micro_batches, processes, most, seed):
+    rollouts = drawn(seed, count)
+    shares = deal(rollouts, micro_batches, processes, most)
+    assert len(shares) == processes and all(len(share) == micro_batches for share in shares)
+    dealt = [x for share in shares for part in share for x in part]
+    assert len(dealt) == count and {id(x) for x in dealt} == {id(x) for x in rollouts}
+    assert all(len(part) <= most for share in shares for part in share)
+    loads = [sum(x.tokens for part in share for x in part) for share in shares]
+    if count < micro_batches * most:  # no process is full
+        assert max(loads) - min(loads) <= max((x.tokens for x in rollouts), default=0)
+    for share in shares:  # where there is one, it is in the last
+        assert share[-1] or not any(share)
 
 
 @pytest.mark.parametrize("count, micro_batches, most", [(5, 3, 2), (6, 3, 6), (7, 2, 4), (4, 6, 4), (8, 4, 3)])
-def test_the_largest_micro_batch_is_the_smallest_possible(count, micro_batches, most):
+@pytest.mark.parametrize("seed", range(5), ids="seed {}".format)
+def test_the_largest_micro_batch_is_the_smallest_possible(count, micro_batches, most, seed):
     """Of all that group rollouts by length, tried one by one."""
-    for seed in range(5):
-        rollouts = drawn(seed, count)
-        by_length = sorted(rollouts, key=lambda x: -x.tokens)
-        best = float("inf")
-        for parts in range(1, micro_batches + 1):
-            for cuts in itertools.combinations(range(1, count), parts - 1):
-                edges = [0, *cuts, count]
-                groups = [by_length[a:b] for a, b in itertools.pairwise(edges)]
-                if all(len(group) <= most for group in groups):
-                    best = min(best, max(padded_tokens(group) for group in groups))
-        (share,) = deal(rollouts, micro_batches, 1, most)
-        assert max(padded_tokens(part) for part in share) == best
+    rollouts = drawn(seed, count)
+    by_length = sorted(rollouts, key=lambda x: -x.tokens)
+    best = float("inf")
+    for parts in range(1, micro_batches + 1):
+        for cuts in itertools.combinations(range(1, count), parts - 1):
+            edges = [0, *cuts, count]
+            groups = [by_length[a:b] for a, b in itertools.pairwise(edges)]
+            if all(len(group) <= most for group in groups):
+                best = min(best, max(padded_tokens(group) for group in groups))
+    (share,) = deal(rollouts, micro_batches, 1, most)
+    assert max(padded_tokens(part) for part in share) == best
 
 
 def test_as_drawn():

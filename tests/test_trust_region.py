@@ -35,17 +35,22 @@ def test_teacher_between_two_models(dtype, share, shared, beta):
         assert relative_error(got, want) < tolerance
 
 
-def test_what_does_not_fit_raises():
-    weight = torch.randn(31, 8)
-    for error, match, arguments in (
-        (ValueError, "reference_weight: expected shape", (torch.randn(30, 8), weight, 0.1)),
-        (TypeError, "reference_weight: expected student_weight's dtype", (weight.bfloat16(), weight, 0.1)),
-        (ValueError, "share: expected a number in", (weight, weight, 1.1)),
-        (TypeError, "share: expected a number, got str", (weight, weight, "0.1")),
-    ):
-        with pytest.raises(error, match=match):
-            TrustRegionTeacher(*arguments)
-    teacher = TrustRegionTeacher(torch.randn(31, 6), weight, 0.1)
+@pytest.mark.parametrize(
+    "error, match, reference_weight, share",
+    [
+        (ValueError, "reference_weight: expected shape", torch.ones(30, 8), 0.1),
+        (TypeError, "reference_weight: expected student_weight's dtype", torch.ones(31, 8).bfloat16(), 0.1),
+        (ValueError, "share: expected a number in", torch.ones(31, 8), 1.1),
+        (TypeError, "share: expected a number, got str", torch.ones(31, 8), "0.1"),
+    ],
+)
+def test_what_does_not_fit_raises(error, match, reference_weight, share):
+    with pytest.raises(error, match=match):
+        TrustRegionTeacher(reference_weight, torch.ones(31, 8), share)
+
+
+def test_hidden_states_that_do_not_fit_raise():
+    teacher = TrustRegionTeacher(torch.randn(31, 6), torch.randn(31, 8), 0.1)
     with pytest.raises(ValueError, match="reference_hidden: expected shape"):
         teacher.hidden(torch.randn(4, 8), torch.randn(4, 8))
     with pytest.raises(TypeError, match="reference_hidden: expected own_hidden's dtype"):
