@@ -1,0 +1,236 @@
+"""The kernels' launchers on CPU tensors, with Triton's compiler and, in place of a GPU, ptx.py.
+
+    with Compiled("sm_80") as kernels:
+        kernels.call("row_divergence_triton", "row_divergence", *arguments)
+
+Triton asks its driver for the target, hands it the binary and has it launch: `Driver` is one whose binaries are PTX. So
+what runs was specialised, compiled and given its arguments as on a GPU. It does so in a process of its own, since
+Triton's interpreter, which the tests run kernels in, excludes its compiler from a process.
+"""
+
+import importlib
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "scsdpo_kernels"
+
+
+class Compiled:
+    """A process that runs launchers of scsdpo_kernels.kernels.
+
+    Args:
+        target: the GPU to compile for.
+        approximate, fuse: as in ptx.Freedom.
+        changes: (file of the package, text, new text) to make in a copy of the package, which then runs.
+        triton: the folder of another Triton than the installed one.
+        interpreted: whether Triton's interpreter runs the kernels after all.
+        constants: attributes of modules, such as {"row_divergence_triton": {"BLOCK": 256}}.
+    """
+
+    def __init__(self, target="sm_80", *, approximate=None, fuse=None, changes=(), triton=None, interpreted=False,
+                 constants=None):  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        paths = [str(TESTS)] + ([str(triton)] if triton else [])
+        if changes:
+            shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+            paths.insert(0, str(folder))
+        for name, old, new in changes:
+            file = folder / PACKAGE.name / name
+            text = file.read_text()
+            if text.count(old) != 1:
+                raise ValueError(f"{name}: expected {old!r} once, got it {text.count(old)} times")
+            file.write_text(text.replace(old, new))
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "TRITON_CACHE_DIR": str(folder / "cache"),
+            "TRITON_INTERPRET": str(int(interpreted)),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
+        settings = {"target": target, "approximate": approximate, "fuse": fuse, "interpreted": interpreted}
+        _send(self._process.stdin, (settings, constants or {}), [])
+
+    def __enter__(self) -> "Compiled":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._folder.cleanup()
+
+    def call(self, module: str, function: str, *arguments: Any) -> Any:
+        """kernels.module.function(*arguments), which may write to tensors; raises what that raises, as RuntimeError."""
+        storages: list[Any] = []
+        _send(self._process.stdin, (module, function, arguments), storages)
+        (result, error), returned = _receive(self._process.stdout)
+        if error is not None:
+            raise RuntimeError(error)
+        for storage, changed in zip(storages, returned, strict=False):
+            storage.copy_(changed)
+        return result
+
+
+# Between the processes: objects, in which tensors that share memory still do when they arrive.
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file, storages: list):
+        super().__init__(file)
+        self.storages = storages
+
+    def persistent_id(self, obj: Any):
+        if not isinstance(obj, Tensor):
+            return None
+        storage = obj.untyped_storage()
+        known = [x.data_ptr() for x in self.storages]
+        if storage.data_ptr() not in known:
+            self.storages.append(storage)
+            known.append(storage.data_ptr())
+        return known.index(storage.data_ptr()), obj.dtype, obj.shape, obj.stride(), obj.storage_offset()
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, storages: list):
+        super().__init__(file)
+        self.storages = storages
+
+    def persistent_load(self, pid: tuple) -> Tensor:
+        index, dtype, shape, stride, offset = pid
+        return torch.empty(0, dtype=dtype).set_(self.storages[index], offset, shape, stride)
+
+
+def _send(stream, message: Any, storages: list) -> None:
+    """`storages` may begin with memory that is to be sent in any case; it ends as all that was."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, storages).dump(message)
+    data = [torch.empty(0, dtype=torch.uint8).set_(x).numpy().tobytes() for x in storages]
+    pickle.dump((data, buffer.getvalue()), stream)
+    stream.flush()
+
+
+def _receive(stream) -> tuple[Any, list]:
+    data, message = pickle.load(stream)
+    storages = [torch.tensor(list(x), dtype=torch.uint8).untyped_storage() if len(x) == 0 else
+                torch.frombuffer(bytearray(x), dtype=torch.uint8).clone().untyped_storage() for x in data]  # fmt: skip
+    return _Unpickler(io.BytesIO(message), storages).load(), storages
+
+
+# In the other process.
+
+
+class Driver:
+    """What Triton asks of a GPU."""
+
+    def __init__(self, target, freedom):
+        self.utils, self._target, self._freedom = self, target, freedom
+        self.opcodes: set[str] = set()
+
+    def get_current_target(self):
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": (99 if self._target.arch == 80 else 227) * 1024}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
+        """(module, function, registers, spills, threads at most)"""
+        import ptx
+
+        program = ptx.Program(binary.decode(), self._freedom)
+        self.opcodes |= program.opcodes
+        return name, program, 0, 0, 1024
+
+    def unload_module(self, module: str) -> None:
+        pass
+
+    def launcher_cls(self, source, metadata) -> Callable:
+        types = tuple(source.signature.values())
+
+        def launch(x, y, z, stream, program, packed, launch_metadata, enter, leave, *arguments):
+            given = list(_given(types, arguments))
+            tensors = [v for v in given if isinstance(v, Tensor)]
+            numbers = [v.data_ptr() if isinstance(v, Tensor) else v for v in given]
+            scratch = [0] * (len(program.parameters) - len(numbers))  # Triton's own pointers to memory it may ask for
+            program.run((x, y, z), numbers + scratch, [(v.data_ptr(), _extent(v)) for v in tensors], metadata.shared)
+
+        return launch
+
+
+def _given(types: Iterable, values: Iterable) -> Iterator:
+    """Arguments that are not compiled in, out of tuples."""
+    for kind, value in zip(types, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _given(kind, value)
+        elif kind != "constexpr":
+            yield value
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def install(target: str, approximate: int | None, fuse: int | None) -> Driver:
+    import ptx
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+
+    CUDABackend.make_cubin = lambda self, source, *_: source.encode()
+    active = Driver(GPUTarget("cuda", int(target.removeprefix("sm_")), 32), ptx.Freedom(approximate, fuse))
+    driver.set_active(active)
+    return active
+
+
+def main() -> None:
+    source, to = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what is printed goes to stderr
+    (settings, constants), _ = _receive(source)
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote to holds NaN
+    driver = None if settings.pop("interpreted") else install(**settings)
+    for module, values in constants.items():
+        for name, value in values.items():
+            setattr(importlib.import_module(f"scsdpo_kernels.kernels.{module}"), name, value)
+    while True:
+        try:
+            (module, function, arguments), storages = _receive(source)
+        except EOFError:
+            return
+        try:
+            if module == "opcodes":
+                answer = sorted(driver.opcodes), None
+            else:
+                kernels = importlib.import_module(f"scsdpo_kernels.kernels.{module}")
+                answer = getattr(kernels, function)(*arguments), None
+        except Exception:
+            answer = None, traceback.format_exc()
+        _send(to, answer, storages)
+
+
+if __name__ == "__main__":
+    main()
