@@ -1,13 +1,14 @@
 """The kernels' launchers on CPU tensors, with Triton's compiler and, in place of a GPU, ptx.py.
 
-    with Compiled("sm_80") as kernels:
-        kernels.call("row_divergence_triton", "row_divergence", *arguments)
+    with Compiled("sm_80") as compiled:
+        compiled.row_divergence_triton.row_divergence(*arguments)
 
 Triton asks its driver for the target, hands it the binary and has it launch: `Driver` is one whose binaries are PTX. So
 what runs was specialised, compiled and given its arguments as on a GPU. It does so in a process of its own, since
 Triton's interpreter, which the tests run kernels in, excludes its compiler from a process.
 """
 
+import functools
 import importlib
 import io
 import os
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ptx
 import torch
 from torch import Tensor
 
@@ -29,19 +31,20 @@ PACKAGE = TESTS.parent / "scsdpo_kernels"
 
 
 class Compiled:
-    """A process that runs launchers of scsdpo_kernels.kernels.
+    """A process that runs launchers: its attributes are the modules of scsdpo_kernels.kernels.
+
+    `seed` is that of the next calls' approximate instructions, see ptx.Program.
 
     Args:
         target: the GPU to compile for.
-        approximate, fuse: as in ptx.Freedom.
         changes: (file of the package, text, new text) to make in a copy of the package, which then runs.
         triton: the folder of another Triton than the installed one.
         interpreted: whether Triton's interpreter runs the kernels after all.
         constants: attributes of modules, such as {"row_divergence_triton": {"BLOCK": 256}}.
     """
 
-    def __init__(self, target="sm_80", *, approximate=None, fuse=None, changes=(), triton=None, interpreted=False,
-                 constants=None):  # fmt: skip
+    def __init__(self, target="sm_80", *, changes=(), triton=None, interpreted=False, constants=None):
+        self.seed: int | None = None
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         paths = [str(TESTS)] + ([str(triton)] if triton else [])
@@ -63,8 +66,7 @@ class Compiled:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
-        settings = {"target": target, "approximate": approximate, "fuse": fuse, "interpreted": interpreted}
-        _send(self._process.stdin, (settings, constants or {}), [])
+        _send(self._process.stdin, (target, interpreted, constants or {}), [])
 
     def __enter__(self) -> "Compiled":
         return self
@@ -75,16 +77,29 @@ class Compiled:
         self._process.stdout.close()
         self._folder.cleanup()
 
-    def call(self, module: str, function: str, *arguments: Any) -> Any:
-        """kernels.module.function(*arguments), which may write to tensors; raises what that raises, as RuntimeError."""
+    def __getattr__(self, module: str) -> "_Module":
+        """Launchers of a module, which may write to tensors; what they raise, they raise as RuntimeError."""
+        if module.startswith("_"):
+            raise AttributeError(module)
+        return _Module(functools.partial(self._call, module))
+
+    def _call(self, module: str, function: str, *arguments: Any) -> Any:
         storages: list[Any] = []
-        _send(self._process.stdin, (module, function, arguments), storages)
+        _send(self._process.stdin, (module, function, arguments, self.seed), storages)
         (result, error), returned = _receive(self._process.stdout)
         if error is not None:
             raise RuntimeError(error)
         for storage, changed in zip(storages, returned, strict=False):
             storage.copy_(changed)
         return result
+
+
+class _Module:
+    def __init__(self, call: Callable):
+        self._call = call
+
+    def __getattr__(self, function: str) -> Callable:
+        return functools.partial(self._call, function)
 
 
 # Between the processes: objects, in which tensors that share memory still do when they arrive.
@@ -138,9 +153,10 @@ def _receive(stream) -> tuple[Any, list]:
 class Driver:
     """What Triton asks of a GPU."""
 
-    def __init__(self, target, freedom):
-        self.utils, self._target, self._freedom = self, target, freedom
-        self.opcodes: set[str] = set()
+    def __init__(self, target):
+        self.utils, self._target = self, target
+        self.seed: int | None = None
+        self._programs: dict[tuple, ptx.Program] = {}
 
     def get_current_target(self):
         return self._target
@@ -156,11 +172,17 @@ class Driver:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
         """(module, function, registers, spills, threads at most)"""
-        import ptx
+        return name, binary.decode(), 0, 0, 1024
 
-        program = ptx.Program(binary.decode(), self._freedom)
-        self.opcodes |= program.opcodes
-        return name, program, 0, 0, 1024
+    def _program(self, text: str) -> ptx.Program:
+        key = text, self.seed
+        if key not in self._programs:
+            self._programs[key] = ptx.Program(*key)
+        return self._programs[key]
+
+    def opcodes(self) -> list[str]:
+        """Of all that was launched."""
+        return sorted(set().union(*(program.opcodes for program in self._programs.values())))
 
     def unload_module(self, module: str) -> None:
         pass
@@ -168,7 +190,8 @@ class Driver:
     def launcher_cls(self, source, metadata) -> Callable:
         types = tuple(source.signature.values())
 
-        def launch(x, y, z, stream, program, packed, launch_metadata, enter, leave, *arguments):
+        def launch(x, y, z, stream, text, packed, launch_metadata, enter, leave, *arguments):
+            program = self._program(text)
             given = list(_given(types, arguments))
             tensors = [v for v in given if isinstance(v, Tensor)]
             numbers = [v.data_ptr() if isinstance(v, Tensor) else v for v in given]
@@ -195,41 +218,39 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def install(target: str, approximate: int | None, fuse: int | None) -> Driver:
-    import ptx
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
-    from triton.runtime import driver
-
-    CUDABackend.make_cubin = lambda self, source, *_: source.encode()
-    active = Driver(GPUTarget("cuda", int(target.removeprefix("sm_")), 32), ptx.Freedom(approximate, fuse))
-    driver.set_active(active)
-    return active
-
-
 def main() -> None:
     source, to = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed goes to stderr
-    (settings, constants), _ = _receive(source)
+    (target, interpreted, constants), _ = _receive(source)
     torch.use_deterministic_algorithms(True)  # memory that nobody wrote to holds NaN
-    driver = None if settings.pop("interpreted") else install(**settings)
+    driver = None if interpreted else install(target)
     for module, values in constants.items():
         for name, value in values.items():
             setattr(importlib.import_module(f"scsdpo_kernels.kernels.{module}"), name, value)
     while True:
         try:
-            (module, function, arguments), storages = _receive(source)
+            (module, function, arguments, seed), storages = _receive(source)
         except EOFError:
             return
         try:
-            if module == "opcodes":
-                answer = sorted(driver.opcodes), None
-            else:
-                kernels = importlib.import_module(f"scsdpo_kernels.kernels.{module}")
-                answer = getattr(kernels, function)(*arguments), None
+            if driver is not None:
+                driver.seed = seed
+            kernels = driver if module == "driver" else importlib.import_module(f"scsdpo_kernels.kernels.{module}")
+            answer = getattr(kernels, function)(*arguments), None
         except Exception:
             answer = None, traceback.format_exc()
         _send(to, answer, storages)
+
+
+def install(target: str) -> Driver:
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime import driver
+
+    CUDABackend.make_cubin = lambda self, source, *_: source.encode()
+    active = Driver(GPUTarget("cuda", int(target.removeprefix("sm_")), 32))
+    driver.set_active(active)
+    return active
 
 
 if __name__ == "__main__":

@@ -4,17 +4,17 @@ What Triton's compiler makes of the kernels is PTX, and differs from their Pytho
 places and not in others, loads are pipelined through shared memory, reductions are shuffles. Here that PTX runs, with
 exactly the instructions that it uses; another one raises.
 
-    add, mul, fma, div.rn ...    rounded once, as IEEE 754 has them
-    ex2, lg2, rcp.approx, div.full    rounded once, too, or with `Freedom.approximate` off by what PTX's manual allows
-    mul and then add             as written, or with `Freedom.fuse` one fma, as PTX's manual allows ptxas
-    memory                       within the tensors given and aligned, or it raises; so it does if two threads touch the
-                                 same place, one to write, and no barrier of their block stands between
-    cp.async                     as late as cp.async.wait_group allows; till then the destination holds NaN
+    add, mul, fma, div.rn, ...         rounded once, as IEEE 754 has them
+    ex2, lg2, rcp.approx, div.full     likewise, or with a seed off by as much as PTX's manual allows
+    memory                             within the tensors given and aligned, or it raises; so it does if two threads
+                                       touch the same place, one to write, and no barrier of their block lies between
+    cp.async                           as late as cp.async.wait_group lets it be; till then there is NaN
 
 Registers are arrays (blocks of the grid, threads of a block), or of length 1 where a value is the same throughout.
 Threads that went different ways wait for each other at the block of code that comes first in the text.
 
-What is not modelled: tensor cores, clusters, atomics, weak memory beyond the order above, time.
+What is not modelled: tensor cores, clusters, atomics, any order of memory but by barriers of a block, time; and what
+ptxas makes of PTX, which may fuse a product and a sum that PTX has apart.
 """
 
 import ctypes
@@ -32,13 +32,6 @@ TYPES = {
     "f16": np.float16, "f32": np.float32, "f64": np.float64, "bf16": np.uint16, "bf16x2": np.uint32,
 }  # fmt: skip
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-
-
-class Freedom(NamedTuple):
-    """What hardware and ptxas may do otherwise than exactly as written; seeds choose among it."""
-
-    approximate: int | None = None
-    fuse: int | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +171,7 @@ class Operation(NamedTuple):
     operands: Sequence[type]
 
 
-def operation(opcode: str, operands: int, freedom: Freedom) -> Operation:
+def operation(opcode: str, operands: int, seed: int | None) -> Operation:
     """What an opcode of so many operands computes."""
     name, *modifiers = opcode.split(".")
     if name == "cvt":
@@ -189,7 +182,7 @@ def operation(opcode: str, operands: int, freedom: Freedom) -> Operation:
     if name == "setp":
         function = COMPARISONS.get(".".join(modifiers))
     elif key in APPROXIMATE:
-        function = approximate(key, freedom.approximate)
+        function = approximate(key, seed)
     else:
         function = EXACT.get(key)
     if function is None or element is None:
@@ -245,7 +238,7 @@ def _conversion(opcode: str) -> Operation:
 # Memory.
 
 
-class Race(Exception):
+class RaceError(Exception):
     """Two threads touched the same place, one to write, and nothing orders them."""
 
 
@@ -297,7 +290,7 @@ class Memory:
         if write:
             race |= self.reads.unordered(place, me, at)
         if race.any():
-            raise Race(f"{race.any(axis=1).sum()} {'writes' if write else 'reads'} of {width} bytes")
+            raise RaceError(f"{race.any(axis=1).sum()} {'writes' if write else 'reads'} of {width} bytes")
         (self.writes if write else self.reads).note(place, me, at)
 
     def read(self, offset, width: int) -> np.ndarray:
@@ -398,47 +391,8 @@ def _operand(text: str):
     return text
 
 
-def fused(block: list[Instruction], rng: np.random.Generator) -> list[Instruction]:
-    """Some of a block's products, which are not said to be rounded, as part of the sums that take them.
-
-    ptxas is free to do so, and to choose; a product stays where anything else takes it.
-    """
-    products, result = {}, []
-    for instruction in block:
-        guard, opcode, operands = instruction
-        name, *kind = opcode.split(".")
-        if name in ("add", "sub") and kind[-1] in ("f32", "f64") and "rn" not in kind and guard is None:
-            signs = ("", "-" if name == "sub" else "")
-            places = [i for i in (1, 2) if products.get(operands[i], ("",))[0] == kind]
-            if places and rng.random() < 0.5:
-                place = rng.choice(places)
-                _, sign, a, b = products[operands[place]]
-                c = _signed(signs[2 - place], operands[3 - place])
-                a = _signed(signs[place - 1], _signed(sign, a))
-                instruction = Instruction(None, ".".join(["fma.rn", *kind]), (operands[0], a, b, c))
-        written = set(_registers(operands[0])) if operands and name not in STORES else set()
-        products = {x: p for x, p in products.items() if x not in written and not written & {p[2].lstrip("-"), p[3]}}
-        if name == "mul" and kind[-1] in ("f32", "f64") and "rn" not in kind and guard is None:
-            if not written & set(operands[1:]):
-                products[operands[0]] = (kind, "", *operands[1:])
-        elif name == "neg" and guard is None and products.get(operands[1], ("",))[0] == kind:
-            _, sign, *factors = products[operands[1]]
-            if operands[0] not in factors:
-                products[operands[0]] = (kind, _signed("-", sign), *factors)
-        result.append(instruction)
-    return result
-
-
-STORES = {"st", "bra", "bar", "cp", "ret"}
-
-
-def _signed(sign: str, operand: str) -> str:
-    """`operand` or its opposite; a second sign takes away the first."""
-    return operand if not sign else operand[1:] if operand[:1] == "-" else "-" + operand
-
-
 def _registers(operand) -> tuple[str, ...]:
-    return operand if isinstance(operand, tuple) and not isinstance(operand, Address) else (operand,)
+    return (operand,) if isinstance(operand, str) else operand
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,15 +412,14 @@ class Program:
 
     Args:
         text: PTX, with one function.
-        freedom: what may be done otherwise than as written.
+        seed: of the errors of approximate instructions; None: they have none.
     """
 
-    def __init__(self, text: str, freedom: Freedom = Freedom()):  # noqa: B008
+    def __init__(self, text: str, seed: int | None = None):
         self.parameters, code, self.registers = parsed(text)
         self.threads = int(re.search(r"\.reqntid (\d+)", text)[1])
-        self.freedom = freedom
+        self.seed = seed
         self.opcodes = {x.opcode for x in code if isinstance(x, Instruction)}
-        rng = np.random.default_rng(freedom.fuse)
         targets = {x.operands[0] for x in code if isinstance(x, Instruction) and x.opcode.startswith("bra")}
         pieces, names = [[]], {}
         for item in code:
@@ -485,8 +438,6 @@ class Program:
             if piece and piece[-1].opcode in ("bra", "bra.uni", "ret"):
                 guard, opcode, operands = piece.pop()
                 target = names["the end" if opcode == "ret" else operands[0]]
-            if freedom.fuse is not None:
-                piece = fused(piece, rng)
             self.blocks.append(Block([self._step(x) for x in piece], guard, target))
 
     def run(self, grid: tuple[int, int, int], arguments: Sequence, spans: Sequence[tuple[int, int]], shared: int):
@@ -537,7 +488,7 @@ class Program:
         if name == "mov" and any(isinstance(x, tuple) for x in operands):
             return self._parts(operands, TYPES[modifiers[-1]])
         to, *of = operands
-        function, result, types = operation(opcode, len(of), self.freedom)
+        function, result, types = operation(opcode, len(of), self.seed)
         sources = [self._source(x, t) for x, t in zip(of, types, strict=True)]
         self._check(to, result)
 
@@ -555,9 +506,6 @@ class Program:
 
     def _source(self, operand: str, element: type) -> Callable:
         """What reads an operand from threads, as an array of a type."""
-        if operand[:1] == "-" and operand[1] == "%":
-            positive = self._source(operand[1:], element)
-            return lambda threads: np.negative(positive(threads))
         if operand in SPECIAL:
             return lambda threads: SPECIAL[operand](threads)
         if operand == "global_smem":
@@ -697,22 +645,22 @@ SPECIAL = {
 
 
 def _constant(text: str, element: type) -> np.ndarray:
-    sign, digits = ("-", text[1:]) if text[0] == "-" else ("", text)
-    if digits[:2] in ("0f", "0d"):
-        bits = np.array([[int(digits[2:], 16)]], UNSIGNED[(len(digits) - 2) // 2])
-        value = bits.view(np.float32 if digits[1] == "f" else np.float64)
-        value = -value if sign else value
-        assert value.itemsize == np.dtype(element).itemsize
-        return value.view(element)
-    unsigned = UNSIGNED[np.dtype(element).itemsize]
-    bits = int(text, 0) & (1 << 8 * np.dtype(element).itemsize) - 1
-    return np.array([[bits]], unsigned).view(element)
+    """0f3F800000 and 0d3FF0000000000000 are the bits of 1.0; the others are integers."""
+    size = np.dtype(element).itemsize
+    if text[:2] in ("0f", "0d"):
+        assert len(text) == 2 + 2 * size
+        bits = int(text[2:], 16)
+    else:
+        bits = int(text, 0) & (1 << 8 * size) - 1
+    return np.array([[bits]], UNSIGNED[size]).view(element)
 
 
 class Threads:
     """All threads of a grid."""
 
-    def __init__(self, program: Program, grid: tuple[int, int, int], arguments: Sequence, tensors: Tensors, shared: int):
+    def __init__(
+        self, program: Program, grid: tuple[int, int, int], arguments: Sequence, tensors: Tensors, shared: int
+    ):
         count = int(np.prod(grid))
         self.grid, self.shape = grid, (count, program.threads)
         self.blocks = [x.astype(np.uint32)[:, None] for x in np.unravel_index(np.arange(count), grid, order="F")]
@@ -818,7 +766,7 @@ class Threads:
     def wait(self, but: int, active) -> None:
         """For all groups but so many of the last."""
         due = max(len(self.copies) - 1 - but, 0)
-        for target, source, width, read in sum(self.copies[:due], []):
+        for target, source, width, read in (copy for group in self.copies[:due] for copy in group):
             whole = np.broadcast_to(read, self.shape) == width
             assert (whole | (np.broadcast_to(read, self.shape) == 0)).all(), "cp.async: expected all or nothing"
             data = np.zeros((whole.size, width), np.uint8)
