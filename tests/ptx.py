@@ -148,6 +148,7 @@ EXACT = {
     "mul.rn": np.multiply, "mul.lo": np.multiply, "fma.rn": fma, "div.rn": np.divide, "sqrt.rn": np.sqrt,
     "neg": np.negative, "abs": np.abs, "max": np.fmax, "min": np.fmin, "max.NaN": np.maximum, "min.NaN": np.minimum,
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "mov": np.copy,
+    "mad.lo": lambda a, b, c: a * b + c,
     "mul.wide": lambda a, b: _wide(a) * _wide(b),
     "mad.wide": lambda a, b, c: _wide(a) * _wide(b) + c,
     "shl": lambda x, by: _shifted(np.left_shift, x, by),
@@ -747,11 +748,11 @@ class Threads:
         return offset
 
     def load(self, space: str, address, offset: int, width: int, active):
-        address = address + address.dtype.type(offset)
+        address = address + np.int64(offset).astype(address.dtype)
         return self.memory[space].read(self._touched(space, address, width, active, write=False), width)
 
     def store(self, space: str, address, offset: int, data, active) -> None:
-        address = address + address.dtype.type(offset)
+        address = address + np.int64(offset).astype(address.dtype)
         self.memory[space].write(self._touched(space, address, data.shape[1], active, write=True), data)
 
     def copy(self, target, source, width: int, read, active) -> None:

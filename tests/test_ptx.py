@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import oracle
 import pytest
-import test_question_weights
-import test_row_divergence
 import torch
 import torch.nn.functional as F
 from compiled_triton import Compiled
+from test_question_weights import by_hand
+from test_row_divergence import assert_rows, logits
 
 from scsdpo_kernels.kernels.contract import Logits, PerRow, Scalars
 from scsdpo_kernels.problem import objective_of
@@ -107,7 +107,7 @@ def rows_of(case: Case) -> Rows:
             teacher[::7] = -torch.inf
             rows["forbidden by the teacher"] = student, teacher
         elif not case.difference:
-            rows["forbidden by the student"] = student.index_fill(0, torch.arange(0, v, 7), -torch.inf), student
+            rows["forbidden by the student"] = student.index_fill(0, torch.arange(0, v, 7), -torch.inf), teacher
         broken = student.clone()
         broken[v // 2] = torch.nan
         rows["NaN"] = broken, student
@@ -155,7 +155,7 @@ def check(case: Case, rows: Rows, scalars: Scalars, gradient: torch.Tensor | Non
 
     def compare(some, **floors):
         of = [Scalars(*(x if x is None else x[some] for x in scalars)), got[some]]
-        test_row_divergence.assert_rows(*of, oracle.Rows(*(x[some] for x in expected)), **floors)
+        assert_rows(*of, oracle.Rows(*(x[some] for x in expected)), **floors)
 
     compare(rows.some(lambda name: "NaN" not in name))
     if rows.some(lambda name: "peaked" in name):
@@ -230,36 +230,40 @@ def test_whole_rows(sm_80, case):
 
 
 def test_what_one_side_forbids_alone(sm_80):
-    """KL is infinite there and its gradient finite at beta 0, and at beta 1 infinite at the forbidden entries alone."""
-    student, teacher = test_row_divergence.logits(2301, 2.0, 0.3, rows=2)
+    """KL is infinite then. Its gradient is finite at beta 0, and at beta 1 infinite at the forbidden entries alone."""
     some = torch.arange(0, 2301, 9)
-    for case, forbids in ((Case("forward", 2301), student), (Case("reverse", 2301), teacher)):
-        allowed = forbids.clone()
-        forbids[:, some] = -torch.inf
+    for kind in ("forward", "reverse"):
+        student, teacher = logits(2301, 2.0, 0.3, rows=2)
+        (student if kind == "forward" else teacher)[:, some] = -torch.inf
         rows = Rows(["a", "b"], student, teacher, teacher.double(), torch.ones(2))
-        _, scalars, gradient = run_whole(sm_80, case, rows)
+        _, scalars, gradient = run_whole(sm_80, Case(kind, 2301), rows)
         assert (scalars.divergence == torch.inf).all()
-        if case.kind == "forward":
+        if kind == "forward":
             expected = oracle.rows(student, teacher, 0.0, TEMPERATURE).gradient.astype(float)
             np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-7)
-            forbids.copy_(allowed)
         else:
+            assert (gradient[:, some] == torch.inf).all()
             rest = torch.ones(2301, dtype=torch.bool).index_fill(0, some, False)
-            assert (gradient[:, some] == torch.inf).all() and (gradient[:, rest] < -1e30).all()
+            assert gradient[:, rest].isfinite().all() and (gradient[:, rest] < -1e20).all()
 
 
-@pytest.mark.parametrize("vocabulary", [9001, 4112])
-def test_bf16_gradient_over_the_students_row(sm_80, vocabulary):
-    """In place, it has the bits of one elsewhere; and no thread writes over what another has yet to read."""
-    case = Case("jensen_shannon", vocabulary, gradient=torch.bfloat16)
-    rows = rows_of(case)
+IN_PLACE = Case("jensen_shannon", 9001, gradient=torch.bfloat16)
+
+
+def in_place(rows):
+    """What the row kernel takes whose gradient lies over the student's logits."""
     student, teacher = padded(rows.student), padded(rows.teacher)
-    over = student.view(torch.bfloat16)[:, :vocabulary]
-    apart = torch.full((len(student), over.stride(0)), torch.nan, dtype=torch.bfloat16)[:, :vocabulary]
+    over = student.view(torch.bfloat16)[:, : IN_PLACE.vocabulary]
+    return Logits(student, teacher, False, 0.0), PerRow(rows.weight), IN_PLACE.objective, over
+
+
+def test_bf16_gradient_over_the_students_row(sm_80):
+    """It has the bits of one elsewhere; and no thread writes over what another has yet to read."""
+    rows = rows_of(IN_PLACE)
+    *given, over = in_place(rows)
+    apart = torch.full((len(over), over.stride(0)), torch.nan, dtype=torch.bfloat16)[:, : IN_PLACE.vocabulary]
     for gradient in (apart, over):
-        given = Logits(student, teacher, False, 0.0), PerRow(rows.weight), case.objective, gradient
-        scalars = sm_80.row_divergence_triton.row_divergence(*given)
-        check(case, rows, scalars, gradient)
+        check(IN_PLACE, rows, sm_80.row_divergence_triton.row_divergence(*given, gradient), gradient)
     assert torch.equal(over.view(torch.int16), apart.view(torch.int16))
 
 
@@ -336,7 +340,7 @@ def test_question_weights(sm_80, exponent, threshold):
             rewards = torch.randint(2, (count,), generator=generator).float()
             ids = torch.randint(9, (count,), generator=generator) - 4 + 2**40
             got = sm_80.question_weights_triton.question_weights(rewards, ids, exponent, threshold)
-            expected = test_question_weights.by_hand(rewards.tolist(), ids.tolist(), exponent)
+            expected = by_hand(rewards.tolist(), ids.tolist(), exponent)
             want = torch.tensor([expected[i] for i in ids.tolist()])
             torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
@@ -352,48 +356,47 @@ def test_scaling(sm_80, dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Other GPUs, and another compiler.
+# Another GPU, and another compiler.
 
 
-OTHERS = [WHOLE[3], WHOLE[7]]
-
-
-@pytest.mark.parametrize("case", OTHERS, ids=label)
-def test_sm_90(sm_90, case):
-    rows = rows_of(case)
-    check(case, *run_whole(sm_90, case, rows))
-
-
-@pytest.mark.skipif(not TRITON_3_6.is_dir(), reason=f"no Triton 3.6.0 in {TRITON_3_6}; ./dev test installs it")
-def test_triton_3_6():
-    with Compiled(triton=TRITON_3_6) as compiled:
-        for case in OTHERS:
+@pytest.mark.parametrize("target, triton", [("sm_90", None), ("sm_80", TRITON_3_6)], ids=["sm_90", "3.6.0"])
+def test_others(target, triton):
+    if triton is not None and not triton.is_dir():
+        pytest.skip(f"no Triton 3.6.0 in {triton}; ./dev test installs it")
+    with Compiled(target, triton=triton) as compiled:
+        for case in (WHOLE[3], WHOLE[7]):
             check(case, *run_whole(compiled, case, rows_of(case)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Faults that are seen here, and not by Triton's interpreter.
 
+FAULTS = [
+    # Differences of exponents that are 0 in Python were unequal roundings of one product on a GPU.
+    ("kernels/divergence_triton.py", "-tl.floor(base(maximum) * bits)", "-(base(maximum) * bits)"),
+    # Threads may be ahead of others by more than a block of the row.
+    ("kernels/row_divergence_triton.py", "    tl.debug_barrier()", "    pass"),
+]
 
-def test_a_bias_that_is_fused_in_one_place_and_not_in_another():
-    """Differences of exponents that are 0 in Python, and that GPUs made of unequal roundings of one product."""
-    change = "kernels/divergence_triton.py", "-tl.floor(base(maximum) * bits)", "-(base(maximum) * bits)"
+
+@pytest.fixture(scope="module")
+def faulty():
+    with Compiled(changes=FAULTS) as compiled:
+        yield compiled
+
+
+def test_a_bias_that_is_fused_in_one_place_and_not_in_another(faulty):
     case = Case("forward", 301)
     rows = rows_of(case)
-    with Compiled(changes=[change], interpreted=True) as interpreted:
+    some = rows.some(lambda name: name in ("identical", "far from 0", "nearly a tie"))
+    rows = Rows([rows.names[i] for i in some], *(x[some] for x in rows[1:]))
+    with Compiled(changes=FAULTS, interpreted=True) as interpreted:
         check(case, *run_whole(interpreted, case, rows))
-    with Compiled(changes=[change]) as compiled:
-        got = run_whole(compiled, case, rows)
-        with pytest.raises(AssertionError):
-            check(case, *got)
+    got = run_whole(faulty, case, rows)
+    with pytest.raises(AssertionError):
+        check(case, *got)
 
 
-def test_a_gradient_without_its_barrier():
-    change = "kernels/row_divergence_triton.py", "    tl.debug_barrier()", "    pass"
-    case = Case("jensen_shannon", 4112, gradient=torch.bfloat16)
-    rows = rows_of(case)
-    student, teacher = padded(rows.student), padded(rows.teacher)
-    over = student.view(torch.bfloat16)[:, :4112]
-    given = Logits(student, teacher, False, 0.0), PerRow(rows.weight), case.objective, over
-    with Compiled(changes=[change]) as compiled, pytest.raises(RuntimeError, match=r"RaceError: \d+ writes"):
-        compiled.row_divergence_triton.row_divergence(*given)
+def test_a_gradient_without_its_barrier(faulty):
+    with pytest.raises(RuntimeError, match=r"RaceError: \d+ writes of \d+ bytes"):
+        faulty.row_divergence_triton.row_divergence(*in_place(rows_of(IN_PLACE)))
