@@ -201,14 +201,14 @@ def run_whole(compiled, case: Case, rows: Rows):
 
 
 WHOLE = [
-    Case("forward", 9001, target=True),
+    Case("forward", 6657, target=True),
     Case("forward", 2064, difference=True, gradient=torch.bfloat16),
     Case("forward", 37, logits=torch.float64),
     Case("reverse", 2301, gradient=torch.bfloat16, target=True),
-    Case("reverse", 9008, difference=True),
+    Case("reverse", 6656, difference=True),
     Case("reverse", 2064, logits=torch.bfloat16, softcap=50.0),
-    Case("jensen_shannon", 9001, target=True),
-    Case("jensen_shannon", 9008, difference=True, gradient=torch.bfloat16, softcap=50.0),
+    Case("jensen_shannon", 6657, target=True),
+    Case("jensen_shannon", 6656, difference=True, softcap=50.0),
     Case("jensen_shannon", 2301, logits=torch.bfloat16, gradient=torch.bfloat16),
     Case("jensen_shannon", 2064, gradient=None),
     Case("jensen_shannon", 1),
@@ -247,7 +247,7 @@ def test_what_one_side_forbids_alone(sm_80):
             assert gradient[:, rest].isfinite().all() and (gradient[:, rest] < -1e20).all()
 
 
-IN_PLACE = Case("jensen_shannon", 9001, gradient=torch.bfloat16)
+IN_PLACE = Case("jensen_shannon", 6657, gradient=torch.bfloat16)
 
 
 def in_place(rows):
@@ -316,7 +316,7 @@ def test_head_logits(sm_80, vocabulary, bias, softcap):
         torch.testing.assert_close(got.double(), exact, rtol=1.2e-6 if softcap else 1.2e-7, atol=0)
 
 
-@pytest.mark.parametrize("vocabulary, softcap, dtype", [(9001, 0.0, torch.bfloat16), (4112, 30.0, torch.float32)])
+@pytest.mark.parametrize("vocabulary, softcap, dtype", [(6657, 0.0, torch.bfloat16), (4112, 30.0, torch.float32)])
 def test_tail_gradient(sm_80, vocabulary, softcap, dtype):
     """factor e^((z - base)/T), to twice the error that `exponential` states; a factor of 0 wins over all else."""
     z = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0)) * 5
@@ -336,7 +336,7 @@ def test_tail_gradient(sm_80, vocabulary, softcap, dtype):
 def test_question_weights(sm_80, exponent, threshold):
     generator = torch.Generator().manual_seed(0)
     for sm_80.seed in SEEDS:
-        for count in (1, 65, 200):
+        for count in (2, 130):
             rewards = torch.randint(2, (count,), generator=generator).float()
             ids = torch.randint(9, (count,), generator=generator) - 4 + 2**40
             got = sm_80.question_weights_triton.question_weights(rewards, ids, exponent, threshold)
@@ -359,13 +359,15 @@ def test_scaling(sm_80, dtype):
 # Another GPU, and another compiler.
 
 
+OTHER = Case("jensen_shannon", 6656, difference=True, gradient=torch.bfloat16, softcap=50.0)
+
+
 @pytest.mark.parametrize("target, triton", [("sm_90", None), ("sm_80", TRITON_3_6)], ids=["sm_90", "3.6.0"])
 def test_others(target, triton):
     if triton is not None and not triton.is_dir():
         pytest.skip(f"no Triton 3.6.0 in {triton}; ./dev test installs it")
     with Compiled(target, triton=triton) as compiled:
-        for case in (WHOLE[3], WHOLE[7]):
-            check(case, *run_whole(compiled, case, rows_of(case)))
+        check(OTHER, *run_whole(compiled, OTHER, rows_of(OTHER)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,11 +72,10 @@ def test_fma_is_rounded_once(dtype, digits):
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 500)).astype(dtype)
     c = (-a * b * rng.choice([1, 1 + 1e-3, 1e-3, 1e3], 500)).astype(dtype)
-    ulp = dtype(2.0 ** (1 - digits))
-    ties = [(1 + ulp, 1 + ulp / 2 * s, t * ulp * ulp * dtype(2.0**-k))
-            for s in (1, -1) for t in (1, -1, 0) for k in (0, 3, 8)]  # fmt: skip
-    half = [(dtype(1), 1 + ulp, ulp / 2 * (1 + s * ulp)) for s in (-2, -1, 0, 1, 2)]
-    a, b, c = np.concatenate([[a, b, c], np.array([*ties, *half], dtype).T], axis=1)
+    x = 2.0 ** -(digits // 2)
+    y = 2.0**-digits / x  # (1 + x) (1 + y) lies between two numbers of so many digits
+    ties = [(s * (1 + x), 1 + y, t) for s in (1, -1) for t in (0, 2.0**-120, -(2.0**-120))]
+    a, b, c = np.concatenate([[a, b, c], np.array(ties, dtype).T], axis=1)
     got = ptx.fma(a, b, c)
     assert got.dtype == dtype
     for x, y, z, result in zip(*(v.astype(float).tolist() for v in (a, b, c, got)), strict=True):
