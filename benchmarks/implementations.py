@@ -29,7 +29,7 @@ class Implementation:
     token_weights: bool = True  # False: all rows have weight 1, whatever they should have
     top_k: bool = False  # SDPO's top-K with a bucket for the rest
     triton: bool = False  # a peer's kernel that is
-    sheets: int = 0  # of (N, V) fp32 that it holds at once: what runs out of memory first
+    sheets: int = 0  # (N, V) fp32 matrices that it holds at once
 
     def why_not(self, device: torch.device, top_k: int | None = None) -> str | None:
         """Why it does not run on a device, or a case; None: it does."""

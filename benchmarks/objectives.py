@@ -24,9 +24,10 @@ from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine
 from torch import Tensor
 
 from scsdpo_kernels import Head, LoRA, SampledToken, TopK, TopLogprobs, linear_divergence
+from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import kernels_of
 from scsdpo_kernels.kernels.contract import Logits, PerRow
-from scsdpo_kernels.linear_divergence import problem_of
+from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.schedules.products import apply_head
 from scsdpo_kernels.schedules.row_values import row_values
 from scsdpo_kernels.schedules.rows import Rows
@@ -115,7 +116,7 @@ def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tupl
     rows, vocabulary = student.shape
     hidden = student.new_zeros(rows, 1)
     head = head._replace(weight=student.new_zeros(vocabulary, 1))  # not multiplied with: the logits are there
-    problem = problem_of(hidden, head, teacher_of(options, hidden), None, **first(options, rows))
+    problem = problem_of(hidden, head, teacher_of(options, hidden), None, None, DEFAULTS | first(options, rows))
     target, support, index = problem.target, problem.support, torch.arange(rows, device=student.device)
     of_rows = Rows(
         kept=index,
@@ -168,7 +169,7 @@ def in_dtype(head: Head, dtype: torch.dtype) -> Head:
 
 
 def errors_hidden(head: Head, options: dict, hidden: Tensor, teacher: Tensor) -> tuple[float, float]:
-    """Of the hidden gradient against float64 on the first rows: ours, and the measuring stick, `eager` in the dtype."""
+    """Error of the hidden gradient against float64 on the first tokens: ours, and `eager`'s, the stick."""
     hidden, teacher = hidden[:SUBSAMPLE].detach(), teacher[:SUBSAMPLE]
 
     def ours(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:

@@ -149,12 +149,12 @@ class Problem:
         return sum(len(hidden) for hidden, *_ in self.micro_batches)
 
     def operations(self, gradients: bool = True) -> float:
-        """Of the products."""
+        """Floating-point operations of the products."""
         return 2.0 * self.kept * self.case.width * self.case.vocabulary * (2 + gradients * (1 + self.case.trained_head))
 
     @property
     def bytes(self) -> int:
-        """Of the inputs."""
+        """Memory of the inputs."""
         return self.weight.nbytes + sum(hidden.nbytes + teacher.nbytes for hidden, teacher, _ in self.micro_batches)
 
     def step(self, loss: Callable) -> None:
@@ -164,7 +164,7 @@ class Problem:
             loss(hidden, self.weight, teacher, token_weight=token_weight, **self.options).backward()
 
     def products(self, gradients: bool = True) -> Callable:
-        """Of the rows that have a weight."""
+        """The products alone, for the tokens that have a weight."""
         kept = [(h, t) if w is None else (h[w != 0], t[w != 0]) for h, t, w in self.micro_batches]
         runs = [products(h, self.weight, t, gradients * (1 + self.case.trained_head)) for h, t in kept]
 
@@ -204,7 +204,7 @@ def problem(case: Case, device: torch.device) -> Problem:
 
 
 def gradients(loss: Callable, given: Problem, weighted: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Of a problem's first rows, the loss too; weighted: with row weights, a third of which is 0."""
+    """Loss and gradients of a problem's first tokens; weighted: their weights vary, and a third of them is 0."""
     hidden, teacher, _ = given.micro_batches[0]
     tensors = hidden[:SUBSAMPLE], given.weight, teacher[:SUBSAMPLE]
     hidden, weight, teacher = (x.detach().to(dtype or x.dtype, copy=True) for x in tensors)
@@ -245,7 +245,7 @@ def record(name: str, given: Problem, exact: dict[str, Tensor], device: torch.de
         torch.compiler.reset()  # what is compiled is compiled for the case's own shape, and no other
         given.step(implementation.loss)
         peak = peak_mib(partial(given.step, implementation.loss), given.leaves, device)
-    except Exception as raised:  # of a peer: its row says it
+    except Exception as raised:  # a peer's row says what failed
         if implementation.package is None:
             raise
         return {"why_not": f"{type(raised).__name__}: {raised}".splitlines()[0][:200]}

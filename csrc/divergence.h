@@ -127,7 +127,7 @@ SCSDPO_INLINE F hyperbolic_tangent(F x) {
   return x > 0.0f ? -z : z;
 }
 
-// What is known of log ratios: kNear, that every one is within [-1, 1]. Formulas then need no q.
+// kNear promises that every log ratio is within [-1, 1]. Formulas then need no q.
 enum class Range { kAny, kNear };
 
 // p e^x - p from both ends: exact to rounding for small x, and without overflow for large ones. q = p e^x.
@@ -322,7 +322,7 @@ struct Entropies {
   float student, teacher;
 };
 
-// What is summed of the entries: the divergence; of a mixture the mean score, counted from the reference; of the
+// The entries' sums: the divergence; for a mixture the mean score, counted from the reference; for the
 // clipped forward KL Q, 1 - Q, and the divergence where Q is large.
 template <Kind kind, class F>
 SCSDPO_INLINE void add_terms(F (&terms)[kTermCount<kind>], const Probabilities<F>& at, const Entry<F>& of,
@@ -346,7 +346,7 @@ SCSDPO_INLINE double finish(const double (&terms)[kTermCount<kind>], Row& row) {
     row.mostly_clipped = terms[1] > 0.5;
     if (row.mostly_clipped) divergence = terms[3], mean = terms[2];
   } else {
-    divergence = divergence < 0 ? 0 : divergence;  // what is left of a row whose entries have underflowed
+    divergence = divergence < 0 ? 0 : divergence;  // entries have underflowed
   }
   if constexpr (kLateMean<kind>)  // a NaN row is NaN throughout
     row.mean_score = static_cast<float>(divergence == divergence ? mean : divergence);
@@ -364,7 +364,7 @@ struct LogSumExp {
   double student, teacher;
 };
 
-// Of the logits over the temperature. -inf of a side that forbids everything.
+// log sum_v e^(logit / temperature) of both sides; -inf for a side that forbids everything.
 SCSDPO_INLINE LogSumExp log_sum_exp(const Sums<double>& sums, const Row& row) {
   double inverse = row.inverse_temperature;
   double student = row.max_student * inverse + std::log(sums.student);
@@ -423,7 +423,7 @@ SCSDPO_INLINE float importance_ratio(float logp, float old_logp, float clip) {
   return ratio > clip ? clip : ratio;
 }
 
-// What multiplies a row's `slope`; z are the logits before the temperature.
+// `slope` times this is the gradient in the logits before the temperature.
 template <Kind kind>
 SCSDPO_INLINE float slope_scale(float weight, const Mixture& mix, const Row& row) {
   float scale = weight * row.inverse_temperature;

@@ -28,13 +28,13 @@ namespace {
 
 constexpr int64_t kBlock = 64 * kLanes;  // a lane adds 64 elements in fp32 before it is added up in float64
 
-// A row's logits of a type, in memory.
+// A row's logits in memory.
 template <class Logit, bool difference>
 struct Memory {
   const Logit* student;
   const Logit* teacher;
   int64_t vocabulary;
-  float inverse_softcap;  // of the student's logits; 0: none
+  float inverse_softcap;  // the student's; 0: none
 
   SCSDPO_INLINE Pair<Floats> at(int64_t v, int count) const {
     auto s = load(student + v, count, -kInfinity);
@@ -60,7 +60,7 @@ struct Memory {
   }
 };
 
-// A NaN is passed over here and shows in the sums.
+// A NaN passes here unseen and shows in the sums.
 template <class Memory>
 Row maxima(const Memory& memory, float temperature) {
   const Floats lowest = splat<Floats>(kLowest);
@@ -173,7 +173,7 @@ void write_gradient(const Memory& memory, const Mixture& mix, const Row& row, fl
       [] {});
 }
 
-// A number of a row among those of all rows.
+// One of a row's numbers.
 SCSDPO_INLINE float& scalar(const Matrix& scalars, Scalar number, int64_t r) {
   return static_cast<float*>(scalars.at)[number * scalars.stride + r];
 }
@@ -181,7 +181,7 @@ SCSDPO_INLINE double& term(const Matrix& terms, int number, int64_t r) {
   return static_cast<double*>(terms.at)[number * terms.stride + r];
 }
 
-// What a row of weight 0 has, whatever it holds: 0 may not meet an infinity.
+// A row of weight 0 gets zeros: its 0 may not meet an infinity.
 template <class Memory, class Gradient>
 void write_zeros(const Memory& memory, Gradient* gradient) {
   memset(gradient, 0, memory.vocabulary * sizeof *gradient);
@@ -217,7 +217,7 @@ SCSDPO_ALONE void whole_row(const Memory& memory, const Mixture& mix, const PerR
 template <class Memory>
 void statistics_of_row(const Memory& memory, float temperature, const Statistics& out, int64_t r) {
   Row row = maxima(memory, temperature);
-  const Sums<double> all = sums<Kind::kForward>(memory, row);  // as any objective's
+  const Sums<double> all = sums<Kind::kForward>(memory, row);  // every objective has the same
   const Entropies entropy = conclude<Kind::kForward>(all, Mixture{}, row);
   const LogSumExp lse = log_sum_exp(all, row);
   out.student_lse[r] = lse.student;
@@ -263,7 +263,7 @@ SCSDPO_ALONE void gradient_of_part(const Memory& memory, const Mixture& mix, con
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// From what is known at run time to templates.
+// Run-time values choose templates.
 
 template <class Logit, bool difference>
 Memory<Logit, difference> memory_of(const Logits& logits, int64_t r) {

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -99,16 +100,10 @@ def check_support(support: Any) -> None:
 # What goes together.
 
 
-def check_options(
-    beta: Any,
-    temperature: Any,
-    support: TopK | TopLogprobs | SampledToken | None,
-    entry_clip: Any,
-    target_ids: Any,
-    old_logp: Any,
-    importance_clip: Any,
-) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """Numbers, and which objectives exist."""
+    beta, temperature, support = options["beta"], options["temperature"], options["support"]
+    entry_clip, target_ids, old_logp = options["entry_clip"], options["target_ids"], options["old_logp"]
     check_number("beta", beta)
     check_number("temperature", temperature)
     if not 0.0 <= beta <= 1.0:
@@ -117,7 +112,7 @@ def check_options(
         raise ValueError(
             f"temperature: expected a number above 0, it and its inverse normal in fp32, got {temperature}"
         )
-    _check_above_0("importance_clip", importance_clip)
+    _check_above_0("importance_clip", options["importance_clip"])
     if old_logp is not None and target_ids is None:
         raise ValueError("old_logp: expected target_ids with it, whose log-probabilities these were")
     check_support(support)

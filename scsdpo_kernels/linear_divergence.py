@@ -7,41 +7,19 @@ Jensen-Shannon divergence (1-β) KL(p‖m) + β KL(q‖m), m = (1-β) p + β q, 
 2306.13649).
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+import inspect
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .checks import (
-    as_head,
-    check_options,
-    check_problem,
-    check_schedule,
-    check_teacher,
-    check_tensor,
-    in_autocast,
-)
-from .problem import Head, Problem, SampledToken, Side, Support, Target, TopK, TopLogprobs, mapped, objective_of
-from .vocab_shard import VocabShard, agreed, local_part
+from .arguments import DivergenceOptions, check_keywords, problem_of
+from .problem import Head, Problem, SampledToken, TopK, TopLogprobs
+from .vocab_shard import VocabShard
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class DivergenceOptions(TypedDict, total=False):
-    """Keyword arguments of `linear_divergence` that every loss takes."""
-
-    beta: float
-    temperature: float
-    support: TopK | TopLogprobs | SampledToken | None
-    entry_clip: float | None
-    target_ids: Tensor | None
-    old_logp: Tensor | None
-    importance_clip: float
-    schedule: str
-    rows: Tensor | None
-    shard: VocabShard | None
 
 
 class LinearDivergence(NamedTuple):
@@ -57,7 +35,7 @@ class LinearDivergence(NamedTuple):
     teacher_entropy: Tensor | None  # (...,) -Σ q log q, None with TopLogprobs
     student_logp: Tensor | None  # (...,) log p at target_ids, None without them
     teacher_logp: Tensor | None  # (...,) log q at target_ids, None without them or with TopLogprobs
-    importance_ratio: Tensor | None  # (...,) what the row's weight was multiplied with, None without old_logp
+    importance_ratio: Tensor | None  # (...,) multiplies the token's weight; None without old_logp
 
 
 def linear_divergence(
@@ -124,11 +102,12 @@ def linear_divergence(
         TypeError, ValueError: an argument does not fit, or two do not fit together; the message names them, what was
             expected and what came.
     """
-    problem = problem_of(
-        student_hidden, student_head, teacher_hidden, teacher_head, token_weight=token_weight, beta=beta,
-        temperature=temperature, support=support, entry_clip=entry_clip, target_ids=target_ids, old_logp=old_logp,
-        importance_clip=importance_clip, schedule=schedule, rows=rows, shard=shard,
-    )  # fmt: skip
+    options: DivergenceOptions = {
+        "beta": beta, "temperature": temperature, "support": support, "entry_clip": entry_clip,
+        "target_ids": target_ids, "old_logp": old_logp, "importance_clip": importance_clip, "schedule": schedule,
+        "rows": rows, "shard": shard,
+    }  # fmt: skip
+    problem = problem_of(student_hidden, student_head, teacher_hidden, teacher_head, token_weight, options)
     if schedule == "reference":
         loss, _, scalars = _on_full_logits(problem)
     else:
@@ -138,6 +117,14 @@ def linear_divergence(
     single = student_hidden.dim() == 1
     fields = ((x.squeeze(0) if single else x) if has else None for x, has in zip(scalars, there, strict=True))
     return LinearDivergence(loss, *fields)
+
+
+# A function that takes **options is told only some.
+DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(linear_divergence).parameters.items()
+    if name in DivergenceOptions.__annotations__
+}
 
 
 def linear_divergence_per_token(
@@ -166,7 +153,7 @@ def linear_divergence_per_token(
     if "token_weight" in options:
         raise TypeError("token_weight: linear_divergence_per_token takes none; multiply its result")
     check_keywords("linear_divergence_per_token", options)
-    problem = problem_of(student_hidden, student_head, teacher_hidden, teacher_head, **options)
+    problem = problem_of(student_hidden, student_head, teacher_hidden, teacher_head, None, DEFAULTS | options)
     if problem.rows is not None:
         everything = problem.token_weight.view(-1)
         inside = problem.rows.clamp(0, max(0, len(everything) - 1))
@@ -184,108 +171,3 @@ def _on_full_logits(problem: Problem):
 
     with torch.autocast(problem.student.hidden.device.type, enabled=False):
         return reference.divergence(problem)
-
-
-def check_keywords(function: str, options: dict[str, Any]) -> None:
-    """TypeError for an option that does not exist, in the name of the public function."""
-    unknown = [name for name in options if name not in DivergenceOptions.__annotations__]
-    if unknown:
-        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
-
-
-def problem_of(
-    student_hidden: Tensor,
-    student_head: Tensor | Head,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Tensor | Head | None = None,
-    *,
-    token_weight: Tensor | None = None,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    support: TopK | TopLogprobs | SampledToken | None = None,
-    entry_clip: float | None = None,
-    target_ids: Tensor | None = None,
-    old_logp: Tensor | None = None,
-    importance_clip: float = 2.0,
-    schedule: str = "auto",
-    rows: Tensor | None = None,
-    shard: VocabShard | None = None,
-) -> Problem:
-    """The arguments of a call as one checked problem; of a vocabulary that is spread, this process's part of it."""
-
-    def own_part() -> Problem:
-        check_tensor("student_hidden", student_hidden)
-        head = as_head("student_head", student_head)
-        check_teacher(teacher_hidden, teacher_head, support)
-        check_options(beta, temperature, support, entry_clip, target_ids, old_logp, importance_clip)
-        teacher = None
-        if teacher_hidden is not None:
-            check_tensor("teacher_hidden", teacher_hidden)
-            teacher = Side(teacher_hidden, head if teacher_head is None else as_head("teacher_head", teacher_head))
-        for name, tensor in (("token_weight", token_weight), ("target_ids", target_ids), ("old_logp", old_logp)):
-            if tensor is not None:
-                check_tensor(name, tensor)
-        problem = Problem(
-            student=Side(student_hidden, head),
-            teacher=teacher,
-            token_weight=token_weight,
-            rows=rows,
-            objective=objective_of(beta, temperature, entry_clip or 0.0),
-            support=_support(support),
-            target=None if target_ids is None else Target(target_ids, old_logp, float(importance_clip)),
-            part=None,
-        )
-        problem, own_shard = local_part(problem, shard)
-        if own_shard is not None and own_shard.sequence_parallel and rows is not None:
-            raise ValueError(
-                "rows: expected None with sequence_parallel, in which processes tell each other their number"
-            )
-        if token_weight is None:
-            ones = torch.ones(problem.student.hidden.shape[:-1], device=problem.student.hidden.device)
-            problem = problem._replace(token_weight=ones)
-        problem = problem._replace(part=None if own_shard is None else own_shard.part)
-        check_problem(problem, teacher_head is None, schedule, own_shard)
-        check_schedule(schedule, problem)
-        return _prepared(problem)
-
-    if shard is None or not shard.check or torch.compiler.is_compiling():
-        return own_part()
-    return agreed(shard, own_part, schedule)
-
-
-def _support(support: TopK | TopLogprobs | SampledToken | None) -> Support | None:
-    if support is None:
-        return None
-    if isinstance(support, SampledToken):
-        return Support(k=0, renormalize=False, sampled=True, ids=None, logp=None)
-    given = (support.ids, support.logp) if isinstance(support, TopLogprobs) else (None, None)
-    k = support.k if isinstance(support, TopK) else 0
-    return Support(k, support.tail == "renormalize", False, *given)
-
-
-def _prepared(problem: Problem) -> Problem:
-    """Cast as autocast says, without gradients where none go, and with at least one leading axis."""
-    problem = mapped(lambda path, x: x if path[0] == "student" else x.detach(), problem)
-    student, teacher = problem.student, problem.teacher
-    weight = _autocast(student.head.weight)
-    cast = Side(_autocast(student.hidden), student.head._replace(weight=weight))
-    if teacher is not None:
-        shared = teacher.head.weight.data_ptr() == student.head.weight.data_ptr() and weight is not student.head.weight
-        own = weight.detach() if shared else _autocast(teacher.head.weight)
-        teacher = Side(_autocast(teacher.hidden), teacher.head._replace(weight=own))
-    rows = None if problem.rows is None else problem.rows.contiguous()
-    problem = problem._replace(student=cast, teacher=teacher, rows=rows)
-    if student.hidden.dim() > 1:
-        return problem
-
-    def with_axis(path: tuple[str, ...], tensor: Tensor) -> Tensor:
-        return tensor if "head" in path or path[0] == "rows" else tensor.unsqueeze(0)
-
-    return mapped(with_axis, problem)
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    device = tensor.device.type
-    if not in_autocast(device) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))

@@ -191,7 +191,7 @@ class _PerToken(torch.autograd.Function):
             all_finite = shard.gather(all_finite.long().unsqueeze(0)).bool().all()
         weight = torch.where(finite, upstream, 0.0) * problem.token_weight
         outcome = _outcome(_operator(*flatten(problem._replace(token_weight=weight)), wanted))
-        poison = torch.where(all_finite, 1.0, torch.nan)  # of an overflown loss scale: gradients are not finite either
+        poison = torch.where(all_finite, 1.0, torch.nan)  # after an overflown loss scale no gradient is finite
         given = [
             (gradient * poison).to(leaves[i].dtype) if want else None
             for i, gradient, want in zip(WRT, outcome.gradients, wanted, strict=True)

@@ -93,7 +93,7 @@ KINDS = ("forward", "reverse", "jensen_shannon", "clipped")  # KL(qâ€–p), KL(pâ€
 class Objective(NamedTuple):
     """What is computed of whole rows of logits; `objective_of` makes one."""
 
-    kind: str  # of KINDS
+    kind: str  # one of KINDS
     beta: float
     temperature: float
     entry_clip: float  # nats; 0: none
@@ -130,7 +130,7 @@ class Part(NamedTuple):
     """This process's part of a vocabulary that is spread over a process group."""
 
     group: str
-    start: int  # of the heads' first row in the vocabulary
+    start: int  # the vocabulary's entry that the heads begin with
     longest: int  # the most entries that any process has
     vocabulary: int  # all entries
     sequence_parallel: bool  # hidden states and all else per token are this process's own

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .arguments import DivergenceOptions, check_keywords
 from .checks import check_number, check_tensor
-from .linear_divergence import DivergenceOptions, LinearDivergence, check_keywords, linear_divergence
+from .linear_divergence import LinearDivergence, linear_divergence
 from .problem import Head
 from .question_weights import question_weights
 

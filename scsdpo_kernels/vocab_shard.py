@@ -39,7 +39,7 @@ class VocabShard:
     group: "dist.ProcessGroup | None" = None
     sequence_parallel: bool = False
     check: bool = False
-    bounds: "tuple[tuple[int, int], ...] | None" = None  # of every process, where they are known; else they are asked
+    bounds: "tuple[tuple[int, int], ...] | None" = None  # every process's, if known; else they are asked
 
     def __post_init__(self):
         if self.group is None:
@@ -190,7 +190,7 @@ def _described(problem: Problem, schedule: str) -> dict[str, Any]:
         needs = value.requires_grad and path in (
             ("student", "hidden"),
             ("student", "head", "lora", "a"),
-        )  # what crosses
+        )
         described[name_of(path)] = (shape, str(value.dtype), needs)
     if not own_rows:
         described["token_weight's rows"] = zlib.crc32(bytes((problem.token_weight != 0).flatten().tolist()))

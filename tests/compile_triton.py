@@ -2,11 +2,11 @@
 
     python compile_triton.py sm_90      prints one line of JSON a kernel
 
-A script of its own because Triton's interpreter, which the tests run kernels in, excludes its compiler from a process.
-`PYTHONPATH` chooses the Triton.
+The package's own launchers are called, with tensors of a CPU, up to where a kernel would run: so what is compiled is
+what they ask for. A script of its own because Triton's interpreter, which the tests run kernels in, excludes its
+compiler from a process. `PYTHONPATH` chooses the Triton.
 """
 
-import itertools
 import json
 import re
 import subprocess
@@ -14,17 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from scsdpo_kernels.kernels import (
-    divergence_triton,
-    logits_triton,
-    question_weights_triton,
-    row_divergence_triton,
-    scaling_triton,
-)
+from scsdpo_kernels.kernels import logits_triton, question_weights_triton, row_divergence_triton, scaling_triton
+from scsdpo_kernels.kernels.contract import Logits, PerRow, RowStatistics
+from scsdpo_kernels.problem import objective_of
 
 # Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
 TARGETS = {
@@ -33,126 +30,98 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-TYPES = {2: "bf16", 4: "fp32", 8: "fp64"}
-INTEGERS = ["count", "vocabulary", "rows"]
-FP32 = ["old_logp", "scalars", "weight", "weights", "logits", "bias", "base", "factor", "others", "centre", "log_ratio",
-        "divergence_out"]  # fmt: skip
+OBJECTIVES = [objective_of(0.0), objective_of(1.0), objective_of(0.5), objective_of(0.0, entry_clip=0.1)]
+EVEN, ODD = 128, 129  # multiples of 16 entries, as 151936, or not, as 50257
+# (difference, dtype of the gradient, softcap): one fp32 head for both sides has a difference, and no softcap.
+FORMS = [
+    (True, torch.float32, 0.0),
+    (False, torch.float32, 0.0),
+    (False, torch.bfloat16, 0.0),
+    (False, torch.bfloat16, 30.0),
+]
 
 
-def kernels(target):
-    """(kernel, element, constants, options) of all that is launched on a target."""
-    for variant in itertools.chain(row_kernels(target), logits_kernels()):
-        kernel, elements, constants, options = variant
-        for multiple in (True, False):  # of 16 entries, as 151936, or not, as 50257
-            yield kernel, elements, {**constants, "multiple": multiple}, options
-    yield from weight_kernels()
-    for element in ("bf16", "fp32", "fp16"):
-        constants, options = {"BLOCK": scaling_triton.BLOCK}, {"num_warps": scaling_triton.WARPS}
-        yield scaling_triton.multiply_kernel, {"gradient": element, "by": "fp32"}, constants, options
-
-
-def row_kernels(target):
-    options = row_divergence_triton.options("cuda" if target.startswith("sm") else "hip")
-    rows = list(itertools.product((0, 1, 2, 3), ("fp32",), (False, True), ("bf16", "fp32"), (False,)))
-    rows += [(objective, "fp64", False, "fp32", False) for objective in (0, 1, 2)]  # of supports
-    rows += [(objective, "fp32", False, "bf16", True) for objective in (0, 1, 2, 3)]
-    for objective, element, difference, gradient, softcap in rows:
-        yield (
-            row_divergence_triton.row_divergence_kernel,
-            {"student": element, "teacher": element, "gradient_out": gradient},
-            {
-                "objective": objective,
-                "difference": difference,
-                "has_target": True,
-                "has_old_logp": True,
-                "has_gradient": True,
-                "has_softcap": softcap,
-                "BLOCK": row_divergence_triton.BLOCK,
-            },
-            options,
-        )
-    for difference in (False, True):
-        constants = {"difference": difference, "BLOCK": row_divergence_triton.BLOCK}
-        elements = {"student": "fp32", "teacher": "fp32", "lse": "fp64"}
-        yield row_divergence_triton.row_statistics_kernel, elements, constants, options
-    known = {"student": "fp32", "teacher": "fp32", "student_lse": "fp64", "teacher_lse": "fp64", "terms": "fp64"}
-    for objective, difference in itertools.product((0, 1, 2, 3), (False, True)):
-        constants = {"objective": objective, "difference": difference, "BLOCK": row_divergence_triton.BLOCK}
-        yield row_divergence_triton.row_terms_kernel, known, constants, options
-        for gradient, softcap in (("bf16", False), ("fp32", False), ("bf16", True)):
-            yield (
-                row_divergence_triton.row_gradient_kernel,
-                {**known, "gradient_out": gradient},
-                {**constants, "has_gradient": True, "has_softcap": softcap},
-                options,
-            )
-
-
-def logits_kernels():
-    for softcap in (False, True):
-        constants = {"has_bias": True, "has_softcap": softcap, "BLOCK": logits_triton.BLOCK}
-        yield logits_triton.head_logits_kernel, {}, constants, {"num_warps": logits_triton.WARPS}
-        for gradient in ("bf16", "fp32"):
-            yield (
-                logits_triton.tail_gradient_kernel,
-                {"gradient_out": gradient},
-                constants,
-                {"num_warps": logits_triton.WARPS},
-            )
-
-
-def weight_kernels():
+def launch_all(name):
+    """Calls every launcher in every form. Stages of rows are compiled for both kinds of vocabulary on sm_90 alone."""
+    for vocabulary in (EVEN, ODD):
+        launch_rows(vocabulary)
+        if vocabulary == EVEN or name == "sm_90":
+            launch_stages(vocabulary)
+            launch_logits(vocabulary)
+    rewards, questions = torch.ones(8), torch.zeros(8, dtype=torch.int64)
     for exponent, threshold in ((0.5, None), (1.0, 0.5)):
-        constants = {"exponent": exponent, "threshold": threshold, "BLOCK": question_weights_triton.BLOCK}
-        options = {"num_warps": question_weights_triton.WARPS}
-        yield question_weights_triton.question_weights_kernel, {"rewards": "fp32"}, constants, options
+        question_weights_triton.question_weights(rewards, questions, exponent, threshold)
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        scaling_triton.multiply(torch.ones(8, dtype=dtype), torch.ones(()))
+
+
+def logits_of(vocabulary, difference=False, softcap=0.0, dtype=torch.float32):
+    stride = -(-vocabulary // 64) * 64  # as schedules.chunked has it
+    student, teacher = torch.zeros(2, 3, stride, dtype=dtype)[:, :, :vocabulary]
+    return Logits(student, teacher, difference, softcap)
+
+
+def launch_rows(vocabulary):
+    rows = PerRow(torch.ones(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3))
+    for objective in OBJECTIVES:
+        for difference, dtype, softcap in FORMS:
+            logits = logits_of(vocabulary, difference, softcap)
+            gradient = torch.empty_like(logits_of(vocabulary).student, dtype=dtype)
+            row_divergence_triton.row_divergence(logits, rows, objective, gradient)
+        if objective.kind != "clipped":  # supports have these
+            logits = logits_of(vocabulary, dtype=torch.float64)
+            few = PerRow(rows.weight)
+            row_divergence_triton.row_divergence(logits, few, objective, torch.empty_like(logits.student).float())
+
+
+def launch_stages(vocabulary):
+    double, single = torch.zeros(3, dtype=torch.float64), torch.zeros(3)
+    statistics = RowStatistics(double, double, *[single] * 5)
+    terms = torch.zeros(4, 3, dtype=torch.float64)
+    for difference in (False, True):
+        row_divergence_triton.row_statistics(logits_of(vocabulary, difference), 1.0)
+        for objective in OBJECTIVES:
+            row_divergence_triton.row_terms(logits_of(vocabulary, difference), objective, statistics)
+    for objective in OBJECTIVES:
+        for difference, dtype, softcap in FORMS:
+            logits = logits_of(vocabulary, difference, softcap)
+            gradient = torch.empty_like(logits.student, dtype=dtype)
+            row_divergence_triton.row_gradient(logits, objective, statistics, terms, single, gradient)
+
+
+def launch_logits(vocabulary):
+    for softcap in (0.0, 30.0):
+        logits = logits_of(vocabulary, softcap=softcap)
+        logits_triton.head_logits(logits.student, torch.zeros(vocabulary), 1.5, softcap)
+        for dtype in (torch.bfloat16, torch.float32):
+            gradient = torch.empty_like(logits.student, dtype=dtype)
+            logits_triton.tail_gradient(logits, torch.zeros(3), torch.zeros(3), 1.0, gradient)
 
 
 class Driver:
-    """Stands for the GPU that is compiled for: kernels ask which one it is."""
+    """Stands for the GPU that is compiled for."""
 
     def __init__(self, target):
-        self.get_current_target = lambda: target
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
 
 
-def compiled(kernel, elements, constants, options, target):
-    multiple = constants.get("multiple", True)
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in elements:
-            signature[name] = "*" + elements[name]
-        elif name == "mixture":
-            numbers = ("fp32",) * 8
-            signature[name] = divergence_triton.Mixture("fp32", "fp32", "fp32", numbers, numbers)
-        elif name in FP32:
-            signature[name] = "*fp32"
-        elif name in ("target", "question_ids"):
-            signature[name] = "*i64"
-        elif name == "raw":
-            signature[name] = "*fp64"
-        elif name.endswith("stride"):
-            signature[name] = "i64"
-        else:
-            signature[name] = "i32" if name in INTEGERS else "fp32"
-        aligned = name == "vocabulary" and multiple
-        aligned = aligned or name.endswith("stride")
-        if str(signature[name])[0] == "*" or aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
-
-
-def loops(kernel, result, constants, options):
+def loops(kernel, result, entries):
     """(all, MUFU) SASS instructions an entry in each of a row kernel's loops over whole blocks, by their addresses.
 
     These loops alone take a block's logits, 16 bytes at a time. The rest of the kernel runs once a row, or a few times.
+    A thread has so many `entries` in a round.
     """
-    if "BLOCK" not in constants or kernel.__module__ != row_divergence_triton.__name__ or "cubin" not in result.asm:
+    if kernel.__module__ != row_divergence_triton.__name__ or "cubin" not in result.asm:
         return []
-    entries = constants["BLOCK"] // (32 * options["num_warps"])  # of a thread in one round
     code = [
         (int(address, 16), text)
         for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", _cuobjdump("-sass", result.asm["cubin"]))
@@ -191,26 +160,47 @@ def usage(kernel):
     }
 
 
+def described(kernel, arguments, keywords, result):
+    """One line of what came of a launch."""
+    form = keywords.get("form")
+    tensors = [x for x in flat(arguments) if isinstance(x, torch.Tensor)]
+    (vocabulary,) = {x.shape[1] for x in tensors if x.dim() == 2 and x.shape[1] in (EVEN, ODD)} or {EVEN}
+    constants = {"multiple": vocabulary == EVEN}
+    constants |= form._asdict() if form else {k: v for k, v in keywords.items() if k in kernel.arg_names}
+    options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
+    return {
+        "kernel": kernel.__name__,
+        "elements": sorted({str(x.dtype).removeprefix("torch.") for x in tensors if x.dim() == 2 or len(tensors) < 4}),
+        "constants": {name: str(value) for name, value in constants.items()},
+        **options,
+        **usage(result),
+        "shared": result.metadata.shared,
+        "loops": loops(kernel, result, form.block // (32 * options["num_warps"])) if form else [],
+    }
+
+
+def flat(tree):
+    for x in tree:
+        if isinstance(x, tuple):
+            yield from flat(x)
+        else:
+            yield x
+
+
 def main(name: str) -> None:
     target, shared_memory = TARGETS[name]
     triton.runtime.driver.set_active(Driver(target))
-    for kernel, elements, constants, options in kernels(name):
-        result = compiled(kernel, elements, constants, options, target)
-        line = {
-            "triton": triton.__version__,
-            "target": name,
-            "kernel": kernel.__name__,
-            "elements": sorted(set(elements.values())),
-            "constants": {
-                key: str(value) for key, value in constants.items() if key in kernel.arg_names or key == "multiple"
-            },
-            **options,
-            **usage(result),
-            "shared": result.metadata.shared,
-            "shared_limit": shared_memory,
-            "loops": loops(kernel, result, constants, options),
-        }
-        print(json.dumps(line), flush=True)
+    row_options = row_divergence_triton.options("cuda" if name.startswith("sm") else "hip")
+    row_divergence_triton.options = lambda device_type: row_options
+    run = JITFunction.run
+
+    def compile_only(kernel, *arguments, grid, warmup, **keywords):
+        result = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
+        line = {"triton": triton.__version__, "target": name, "shared_limit": shared_memory}
+        print(json.dumps({**line, **described(kernel, arguments, keywords, result)}), flush=True)
+
+    JITFunction.run = compile_only
+    launch_all(name)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ ADAPTERS = {"scsdpo.trl": "trl", "scsdpo.verl": "verl", "scsdpo.head": "transfor
 class Block(NamedTuple):
     page: Path
     section: str
-    line: int  # of its first line of code, from 1
+    line: int  # its first line of code, from 1
     code: str
 
 

@@ -9,8 +9,9 @@ from problems import DTYPES, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scsdpo_kernels import TopK, TopLogprobs, linear_divergence
+from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import native
-from scsdpo_kernels.linear_divergence import problem_of
+from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import flatten
 from scsdpo_kernels.schedules import products
 from scsdpo_kernels.schedules.rows import complete
@@ -24,8 +25,8 @@ def test_opcheck(dtype, beta, target, wants):
     hidden, weight, teacher, head = problem((3, 5), width=8, vocabulary=31, teacher_width=6, dtype=dtype)
     ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
     inputs = hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1])
-    options = {"token_weight": torch.randn(3, 5), "target_ids": ids, "old_logp": old, "beta": beta}
-    leaves = flatten(problem_of(*inputs, teacher, head, **options))
+    options = {"target_ids": ids, "old_logp": old, "beta": beta}
+    leaves = flatten(problem_of(*inputs, teacher, head, torch.randn(3, 5), DEFAULTS | options))
     torch.library.opcheck(torch.ops.scsdpo_kernels.divergence.default, (*leaves, [*wants, False, False, False]))
 
 
@@ -37,7 +38,7 @@ def test_opcheck_of_every_argument(support, operator, rest):
     if support == "top_logprobs":
         given = given.but(teacher=None, teacher_head=None)
         options["support"] = TopLogprobs(torch.arange(21).view(7, 3), torch.full((7, 3), -2.0))
-    leaves = flatten(problem_of(*given, **options))
+    leaves = flatten(problem_of(*given, None, DEFAULTS | options))
     torch.library.opcheck(getattr(torch.ops.scsdpo_kernels, operator).default, (*leaves, *rest))
 
 

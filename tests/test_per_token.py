@@ -6,7 +6,8 @@ import torch
 from problems import DTYPES, problem
 
 from scsdpo_kernels import linear_divergence_per_token
-from scsdpo_kernels.linear_divergence import problem_of
+from scsdpo_kernels.arguments import problem_of
+from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import flatten
 from scsdpo_kernels.schedules import chunked
 
@@ -116,7 +117,7 @@ def test_double_backward_raises_but_in_the_reference():
 def test_opcheck(target):
     given = problem((3, 5), width=8, vocabulary=31, teacher_width=6).leaves()
     ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
-    operands = flatten(problem_of(*given, target_ids=ids, old_logp=old))
+    operands = flatten(problem_of(*given, None, DEFAULTS | {"target_ids": ids, "old_logp": old}))
     torch.library.opcheck(torch.ops.scsdpo_kernels.divergence_per_token.default, tuple(operands))
 
 

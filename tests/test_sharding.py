@@ -26,7 +26,7 @@ from scsdpo_kernels import Head, linear_divergence, question_weights
 
 WORLD, ROLLOUTS, TOKENS, BETA = 2, 6, 5, 0.3
 VOCABULARY = 101  # odd: shards of 51 and 50 rows
-SCALE = 20  # of the loss, for gradients between 0.1 and 1
+SCALE = 20  # multiplies the loss: gradients are between 0.1 and 1
 TOLERANCE = 2e-6  # absolute
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")  # the last and the first to get a gradient
 SECONDS = 60  # after which a rank that has not answered waits for the other

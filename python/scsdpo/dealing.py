@@ -20,7 +20,7 @@ class Rollout(NamedTuple):
     teacher_prompt: Tensor  # (Q,)
     completion: Tensor  # (T,) of both
     mask: Tensor  # (T,) 1 at tokens that have a loss
-    weight: float  # of its question
+    weight: float  # its question's
     process: int
     micro_batch: int
     old_logp: Tensor | None = None  # (T,) fp32
@@ -35,7 +35,7 @@ def with_weight(
     batch: dict[str, Tensor],
     mask: Tensor,  # (B, T) 1 at tokens that have a loss
     process: int,
-    micro_batches: int,  # of equal sizes, one after the other
+    micro_batches: int,  # equal sizes, one after the other
 ) -> list[Rollout]:
     """The rollouts of this process that have a weight and a token with a loss, without their padding.
 
@@ -135,7 +135,7 @@ def collate(rollouts: Sequence[Rollout], padding: int, device: torch.device | st
 
 
 def _micro_batches(share: list[Rollout], count: int, most: int) -> list[list[Rollout]]:
-    """Of rollouts from the longest to the shortest; the bound on tokens is the smallest that `count` can hold."""
+    """Rollouts from the longest to the shortest; the bound on tokens is the smallest that `count` can hold."""
     low, high = max((x.tokens for x in share), default=0), padded_tokens(share)
     while low < high:
         middle = (low + high) // 2

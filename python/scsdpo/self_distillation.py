@@ -68,9 +68,9 @@ class FusedSelfDistillation:
                 f"{self.args.teacher_model_kind!r}; or leave 'lm_head' out of target_modules"
             )
         self._teacher_head: tuple[int, Head | None] = (-1, None)
-        self._rollouts: list[Rollout] = []  # of the generation batch, of all processes
+        self._rollouts: list[Rollout] = []  # all processes' generation batch
         self._first: int | None = None  # micro-batch of the optimiser step, counted as TRL's _step
-        self._micro_batches = 0  # of the optimiser step
+        self._micro_batches = 0  # this optimiser step's
         self._dealt: dict[int, list[Rollout]] = {}  # this process's, by micro-batch
         self._has_weight = False  # a rollout of the optimiser step, on any process
         self._runs_empty = True

@@ -27,16 +27,17 @@ from .divergence_triton import (
     CLIPPED,
     FORWARD,
     JENSEN_SHANNON,
-    REVERSE,
     Entries,
-    Mixture,
+    Mean,
     Moments,
+    Numbers,
     Row,
     Terms,
     added_terms,
     base,
     bounded_mean,
     concluded,
+    concluded_terms,
     extended,
     finished_terms,
     first_moments,
@@ -45,14 +46,11 @@ from .divergence_triton import (
     largest,
     logit_gradient,
     merged_lanes,
-    mixture,
-    no_terms,
+    reference_score,
     row_of_lse,
-    softcap_slope,
-    sum_lanes_of_terms,
-    with_mean,
-    with_reference,
 )
+from .elementary_triton import softcap_slope
+from .mixture import mixture
 
 # Entries of a row at a time, warps, and, in the passes that only read, stages of the loads' pipeline.
 #
@@ -66,15 +64,58 @@ from .divergence_triton import (
 BLOCK, WARPS = 2048, 4
 STAGES = tl.constexpr(3)
 # Lanes of a program, one a thread, and how many neighbouring entries a lane takes with one access.
-MAX_LANES, PACK = tl.constexpr(128), tl.constexpr(4)
+MAX_LANES, PACK = 128, tl.constexpr(4)
 
 
 def options(device_type: str) -> dict[str, int | bool]:
     """Compiler options of the launch."""
     if device_type == "hip" or torch.version.hip is not None:
-        return {"num_warps": WARPS // 2, "enable_fp_fusion": True}  # of 64 lanes
+        return {"num_warps": WARPS // 2, "enable_fp_fusion": True}  # a warp has 64 lanes
     registers = {"maxnreg": 208} if device_type == "cuda" else {}
     return {"num_warps": WARPS, "enable_fp_fusion": True, **registers}
+
+
+class Chunk(NamedTuple):
+    """What a kernel is told of a chunk's logits."""
+
+    student: tl.tensor  # pointers to the first logit
+    teacher: tl.tensor
+    student_stride: int
+    teacher_stride: int
+    rows: int
+    vocabulary: int
+
+
+class Given(NamedTuple):
+    """What is given of each row: `PerRow`'s tensors."""
+
+    weight: tl.tensor
+    target: tl.tensor | None
+    old_logp: tl.tensor | None
+
+
+class Output(NamedTuple):
+    gradient: tl.tensor
+    stride: int
+
+
+class Known(NamedTuple):
+    """`RowStatistics` that a row's terms and gradient are made of."""
+
+    student_lse: tl.tensor
+    teacher_lse: tl.tensor
+    centre: tl.tensor
+    log_ratio: tl.tensor
+
+
+class Form(NamedTuple):
+    """What a kernel is compiled for."""
+
+    objective: int  # its place in problem.KINDS; statistics take Jensen-Shannon
+    difference: bool  # the second logits are teacher - student
+    softcap: bool
+    block: int  # entries at a time
+    lanes: int
 
 
 class Pair(NamedTuple):
@@ -86,41 +127,46 @@ class Pair(NamedTuple):
 
 
 @triton.jit
-def _pair(student, teacher, row, student_stride, teacher_stride, vocabulary):
-    return Pair(student + row * student_stride, teacher + row * teacher_stride, vocabulary)
+def _row_of(chunk: Chunk):
+    """A program's row, for loads and stores of (1,), and its logits."""
+    row = tl.program_id(0).to(tl.int64)
+    student, teacher = chunk.student + row * chunk.student_stride, chunk.teacher + row * chunk.teacher_stride
+    return row + tl.arange(0, 1), Pair(student, teacher, chunk.vocabulary)
 
 
 @triton.jit
-def _columns(start, BLOCK: tl.constexpr):
+def _columns(start, size: tl.constexpr):
     """start, start + 1, ... No thread shall take more than a pack of them at a time, whatever the gradient's dtype."""
-    return tl.max_contiguous(start + tl.arange(0, BLOCK), PACK)
+    return tl.max_contiguous(start + tl.arange(0, size), PACK)
 
 
 @triton.jit
-def _load(pair: Pair, start, masked: tl.constexpr, objective: tl.constexpr, difference: tl.constexpr,
-          LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _load(pair: Pair, start, masked: tl.constexpr, form: tl.constexpr, size: tl.constexpr):
     """Entries start, start + 1, ... as (packs of a lane, lanes, entries of a pack), so that each lane's are what its
     thread loads. Where masked, -inf beyond the vocabulary."""
-    columns = _columns(start, BLOCK)
+    columns = _columns(start, size)
     if masked:
         inside = columns < pair.vocabulary
         s = tl.load(pair.student + columns, inside, float("-inf"))
-        t = tl.load(pair.teacher + columns, inside, 0.0 if difference else float("-inf"))
+        t = tl.load(pair.teacher + columns, inside, 0.0 if form.difference else float("-inf"))
     else:
         s, t = tl.load(pair.student + columns), tl.load(pair.teacher + columns)
-    s, t = s.reshape(BLOCK // (LANES * PACK), LANES, PACK), t.reshape(BLOCK // (LANES * PACK), LANES, PACK)
-    if difference:
+    lanes: tl.constexpr = form.lanes
+    packs: tl.constexpr = size // (lanes * PACK)
+    s, t = s.reshape(packs, lanes, PACK), t.reshape(packs, lanes, PACK)
+    if form.difference:
         s, d = s.to(tl.float32), t.to(tl.float32)
         t = s + d
-    elif pair.student.dtype.element_ty == tl.float64:
-        d = (t - s).to(tl.float32)
-        s, t = s.to(tl.float32), t.to(tl.float32)
     else:
-        s, t = s.to(tl.float32), t.to(tl.float32)
-        d = t - s
-    if objective != JENSEN_SHANNON and not difference:  # a token forbidden by the lowest number, as by -inf
-        d = tl.where(tl.abs(d) < 1e30, d, d * float("inf"))
-    return Entries(s, t, d)
+        if pair.student.dtype.element_ty == tl.float64:
+            d = (t - s).to(tl.float32)
+            s, t = s.to(tl.float32), t.to(tl.float32)
+        else:
+            s, t = s.to(tl.float32), t.to(tl.float32)
+            d = t - s
+        if form.objective != JENSEN_SHANNON:  # a token forbidden by the lowest number, as by -inf
+            d = tl.where(tl.abs(d) < 1e30, d, d * float("inf"))
+    return Entries(t, s, -d) if form.objective == FORWARD else Entries(s, t, d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,79 +174,71 @@ def _load(pair: Pair, start, masked: tl.constexpr, objective: tl.constexpr, diff
 
 
 @triton.jit
-def _extended(m: Moments, top_block, pair: Pair, start, inverse_temperature, masked: tl.constexpr,
-              objective: tl.constexpr, difference: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _extended(m: Moments, top_block, pair: Pair, start, by: Numbers, masked: tl.constexpr, form: tl.constexpr,
+              size: tl.constexpr):  # fmt: skip
     """Moments with a block more, and which block has each lane's largest logit."""
-    before = m.max_teacher if objective == FORWARD else m.max_student
-    at = _load(pair, start, masked, objective, difference, LANES, BLOCK)
-    m = extended(m, at, inverse_temperature, objective, difference)
-    after = m.max_teacher if objective == FORWARD else m.max_student
-    return m, tl.where(after > before, start, top_block)
+    before = m.max_own
+    at = _load(pair, start, masked, form, size)
+    m = extended(m, at, by, form.objective, form.difference)
+    return m, tl.where(m.max_own > before, start, top_block)
 
 
 @triton.jit
-def _row_moments(pair: Pair, inverse_temperature, objective: tl.constexpr, difference: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
+def _row_moments(pair: Pair, by: Numbers, form: tl.constexpr):
     """Walk 1: a row's moments."""
-    lanes: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+    lanes: tl.constexpr = form.lanes
     rest: tl.constexpr = lanes * PACK
-    first = _load(pair, 0, True, objective, difference, lanes, rest)
-    m = first_moments(first, tl.zeros((lanes,), tl.float32), objective)
+    m = first_moments(_load(pair, 0, True, form, rest), tl.zeros((lanes,), tl.float32))
     top_block = tl.zeros((lanes,), tl.int32)
-    whole = pair.vocabulary // BLOCK * BLOCK
-    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, False, objective, difference, lanes,
-                                 BLOCK)  # fmt: skip
+    whole = pair.vocabulary // form.block * form.block
+    for start in tl.range(0, whole, form.block, num_stages=STAGES):
+        m, top_block = _extended(m, top_block, pair, start, by, False, form, form.block)
     for start in tl.range(whole, pair.vocabulary, rest, num_stages=1):
-        m, top_block = _extended(m, top_block, pair, start, inverse_temperature, True, objective, difference, lanes,
-                                 rest)  # fmt: skip
-    lane_top = m.max_teacher if objective == FORWARD else m.max_student
-    top = tl.max(lane_top, 0)
-    top_block = tl.min(tl.where(lane_top == top, top_block, pair.vocabulary), 0)
-    own = _own(pair, top_block, top, objective, difference, lanes, BLOCK)
-    return merged_lanes(m, own, inverse_temperature, objective)
+        m, top_block = _extended(m, top_block, pair, start, by, True, form, rest)
+    top = tl.max(m.max_own, 0)
+    top_block = tl.min(tl.where(m.max_own == top, top_block, pair.vocabulary), 0)
+    return merged_lanes(m, _at_top(pair, top_block, top, form), by, form.objective)
 
 
 @triton.jit
-def _own(pair: Pair, top_block, top, objective: tl.constexpr, difference: tl.constexpr, LANES: tl.constexpr,
-         BLOCK: tl.constexpr):  # fmt: skip
-    """(1,) t - s at the side's largest logit, found again in its block; -inf if there is none."""
-    own = tl.full((LANES,), float("-inf"), tl.float32)
-    for start in tl.range(top_block, top_block + BLOCK, LANES * PACK, num_stages=1):
-        at = _load(pair, start, True, objective, difference, LANES, LANES * PACK)
-        is_top = (at.t if objective == FORWARD else at.s) == top
-        own = tl.maximum(own, largest(tl.where(is_top, at.difference, float("-inf"))))
-    return tl.max(own, 0, keep_dims=True)
-
-
-@triton.jit
-def _row_terms(pair: Pair, row: Row, inverse_temperature, mixture: Mixture, entry_clip, objective: tl.constexpr,
-               difference: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Walk 2: (1,) sums of a row's terms."""
-    lanes: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
+def _at_top(pair: Pair, top_block, top, form: tl.constexpr):
+    """(1,) other - own at the largest logit, found again in its block; -inf if there is none."""
+    lanes: tl.constexpr = form.lanes
     rest: tl.constexpr = lanes * PACK
-    sums = no_terms(tl.zeros((lanes,), tl.float32))
-    whole = pair.vocabulary // BLOCK * BLOCK
-    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        at = _load(pair, start, False, objective, difference, lanes, BLOCK)
-        sums = added_terms(sums, at, row, inverse_temperature, mixture, entry_clip, objective)
-    for start in tl.range(whole, pair.vocabulary, rest, num_stages=1):
-        at = _load(pair, start, True, objective, difference, lanes, rest)
-        sums = added_terms(sums, at, row, inverse_temperature, mixture, entry_clip, objective)
-    return finished_terms(sum_lanes_of_terms(sums), row, objective)
+    at_top = tl.full((lanes,), float("-inf"), tl.float32)
+    for start in tl.range(top_block, top_block + form.block, rest, num_stages=1):
+        at = _load(pair, start, True, form, rest)
+        at_top = tl.maximum(at_top, largest(tl.where(at.own == top, at.difference, float("-inf"))))
+    return tl.max(at_top, 0, keep_dims=True)
 
 
 @triton.jit
-def _write_block(to, pair: Pair, start, row: Row, mostly_clipped, scale, inverse_temperature, mixture: Mixture,
-                 entry_clip, inverse_softcap, masked: tl.constexpr, objective: tl.constexpr, difference: tl.constexpr,
-                 has_softcap: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    at = _load(pair, start, masked, objective, difference, LANES, BLOCK)
+def _row_terms(pair: Pair, row: Row, reference, by: Numbers, form: tl.constexpr):
+    """Walk 2: (1,) sums of a row's terms."""
+    lanes: tl.constexpr = form.lanes
+    rest: tl.constexpr = lanes * PACK
+    zero = tl.zeros((lanes,), tl.float32)
+    sums = Terms(zero, zero, zero, zero)
+    whole = pair.vocabulary // form.block * form.block
+    for start in tl.range(0, whole, form.block, num_stages=STAGES):
+        at = _load(pair, start, False, form, form.block)
+        sums = added_terms(sums, at, row, reference, by, form.objective)
+    for start in tl.range(whole, pair.vocabulary, rest, num_stages=1):
+        at = _load(pair, start, True, form, rest)
+        sums = added_terms(sums, at, row, reference, by, form.objective)
+    return finished_terms(sums, row, form.objective)
+
+
+@triton.jit
+def _write_block(to, pair: Pair, start, row: Row, mean: Mean, scale, by: Numbers, masked: tl.constexpr,
+                 form: tl.constexpr, size: tl.constexpr):  # fmt: skip
+    at = _load(pair, start, masked, form, size)
     tl.debug_barrier()  # see _write_gradient
-    g = logit_gradient(at, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip, objective)
-    if has_softcap:
-        g *= softcap_slope(at.s, inverse_softcap)
-    columns = _columns(start, BLOCK)
-    g = g.to(to.dtype.element_ty).reshape(BLOCK)
+    g = logit_gradient(at, row, mean, scale, by, form.objective)
+    if form.softcap:
+        g *= softcap_slope(at.other if form.objective == FORWARD else at.own, by.inverse_softcap)
+    columns = _columns(start, size)
+    g = g.to(to.dtype.element_ty).reshape(size)
     if masked:
         tl.store(to + columns, g, columns < pair.vocabulary)
     else:
@@ -208,20 +246,16 @@ def _write_block(to, pair: Pair, start, row: Row, mostly_clipped, scale, inverse
 
 
 @triton.jit
-def _write_gradient(to, pair: Pair, row: Row, mostly_clipped, scale, inverse_temperature, mixture: Mixture, entry_clip,
-                    inverse_softcap, objective: tl.constexpr, difference: tl.constexpr, has_softcap: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+def _write_gradient(out: Output, pair: Pair, row: Row, mean: Mean, scale, by: Numbers, form: tl.constexpr):
     """Walk 3. A bf16 gradient may lie over the student's logits: a block is written to where logits of this block or of
     one before it were, and the barrier between lets all warps have read theirs."""
-    lanes: tl.constexpr = MAX_LANES if BLOCK > MAX_LANES * PACK else BLOCK // PACK
-    rest: tl.constexpr = lanes * PACK
-    whole = pair.vocabulary // BLOCK * BLOCK
-    for start in tl.range(0, whole, BLOCK):
-        _write_block(to, pair, start, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip,
-                     inverse_softcap, False, objective, difference, has_softcap, lanes, BLOCK)  # fmt: skip
+    rest: tl.constexpr = form.lanes * PACK
+    to = out.gradient + tl.program_id(0).to(tl.int64) * out.stride
+    whole = pair.vocabulary // form.block * form.block
+    for start in tl.range(0, whole, form.block):
+        _write_block(to, pair, start, row, mean, scale, by, False, form, form.block)
     for start in tl.range(whole, pair.vocabulary, rest, num_stages=1):
-        _write_block(to, pair, start, row, mostly_clipped, scale, inverse_temperature, mixture, entry_clip,
-                     inverse_softcap, True, objective, difference, has_softcap, lanes, rest)  # fmt: skip
+        _write_block(to, pair, start, row, mean, scale, by, True, form, rest)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,157 +263,140 @@ def _write_gradient(to, pair: Pair, row: Row, mostly_clipped, scale, inverse_tem
 
 
 @triton.jit
-def row_statistics_kernel(
-    student, teacher, lse, others, student_stride, teacher_stride, rows, vocabulary, inverse_temperature,
-    difference: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    pair = _pair(student, teacher, row, student_stride, teacher_stride, vocabulary)
-    m = _row_moments(pair, inverse_temperature, JENSEN_SHANNON, difference, BLOCK)
-    values, of_row = concluded(m, inverse_temperature, JENSEN_SHANNON)
-    base_s = base(m.max_student).to(tl.float64)
-    base_t = base(m.max_teacher).to(tl.float64)
-    lse_s = base_s * inverse_temperature + values.log_student
+def row_statistics_kernel(chunk, lse, others, by, form: tl.constexpr):
+    one, pair = _row_of(chunk)
+    m = _row_moments(pair, by, form)
+    values, row, _ = concluded(m, by, form.objective)
+    lse_own = base(m.max_own).to(tl.float64) * by.inverse_temperature + values.log_own
+    lse_other = base(m.max_other).to(tl.float64) * by.inverse_temperature + values.log_other
     # keeps its digits, unless a side has nothing
-    apart = m.centre.to(tl.float64) * inverse_temperature + of_row.log_ratio
-    own_t = base_t * inverse_temperature + values.log_teacher
-    one = row + tl.arange(0, 1)
-    tl.store(lse + one, lse_s)
-    tl.store(lse + rows + one, tl.where(tl.abs(of_row.log_ratio) < float("inf"), lse_s + apart, own_t))
-    tl.store(others + one, m.max_student)
-    tl.store(others + rows + one, m.centre)
-    tl.store(others + 2 * rows + one, of_row.log_ratio)
-    tl.store(others + 3 * rows + one, values.student_entropy)
-    tl.store(others + 4 * rows + one, values.teacher_entropy)
+    apart = m.centre.to(tl.float64) * by.inverse_temperature + row.log_ratio
+    tl.store(lse + one, lse_own)
+    tl.store(lse + chunk.rows + one, tl.where(tl.abs(row.log_ratio) < float("inf"), lse_own + apart, lse_other))
+    tl.store(others + one, m.max_own)
+    tl.store(others + chunk.rows + one, m.centre)
+    tl.store(others + 2 * chunk.rows + one, row.log_ratio)
+    tl.store(others + 3 * chunk.rows + one, values.own_entropy)
+    tl.store(others + 4 * chunk.rows + one, values.other_entropy)
 
 
 @triton.jit
-def _load_row(student_lse, teacher_lse, centre, log_ratio, one, inverse_temperature, mixture: Mixture,
-              objective: tl.constexpr):  # fmt: skip
-    """A row whose statistics are known."""
-    return row_of_lse(
-        tl.load(student_lse + one), tl.load(teacher_lse + one), tl.load(centre + one), tl.load(log_ratio + one),
-        inverse_temperature, mixture, objective,
-    )  # fmt: skip
-
-
-@triton.jit
-def row_terms_kernel(
-    student, teacher, student_lse, teacher_lse, centre, log_ratio, terms,
-    student_stride, teacher_stride, rows, vocabulary, inverse_temperature, mixture, entry_clip,
-    objective: tl.constexpr, difference: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    one = row + tl.arange(0, 1)
-    pair = _pair(student, teacher, row, student_stride, teacher_stride, vocabulary)
-    of_row = _load_row(student_lse, teacher_lse, centre, log_ratio, one, inverse_temperature, mixture, objective)
-    sums = _row_terms(pair, of_row, inverse_temperature, mixture, entry_clip, objective, difference, BLOCK)
-    tl.store(terms + one, sums.divergence.to(tl.float64))
-    tl.store(terms + rows + one, sums.score.to(tl.float64))
-    tl.store(terms + 2 * rows + one, sums.unclipped.to(tl.float64))
-    tl.store(terms + 3 * rows + one, sums.plain.to(tl.float64))
-
-
-@triton.jit
-def _finished(sums: Terms, objective: tl.constexpr):
-    """A whole row's divergence, the mean of its scores, and whether most of the teacher is clipped."""
-    mostly_clipped = sums.score > 0.5
-    if objective == CLIPPED:
-        divergence = tl.where(mostly_clipped, sums.plain, sums.divergence)
-        mean = tl.where(mostly_clipped, sums.unclipped, sums.score)
+def _load_row(known: Known, one, by: Numbers, form: tl.constexpr):
+    """A row whose statistics are known, and its reference."""
+    student_lse, teacher_lse = tl.load(known.student_lse + one), tl.load(known.teacher_lse + one)
+    centre, log_ratio = tl.load(known.centre + one), tl.load(known.log_ratio + one)
+    if form.objective == FORWARD:
+        row = row_of_lse(teacher_lse, student_lse, -centre, -log_ratio, by)
     else:
-        divergence = tl.where(sums.divergence < 0, 0.0, sums.divergence)
-        mean = sums.score
-    mean = tl.where(divergence == divergence, mean, divergence).to(tl.float32)  # a NaN row is NaN throughout
-    return divergence.to(tl.float32), mean, mostly_clipped
+        row = row_of_lse(student_lse, teacher_lse, centre, log_ratio, by)
+    reference = tl.zeros_like(centre)
+    if form.objective == JENSEN_SHANNON:
+        reference = reference_score(row, centre, by)
+    return row, reference
 
 
 @triton.jit
-def row_gradient_kernel(
-    student, teacher, student_lse, teacher_lse, centre, log_ratio, terms, weight, divergence_out, gradient_out,
-    student_stride, teacher_stride, gradient_stride, rows, vocabulary,
-    inverse_temperature, mixture, entry_clip, inverse_softcap,
-    objective: tl.constexpr, difference: tl.constexpr, has_gradient: tl.constexpr, has_softcap: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    one = row + tl.arange(0, 1)
-    pair = _pair(student, teacher, row, student_stride, teacher_stride, vocabulary)
-    of_row = _load_row(student_lse, teacher_lse, centre, log_ratio, one, inverse_temperature, mixture, objective)
+def row_terms_kernel(chunk, known, terms, by, form: tl.constexpr):
+    one, pair = _row_of(chunk)
+    row, reference = _load_row(known, one, by, form)
+    sums = _row_terms(pair, row, reference, by, form)
+    tl.store(terms + one, sums.divergence.to(tl.float64))
+    tl.store(terms + chunk.rows + one, sums.score.to(tl.float64))
+    tl.store(terms + 2 * chunk.rows + one, sums.unclipped.to(tl.float64))
+    tl.store(terms + 3 * chunk.rows + one, sums.plain.to(tl.float64))
+
+
+@triton.jit
+def row_gradient_kernel(chunk, known, terms, weight, divergence_out, out, by, form: tl.constexpr):
+    one, pair = _row_of(chunk)
+    row, reference = _load_row(known, one, by, form)
     sums = Terms(
-        tl.load(terms + one), tl.load(terms + rows + one), tl.load(terms + 2 * rows + one),
-        tl.load(terms + 3 * rows + one),
+        tl.load(terms + one), tl.load(terms + chunk.rows + one), tl.load(terms + 2 * chunk.rows + one),
+        tl.load(terms + 3 * chunk.rows + one),
     )  # fmt: skip
-    divergence, mean, mostly_clipped = _finished(sums, objective)
-    if objective == REVERSE:  # its scores' mean is the divergence itself
-        mean = divergence
+    divergence, mean = concluded_terms(sums, reference, form.objective)
     tl.store(divergence_out + one, divergence)
-    if has_gradient:
-        scale = gradient_scale(tl.load(weight + one), mixture, inverse_temperature, objective)
-        _write_gradient(
-            gradient_out + row * gradient_stride, pair, with_mean(of_row, bounded_mean(mean)), mostly_clipped, scale,
-            inverse_temperature, mixture, entry_clip, inverse_softcap, objective, difference, has_softcap, BLOCK,
-        )  # fmt: skip
+    if out is not None:
+        mean = Mean(mean.reference, bounded_mean(mean.score), mean.mostly_clipped)
+        scale = gradient_scale(tl.load(weight + one), by, form.objective)
+        _write_gradient(out, pair, row, mean, scale, by, form)
 
 
 @triton.jit
-def _store_target(pair: Pair, column, scalars, rows, one, m, values, inverse_temperature, difference: tl.constexpr):
-    """Both sides' log-probability of the row's target, and the student's. Ids outside the vocabulary have none: NaN."""
+def _store_target(pair: Pair, column, scalars, rows, one, s_zero, t_zero, by: Numbers, form: tl.constexpr):
+    """Both sides' log-probability of the row's target, and the student's. Ids outside the vocabulary have none: NaN.
+
+    A side's zero is the logit / τ whose probability is 1, in two parts.
+    """
     exists = (column >= 0) & (column < pair.vocabulary)
     column = tl.where(exists, column, 0)
     s = tl.where(exists, tl.load(pair.student + column).to(tl.float32), float("nan"))
     t = tl.where(exists, tl.load(pair.teacher + column).to(tl.float32), float("nan"))
-    if difference:
+    if form.difference:
         t += s
-    base_s = base(m.max_student)
-    base_t = base(m.max_teacher)
-    logp = (s - base_s) * inverse_temperature - values.log_student
+    logp = (s - s_zero[0]) * by.inverse_temperature - s_zero[1]
     tl.store(scalars + 3 * rows + one, logp)
-    tl.store(scalars + 4 * rows + one, (t - base_t) * inverse_temperature - values.log_teacher)
+    tl.store(scalars + 4 * rows + one, (t - t_zero[0]) * by.inverse_temperature - t_zero[1])
     return logp
 
 
 @triton.jit
-def row_divergence_kernel(
-    student, teacher, weight, target, old_logp, scalars, gradient_out,
-    student_stride, teacher_stride, gradient_stride, rows, vocabulary,
-    inverse_temperature, mixture, importance_clip, entry_clip, inverse_softcap,
-    objective: tl.constexpr, difference: tl.constexpr, has_target: tl.constexpr, has_old_logp: tl.constexpr,
-    has_gradient: tl.constexpr, has_softcap: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    one = row + tl.arange(0, 1)
-    pair = _pair(student, teacher, row, student_stride, teacher_stride, vocabulary)
-    first_walk: tl.constexpr = JENSEN_SHANNON if objective == CLIPPED else objective
-    m = _row_moments(pair, inverse_temperature, first_walk, difference, BLOCK)
-    values, of_row = concluded(m, inverse_temperature, first_walk)
-    divergence, mostly_clipped = values.divergence, values.divergence > 0.5
-    if objective == JENSEN_SHANNON or objective == CLIPPED:  # noqa: SIM109
-        if objective == JENSEN_SHANNON:
-            of_row = with_reference(of_row, m.own, inverse_temperature, mixture)
-        sums = _row_terms(pair, of_row, inverse_temperature, mixture, entry_clip, objective, difference, BLOCK)
-        divergence, mean, mostly_clipped = _finished(sums, objective)
-        of_row = with_mean(of_row, mean)
+def row_divergence_kernel(chunk, given, scalars, out, by, form: tl.constexpr, walk: tl.constexpr):
+    """`walk`: the form of the first walk."""
+    one, pair = _row_of(chunk)
+    m = _row_moments(pair, by, walk)
+    values, row, mean = concluded(m, by, walk.objective)
+    divergence = values.divergence
+    if form.objective == JENSEN_SHANNON or form.objective == CLIPPED:
+        reference = mean.reference
+        if form.objective == JENSEN_SHANNON:
+            reference = reference_score(row, m.at_top, by)
+        sums = _row_terms(pair, row, reference, by, form)
+        divergence, mean = concluded_terms(sums, reference, form.objective)
 
+    zero, zero_other = (base(m.max_own), values.log_own), (base(m.max_other), values.log_other)
+    entropy, other_entropy = values.own_entropy, values.other_entropy
+    if form.objective == FORWARD:
+        zero, zero_other = zero_other, zero
+        entropy, other_entropy = other_entropy, entropy
     tl.store(scalars + one, divergence)
-    tl.store(scalars + rows + one, values.student_entropy)
-    tl.store(scalars + 2 * rows + one, values.teacher_entropy)
-    if has_target:
-        logp = _store_target(
-            pair, tl.load(target + one), scalars, rows, one, m, values, inverse_temperature, difference
-        )
-        if has_old_logp:
-            ratio = importance_ratio(logp, tl.load(old_logp + one), importance_clip)
-            tl.store(scalars + 5 * rows + one, ratio)
-    if has_gradient:
-        scale = gradient_scale(tl.load(weight + one), mixture, inverse_temperature, objective)
-        if has_old_logp:
+    tl.store(scalars + chunk.rows + one, entropy)
+    tl.store(scalars + 2 * chunk.rows + one, other_entropy)
+    if given.target is not None:
+        target = tl.load(given.target + one)
+        logp = _store_target(pair, target, scalars, chunk.rows, one, zero, zero_other, by, form)
+    if given.old_logp is not None:
+        ratio = importance_ratio(logp, tl.load(given.old_logp + one), by.importance_clip)
+        tl.store(scalars + 5 * chunk.rows + one, ratio)
+    if out is not None:
+        scale = gradient_scale(tl.load(given.weight + one), by, form.objective)
+        if given.old_logp is not None:
             scale *= ratio
-        _write_gradient(
-            gradient_out + row * gradient_stride, pair, of_row, mostly_clipped, scale, inverse_temperature, mixture,
-            entry_clip, inverse_softcap, objective, difference, has_softcap, BLOCK,
-        )  # fmt: skip
+        _write_gradient(out, pair, row, mean, scale, by, form)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launches.
+
+
+def _chunk(logits: Logits) -> Chunk:
+    student, teacher = logits.student, logits.teacher
+    return Chunk(student, teacher, student.stride(0), teacher.stride(0), *student.shape)
+
+
+def _numbers(objective: Objective, importance_clip: float, softcap: float) -> Numbers:
+    inverse_softcap = 1.0 / softcap if softcap else 0.0
+    constants = mixture(objective.beta)
+    return Numbers(1.0 / objective.temperature, objective.entry_clip, importance_clip, inverse_softcap, constants)
+
+
+def _form(logits: Logits, kind: str) -> Form:
+    lanes = min(MAX_LANES, BLOCK // PACK.value)
+    return Form(KINDS.index(kind), logits.difference, bool(logits.softcap), BLOCK, lanes)
+
+
+def _output(gradient: Tensor | None) -> Output | None:
+    return None if gradient is None else Output(gradient, gradient.stride(0))
 
 
 def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient: Tensor | None = None) -> Scalars:
@@ -390,14 +407,11 @@ def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient:
     assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
     assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
     scalars = torch.empty(rows.scalars, len(weight), dtype=torch.float32, device=student.device)
+    first_walk = "jensen_shannon" if objective.kind == "clipped" else objective.kind
     row_divergence_kernel[(len(weight),)](
-        student, logits.teacher, weight, target, old_logp, scalars, gradient,
-        student.stride(0), logits.teacher.stride(0), 0 if gradient is None else gradient.stride(0),
-        *student.shape, 1.0 / objective.temperature, mixture(objective.beta), importance_clip,
-        objective.entry_clip, 1.0 / logits.softcap if logits.softcap else 0.0,
-        objective=KINDS.index(objective.kind), difference=logits.difference, has_target=target is not None,
-        has_old_logp=old_logp is not None, has_gradient=gradient is not None, has_softcap=bool(logits.softcap),
-        BLOCK=BLOCK, **options(student.device.type),
+        _chunk(logits), Given(weight, target, old_logp), scalars, _output(gradient),
+        _numbers(objective, importance_clip, logits.softcap), form=_form(logits, objective.kind),
+        walk=_form(logits, first_walk), **options(student.device.type),
     )  # fmt: skip
     return Scalars(*scalars.unbind(), *[None] * (len(Scalars._fields) - len(scalars)))
 
@@ -407,11 +421,15 @@ def row_statistics(logits: Logits, temperature: float) -> RowStatistics:
     student = logits.student
     lse = torch.empty(2, len(student), dtype=torch.float64, device=student.device)
     others = torch.empty(5, len(student), dtype=torch.float32, device=student.device)
+    numbers = _numbers(Objective("jensen_shannon", 0.5, temperature, 0.0), 0.0, 0.0)
     row_statistics_kernel[(len(student),)](
-        student, logits.teacher, lse, others, student.stride(0), logits.teacher.stride(0), *student.shape,
-        1.0 / temperature, difference=logits.difference, BLOCK=BLOCK, **options(student.device.type),
-    )  # fmt: skip
+        _chunk(logits), lse, others, numbers, form=_form(logits, "jensen_shannon"), **options(student.device.type)
+    )
     return RowStatistics(*lse.unbind(), *others.unbind())
+
+
+def _known(statistics: RowStatistics) -> Known:
+    return Known(*(getattr(statistics, name) for name in Known._fields))
 
 
 def row_terms(logits: Logits, objective: Objective, statistics: RowStatistics) -> Tensor:  # (4, C) float64
@@ -419,10 +437,7 @@ def row_terms(logits: Logits, objective: Objective, statistics: RowStatistics) -
     student = logits.student
     terms = torch.empty(4, len(student), dtype=torch.float64, device=student.device)
     row_terms_kernel[(len(student),)](
-        student, logits.teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre,
-        statistics.log_ratio, terms, student.stride(0), logits.teacher.stride(0), *student.shape,
-        1.0 / objective.temperature, mixture(objective.beta), objective.entry_clip,
-        objective=KINDS.index(objective.kind), difference=logits.difference, BLOCK=BLOCK,
+        _chunk(logits), _known(statistics), terms, _numbers(objective, 0.0, 0.0), form=_form(logits, objective.kind),
         **options(student.device.type),
     )  # fmt: skip
     return terms
@@ -440,12 +455,7 @@ def row_gradient(
     student = logits.student
     divergence = torch.empty(len(student), dtype=torch.float32, device=student.device)
     row_gradient_kernel[(len(student),)](
-        student, logits.teacher, statistics.student_lse, statistics.teacher_lse, statistics.centre,
-        statistics.log_ratio, terms, weight, divergence, gradient,
-        student.stride(0), logits.teacher.stride(0), 0 if gradient is None else gradient.stride(0), *student.shape,
-        1.0 / objective.temperature, mixture(objective.beta), objective.entry_clip,
-        1.0 / logits.softcap if logits.softcap else 0.0,
-        objective=KINDS.index(objective.kind), difference=logits.difference, has_gradient=gradient is not None,
-        has_softcap=bool(logits.softcap), BLOCK=BLOCK, **options(student.device.type),
+        _chunk(logits), _known(statistics), terms, weight, divergence, _output(gradient),
+        _numbers(objective, 0.0, logits.softcap), form=_form(logits, objective.kind), **options(student.device.type),
     )  # fmt: skip
     return divergence

@@ -25,7 +25,7 @@ class Plan(NamedTuple):
     wanted: Gradients  # dtype of each gradient, None where it is not wanted
 
 
-# (scalars, K) fp32 of the kept rows, and the gradients of Σ weight · importance ratio · divergence.
+# A schedule returns (scalars, K) fp32 and the gradients of Σ weight · importance ratio · divergence.
 Schedule = Callable[[Plan], tuple[Tensor, Gradients]]
 
 
@@ -62,7 +62,7 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
     partial, computed = grad_hidden, rows
     if partial is not None and shard.group is None:
         partial = partial.view(-1, hidden.shape[-1])
-    elif partial is not None:  # of the computed rows, in fp32: what is summed over processes
+    elif partial is not None:  # processes add these up, in fp32
         partial = torch.zeros(len(rows.given.weight), hidden.shape[-1], device=hidden.device)
         computed = rows._replace(kept=torch.arange(len(partial), device=hidden.device))
     plan = Plan(

@@ -9,13 +9,13 @@ from torch import Tensor
 from ..kernels import Kernels, native
 from ..problem import Gradients, Head
 
-# Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.
+# A head, or its gradient, is copied into another dtype so many rows at a time.
 SLAB_ROWS = 8192
-# Tokens of a group at a time whose hidden gradient is made in fp32.
+# The hidden gradient of a group is made in fp32 for so many tokens at a time.
 HIDDEN_ROWS = 1024
-# Of the sizes of matrices, what the fast kernels of GPU libraries divide.
+# The fast kernels of GPU libraries take matrices whose sizes are multiples of this.
 EVEN = 64
-# Entries of a gradient up to which it is summed in fp32 whatever its dtype.
+# A gradient with no more entries is summed in fp32, whatever its dtype.
 SMALL = 2**24
 
 
@@ -54,7 +54,7 @@ def project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
             torch.mm(hidden, weight_slab.t(), out=logits[:, slab])
 
 
-# The accelerators' products of 16-bit numbers with an fp32 result.
+# Accelerators multiply 16-bit numbers to an fp32 result.
 mm_fp32 = partial(torch.mm, out_dtype=torch.float32)
 addmm_fp32 = partial(torch.addmm, out_dtype=torch.float32)
 
@@ -112,10 +112,10 @@ def apply_head(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> 
 def add_gradients(
     logit_gradient: Tensor,  # (R, V)
     hidden: Tensor,  # (R, D)
-    adapted: Tensor | None,  # (R, r) of apply_head
+    adapted: Tensor | None,  # (R, r) from apply_head
     head: Head,
     kept: Tensor,  # (R,) where sums.hidden has these tokens
-    sums: Gradients,  # of head_sums
+    sums: Gradients,  # from head_sums
 ) -> None:
     """Adds a group's gradients to those of its hidden states and of the head."""
     grad_adapted = None
@@ -135,8 +135,11 @@ def add_gradients(
     if sums.lora_a is not None:
         sums.lora_a.add(grad_adapted, hidden)
     if sums.lora_b is not None:
-        # In two parts, so that a bf16 product keeps the 16 bits of them that count.
         scaled = adapted * head.lora.scale
+        if on_cpu(scaled):
+            sums.lora_b.add(logit_gradient, scaled)
+            return
+        # Two parts, so that a product of 16-bit numbers keeps the 16 bits of them that count.
         upper = scaled.to(logit_gradient.dtype)
         sums.lora_b.add(logit_gradient, upper)
         if upper.dtype != scaled.dtype:
@@ -191,13 +194,14 @@ class HeadGradient:
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
         beta = min(self.terms, 1)
         self.terms += 1
-        widened = on_cpu(hidden) and hidden.dtype != logit_gradient.dtype == torch.float32
-        if widened and self.sum.dtype == torch.float32:
-            native.matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
-            return
-        if not widened:
+        mixed = on_cpu(hidden) and hidden.dtype != logit_gradient.dtype
+        if not mixed:
             hidden = hidden.to(logit_gradient.dtype)
-        if self.sum.dtype == logit_gradient.dtype:
+        if mixed and self.sum.dtype == torch.float32:
+            native.matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
+        elif mixed:
+            self._add_slabs(logit_gradient, hidden, beta, native.matmul, torch.float32)
+        elif self.sum.dtype == logit_gradient.dtype:
             for part in _parts(logit_gradient.t()):
                 self.sum[part].addmm_(logit_gradient[:, part].t(), hidden, beta=beta)
         elif not on_cpu(hidden) and logit_gradient.dtype != torch.float32:
@@ -205,13 +209,15 @@ class HeadGradient:
                 total = self.sum[part]
                 addmm_fp32(total, logit_gradient[:, part].t(), hidden, beta=beta, out=total)
         else:
-            self._add_slabs(logit_gradient, hidden, beta, native.matmul if widened else _mm)
+            self._add_slabs(logit_gradient, hidden, beta, _mm, logit_gradient.dtype)
 
-    def _add_slabs(self, logit_gradient: Tensor, hidden: Tensor, beta: int, matmul: Callable) -> None:
+    def _add_slabs(
+        self, logit_gradient: Tensor, hidden: Tensor, beta: int, matmul: Callable, dtype: torch.dtype
+    ) -> None:
         """What is added in another dtype exists a slab at a time."""
         for start in range(0, self.sum.shape[0], SLAB_ROWS):
             slab = slice(start, start + SLAB_ROWS)
-            product = logit_gradient.new_empty(len(self.sum[slab]), hidden.shape[1])
+            product = torch.empty(len(self.sum[slab]), hidden.shape[1], dtype=dtype, device=hidden.device)
             matmul(logit_gradient[:, slab].t(), hidden, product)
             if beta == 0:
                 self.sum[slab] = product

@@ -13,7 +13,7 @@ from .support import divergence_on_support
 
 def row_values(
     logits: Logits,  # changed
-    rows: Rows,  # of the chunk; their weights are the gradient's
+    rows: Rows,  # the chunk's; their weights are the gradient's
     objective: Objective,
     support: Support | None,
     kernels: Kernels,

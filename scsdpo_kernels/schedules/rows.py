@@ -13,9 +13,9 @@ from ..problem import mapped
 class Rows(NamedTuple):
     """The K rows to compute: indices into the outputs and both sides' hidden states, and what is given per row."""
 
-    kept: Tensor  # (K,) int64 among all rows: of the outputs and of the hidden gradient
-    student: Tensor  # (K,) int64 of the student's hidden states
-    teacher: Tensor | None  # (K,) int64 of the teacher's; None: it has said support_logp
+    kept: Tensor  # (K,) int64: where they are among all rows
+    student: Tensor  # (K,) int64: where the student's hidden states have them
+    teacher: Tensor | None  # (K,) int64: where the teacher's have them. None: support_logp is known instead
     given: PerRow  # (K,)
     support_ids: Tensor | None  # (K, S) int64, -1: an empty slot
     support_logp: Tensor | None  # (K, S)

@@ -1,0 +1,142 @@
+"""From the arguments of a call to one checked problem: of a vocabulary that is spread, this process's part of it."""
+
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    as_head,
+    check_options,
+    check_problem,
+    check_schedule,
+    check_teacher,
+    check_tensor,
+    in_autocast,
+)
+from .problem import Head, Problem, SampledToken, Side, Support, Target, TopK, TopLogprobs, mapped, objective_of
+from .vocab_shard import VocabShard, agreed, local_part
+
+
+class DivergenceOptions(TypedDict, total=False):
+    """Keyword arguments of `linear_divergence` that every loss takes."""
+
+    beta: float
+    temperature: float
+    support: TopK | TopLogprobs | SampledToken | None
+    entry_clip: float | None
+    target_ids: Tensor | None
+    old_logp: Tensor | None
+    importance_clip: float
+    schedule: str
+    rows: Tensor | None
+    shard: VocabShard | None
+
+
+def check_keywords(function: str, options: dict[str, Any]) -> None:
+    """TypeError for an option that does not exist, in the name of the public function."""
+    unknown = [name for name in options if name not in DivergenceOptions.__annotations__]
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {unknown[0]!r}")
+
+
+def problem_of(
+    student_hidden: Tensor,
+    student_head: Tensor | Head,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | Head | None,
+    token_weight: Tensor | None,
+    options: DivergenceOptions,  # all of them
+) -> Problem:
+    schedule, shard = options["schedule"], options["shard"]
+
+    def own_part() -> Problem:
+        problem = _problem(student_hidden, student_head, teacher_hidden, teacher_head, token_weight, options)
+        problem, own_shard = local_part(problem, shard)
+        if own_shard is not None:
+            if own_shard.sequence_parallel and problem.rows is not None:
+                raise ValueError(
+                    "rows: expected None with sequence_parallel, in which processes tell each other their number"
+                )
+            problem = problem._replace(part=own_shard.part)
+        if token_weight is None:
+            hidden = problem.student.hidden
+            problem = problem._replace(token_weight=torch.ones(hidden.shape[:-1], device=hidden.device))
+        check_problem(problem, teacher_head is None, schedule, own_shard)
+        check_schedule(schedule, problem)
+        return _prepared(problem)
+
+    if shard is None or not shard.check or torch.compiler.is_compiling():
+        return own_part()
+    return agreed(shard, own_part, schedule)
+
+
+def _problem(
+    student_hidden: Tensor,
+    student_head: Tensor | Head,
+    teacher_hidden: Tensor | None,
+    teacher_head: Tensor | Head | None,
+    token_weight: Tensor | None,
+    options: DivergenceOptions,
+) -> Problem:
+    """Of arguments of the right types."""
+    check_tensor("student_hidden", student_hidden)
+    head = as_head("student_head", student_head)
+    support, target_ids, old_logp = options["support"], options["target_ids"], options["old_logp"]
+    check_teacher(teacher_hidden, teacher_head, support)
+    check_options(options)
+    teacher = None
+    if teacher_hidden is not None:
+        check_tensor("teacher_hidden", teacher_hidden)
+        teacher = Side(teacher_hidden, head if teacher_head is None else as_head("teacher_head", teacher_head))
+    for name, tensor in (("token_weight", token_weight), ("target_ids", target_ids), ("old_logp", old_logp)):
+        if tensor is not None:
+            check_tensor(name, tensor)
+    return Problem(
+        student=Side(student_hidden, head),
+        teacher=teacher,
+        token_weight=token_weight,
+        rows=options["rows"],
+        objective=objective_of(options["beta"], options["temperature"], options["entry_clip"] or 0.0),
+        support=_support(support),
+        target=None if target_ids is None else Target(target_ids, old_logp, float(options["importance_clip"])),
+        part=None,
+    )
+
+
+def _support(support: TopK | TopLogprobs | SampledToken | None) -> Support | None:
+    if support is None:
+        return None
+    if isinstance(support, SampledToken):
+        return Support(k=0, renormalize=False, sampled=True, ids=None, logp=None)
+    given = (support.ids, support.logp) if isinstance(support, TopLogprobs) else (None, None)
+    k = support.k if isinstance(support, TopK) else 0
+    return Support(k, support.tail == "renormalize", False, *given)
+
+
+def _prepared(problem: Problem) -> Problem:
+    """Cast as autocast says, without gradients where none go, and with at least one leading axis."""
+    problem = mapped(lambda path, x: x if path[0] == "student" else x.detach(), problem)
+    student, teacher = problem.student, problem.teacher
+    weight = _autocast(student.head.weight)
+    cast = Side(_autocast(student.hidden), student.head._replace(weight=weight))
+    if teacher is not None:
+        shared = teacher.head.weight.data_ptr() == student.head.weight.data_ptr() and weight is not student.head.weight
+        own = weight.detach() if shared else _autocast(teacher.head.weight)
+        teacher = Side(_autocast(teacher.hidden), teacher.head._replace(weight=own))
+    rows = None if problem.rows is None else problem.rows.contiguous()
+    problem = problem._replace(student=cast, teacher=teacher, rows=rows)
+    if student.hidden.dim() > 1:
+        return problem
+
+    def with_axis(path: tuple[str, ...], tensor: Tensor) -> Tensor:
+        return tensor if "head" in path or path[0] == "rows" else tensor.unsqueeze(0)
+
+    return mapped(with_axis, problem)
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    if not in_autocast(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
