@@ -40,10 +40,9 @@ class Compiled:
         changes: (file of the package, text, new text) to make in a copy of the package, which then runs.
         triton: the folder of another Triton than the installed one.
         interpreted: whether Triton's interpreter runs the kernels after all.
-        constants: attributes of modules, such as {"row_divergence_triton": {"BLOCK": 256}}.
     """
 
-    def __init__(self, target="sm_80", *, changes=(), triton=None, interpreted=False, constants=None):
+    def __init__(self, target="sm_80", *, changes=(), triton=None, interpreted=False):
         self.seed: int | None = None
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
@@ -66,7 +65,7 @@ class Compiled:
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
-        _send(self._process.stdin, (target, interpreted, constants or {}), [])
+        _send(self._process.stdin, (target, interpreted, folder if changes else None), [])
 
     def __enter__(self) -> "Compiled":
         return self
@@ -221,12 +220,12 @@ def _extent(tensor: Tensor) -> int:
 def main() -> None:
     source, to = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed goes to stderr
-    (target, interpreted, constants), _ = _receive(source)
+    (target, interpreted, folder), _ = _receive(source)
+    if folder is not None:  # an editable install of the package has a finder that comes before PYTHONPATH
+        sys.meta_path[:] = [x for x in sys.meta_path if x.__module__.startswith("_frozen_importlib")]
+        assert Path(importlib.import_module(PACKAGE.name).__file__).is_relative_to(folder)
     torch.use_deterministic_algorithms(True)  # memory that nobody wrote to holds NaN
     driver = None if interpreted else install(target)
-    for module, values in constants.items():
-        for name, value in values.items():
-            setattr(importlib.import_module(f"scsdpo_kernels.kernels.{module}"), name, value)
     while True:
         try:
             (module, function, arguments, seed), storages = _receive(source)

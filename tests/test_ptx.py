@@ -240,7 +240,7 @@ def test_what_one_side_forbids_alone(sm_80):
         assert (scalars.divergence == torch.inf).all()
         if kind == "forward":
             expected = oracle.rows(student, teacher, 0.0, TEMPERATURE).gradient.astype(float)
-            np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-7)
+            np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-5, atol=1e-7)
         else:
             assert (gradient[:, some] == torch.inf).all()
             rest = torch.ones(2301, dtype=torch.bool).index_fill(0, some, False)
