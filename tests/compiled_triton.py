@@ -71,8 +71,9 @@ class Compiled:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.stdin.close()
+        self._process.kill()
         self._process.wait()
+        self._process.stdin.close()
         self._process.stdout.close()
         self._folder.cleanup()
 
