@@ -204,12 +204,10 @@ WHOLE = [
     Case("forward", 6657, target=True),
     Case("forward", 2064, difference=True, gradient=torch.bfloat16),
     Case("forward", 37, logits=torch.float64),
-    Case("reverse", 2301, gradient=torch.bfloat16, target=True),
+    Case("reverse", 2301, logits=torch.bfloat16, gradient=torch.bfloat16, softcap=50.0, target=True),
     Case("reverse", 6656, difference=True),
-    Case("reverse", 2064, logits=torch.bfloat16, softcap=50.0),
     Case("jensen_shannon", 6657, target=True),
     Case("jensen_shannon", 6656, difference=True, softcap=50.0),
-    Case("jensen_shannon", 2301, logits=torch.bfloat16, gradient=torch.bfloat16),
     Case("jensen_shannon", 2064, gradient=None),
     Case("jensen_shannon", 1),
     Case("clipped", 2301, target=True),
@@ -231,12 +229,12 @@ def test_whole_rows(sm_80, case):
 
 def ties() -> Rows:
     """The teacher's largest logit is a rounding above its logit at the student's peak, whatever the logits' size."""
-    offset = torch.linspace(20, 1000, 40)[:, None]
-    student, teacher = torch.full((2, 40, 301), -torch.inf)
+    offset = torch.linspace(20, 1000, 20)[:, None]
+    student, teacher = torch.full((2, 20, 301), -torch.inf)
     student[:, -4:] = offset + torch.tensor([0.0, -3.0, -4.0, -1.0]) * TEMPERATURE
     teacher[:, -4:] = offset + torch.tensor([0.0, 0.0, -4.0, -6.0]) * TEMPERATURE
     teacher[:, -3] += 1.8e-6 * offset[:, 0]
-    return Rows(["tie"] * 40, student, teacher, teacher.double(), torch.ones(40))
+    return Rows(["tie"] * 20, student, teacher, teacher.double(), torch.ones(20))
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jensen_shannon"])
