@@ -135,15 +135,17 @@ def _send(stream, message: Any, storages: list) -> None:
     """`storages` may begin with memory that is to be sent in any case; it ends as all that was."""
     buffer = io.BytesIO()
     _Pickler(buffer, storages).dump(message)
-    data = [torch.empty(0, dtype=torch.uint8).set_(x).numpy().tobytes() for x in storages]
+    data = [bytearray(torch.empty(0, dtype=torch.uint8).set_(x).numpy()) for x in storages]
     pickle.dump((data, buffer.getvalue()), stream)
     stream.flush()
 
 
 def _receive(stream) -> tuple[Any, list]:
     data, message = pickle.load(stream)
-    storages = [torch.tensor(list(x), dtype=torch.uint8).untyped_storage() if len(x) == 0 else
-                torch.frombuffer(bytearray(x), dtype=torch.uint8).clone().untyped_storage() for x in data]  # fmt: skip
+    storages = [torch.UntypedStorage(len(x)) for x in data]
+    for storage, given in zip(storages, data, strict=True):
+        if given:
+            torch.empty(0, dtype=torch.uint8).set_(storage).copy_(torch.frombuffer(given, dtype=torch.uint8))
     return _Unpickler(io.BytesIO(message), storages).load(), storages
 
 
@@ -179,10 +181,6 @@ class Driver:
         if key not in self._programs:
             self._programs[key] = ptx.Program(*key)
         return self._programs[key]
-
-    def opcodes(self) -> list[str]:
-        """Of all that was launched."""
-        return sorted(set().union(*(program.opcodes for program in self._programs.values())))
 
     def unload_module(self, module: str) -> None:
         pass
@@ -235,8 +233,8 @@ def main() -> None:
         try:
             if driver is not None:
                 driver.seed = seed
-            kernels = driver if module == "driver" else importlib.import_module(f"scsdpo_kernels.kernels.{module}")
-            answer = getattr(kernels, function)(*arguments), None
+            launchers = importlib.import_module(f"scsdpo_kernels.kernels.{module}")
+            answer = getattr(launchers, function)(*arguments), None
         except Exception:
             answer = None, traceback.format_exc()
         _send(to, answer, storages)

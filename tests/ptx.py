@@ -1,8 +1,8 @@
 """Runs PTX on a CPU: all threads of a grid at once, instruction by instruction, in NumPy.
 
 What Triton's compiler makes of the kernels is PTX, and differs from their Python: products are fused into sums in some
-places and not in others, loads are pipelined through shared memory, reductions are shuffles. Here that PTX runs, with
-exactly the instructions that it uses; another one raises.
+places and not in others, loads are pipelined through shared memory, reductions are shuffles. Here that PTX runs. An
+instruction that the kernels have no use for raises.
 
     add, mul, fma, div.rn, ...         rounded once, as IEEE 754 has them
     ex2, lg2, rcp.approx, div.full     likewise, or with a seed off by as much as PTX's manual allows
@@ -13,8 +13,9 @@ exactly the instructions that it uses; another one raises.
 Registers are arrays (blocks of the grid, threads of a block), or of length 1 where a value is the same throughout.
 Threads that went different ways wait for each other at the block of code that comes first in the text.
 
-What is not modelled: tensor cores, clusters, atomics, any order of memory but by barriers of a block, time; and what
-ptxas makes of PTX, which may fuse a product and a sum that PTX has apart.
+What is not modelled: tensor cores, clusters, atomics, any order of memory but by barriers of a block, two threads that
+write to one place with one instruction, time; and what ptxas makes of PTX, which may fuse a product and a sum that PTX
+has apart.
 """
 
 import ctypes
@@ -420,7 +421,6 @@ class Program:
         self.parameters, code, self.registers = parsed(text)
         self.threads = int(re.search(r"\.reqntid (\d+)", text)[1])
         self.seed = seed
-        self.opcodes = {x.opcode for x in code if isinstance(x, Instruction)}
         targets = {x.operands[0] for x in code if isinstance(x, Instruction) and x.opcode.startswith("bra")}
         pieces, names = [[]], {}
         for item in code:
@@ -576,15 +576,11 @@ class Program:
         if opcode == "shfl.sync.bfly.b32":
             assert rest[1:] == ["31", "-1"]
             lanes = np.arange(WARP) ^ int(rest[0])
-            function = lambda x: x[..., lanes]  # noqa: E731
             source, members = self._source(of, np.uint32), None
         else:
-            functions = {"min": np.min, "max": np.max, "add": np.sum}
-            name, element = re.fullmatch(r"redux\.sync\.(min|max|add)\.([su]32)", opcode).groups()
-            function = lambda x: np.broadcast_to(functions[name](x, axis=-1, keepdims=True, dtype=x.dtype)  # noqa: E731
-                                                 if name == "add" else functions[name](x, axis=-1, keepdims=True),
-                                                 x.shape)  # fmt: skip
-            source, members = self._source(of, TYPES[element]), self._source(rest[0], np.uint32)
+            name, kind = opcode.removeprefix("redux.sync.").split(".")
+            reduce = {"min": np.minimum, "max": np.maximum, "add": np.add}[name]
+            source, members = self._source(of, TYPES[kind]), self._source(rest[0], np.uint32)
         self._check(to, np.uint32)
 
         def exchange(threads, active):
@@ -592,7 +588,11 @@ class Program:
             if members is not None:
                 assert (members(threads) == 0xFFFFFFFF).all(), "a warp's members: expected all"
             x = np.broadcast_to(source(threads), threads.shape).reshape(threads.shape[0], -1, WARP)
-            threads.write(to, function(x).reshape(threads.shape), active)
+            if members is None:
+                x = x[..., lanes]
+            else:
+                x = reduce.reduce(x, axis=-1, keepdims=True, dtype=x.dtype).repeat(WARP, axis=-1)
+            threads.write(to, x.reshape(threads.shape), active)
 
         return exchange
 
