@@ -22,7 +22,19 @@ from .checks import (
     check_tensor,
     in_autocast,
 )
-from .problem import Head, Problem, SampledToken, Side, Support, Target, TopK, TopLogprobs, mapped, objective_of
+from .problem import (
+    Head,
+    Problem,
+    SampledToken,
+    Side,
+    Support,
+    Target,
+    TopK,
+    TopLogprobs,
+    mapped,
+    objective_of,
+    shortest_head,
+)
 from .vocab_shard import VocabShard, agreed, local_part
 
 if TYPE_CHECKING:
@@ -42,6 +54,7 @@ class DivergenceOptions(TypedDict, total=False):
     schedule: str
     rows: Tensor | None
     shard: VocabShard | None
+    shared_prefix: bool
 
 
 class LinearDivergence(NamedTuple):
@@ -77,6 +90,7 @@ def linear_divergence(
     schedule: str = "auto",
     rows: Tensor | None = None,
     shard: VocabShard | None = None,
+    shared_prefix: bool = False,
 ) -> LinearDivergence:
     """Weighted divergence of student and teacher over the whole vocabulary; the logits never exist in full.
 
@@ -119,6 +133,10 @@ def linear_divergence(
             tokens (or, with `shard.sequence_parallel`, each with its own) and gets the same results and the whole
             gradient of its hidden states and of its part of the head. A student_head that is a DTensor, sharded on dim
             0 of a one-dimensional mesh, means the same. Collective.
+        shared_prefix: heads of unequal length, as of one tokenizer whose models pad their vocabularies differently,
+            have the shorter one's tokens; the longer head's further ones are forbidden, as by logits of -inf, and have
+            a gradient of 0. Ids are below the shorter length. False: unequal heads raise. With `shard`, start and stop
+            are of the shared tokens, and only the part that ends with the last of them may be longer.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or two do not fit together; the message names them, what was
@@ -127,7 +145,7 @@ def linear_divergence(
     problem = problem_of(
         student_hidden, student_head, teacher_hidden, teacher_head, token_weight=token_weight, beta=beta,
         temperature=temperature, support=support, entry_clip=entry_clip, target_ids=target_ids, old_logp=old_logp,
-        importance_clip=importance_clip, schedule=schedule, rows=rows, shard=shard,
+        importance_clip=importance_clip, schedule=schedule, rows=rows, shard=shard, shared_prefix=shared_prefix,
     )  # fmt: skip
     if schedule == "reference":
         loss, _, scalars = _on_full_logits(problem)
@@ -210,13 +228,14 @@ def problem_of(
     schedule: str = "auto",
     rows: Tensor | None = None,
     shard: VocabShard | None = None,
+    shared_prefix: bool = False,
 ) -> Problem:
     """The arguments of a call as one checked problem; of a vocabulary that is spread, this process's part of it."""
 
     def own_part() -> Problem:
         check_tensor("student_hidden", student_hidden)
         head = as_head("student_head", student_head)
-        check_teacher(teacher_hidden, teacher_head, support)
+        check_teacher(teacher_hidden, teacher_head, support, shared_prefix)
         check_options(beta, temperature, support, entry_clip, target_ids, old_logp, importance_clip)
         teacher = None
         if teacher_hidden is not None:
@@ -234,8 +253,9 @@ def problem_of(
             support=_support(support),
             target=None if target_ids is None else Target(target_ids, old_logp, float(importance_clip)),
             part=None,
+            vocabulary=None,
         )
-        problem, own_shard = local_part(problem, shard)
+        problem, own_shard = local_part(problem, shard, shared_prefix)
         if own_shard is not None and own_shard.sequence_parallel and rows is not None:
             raise ValueError(
                 "rows: expected None with sequence_parallel, in which processes tell each other their number"
@@ -244,7 +264,9 @@ def problem_of(
             ones = torch.ones(problem.student.hidden.shape[:-1], device=problem.student.hidden.device)
             problem = problem._replace(token_weight=ones)
         problem = problem._replace(part=None if own_shard is None else own_shard.part)
-        check_problem(problem, teacher_head is None, schedule, own_shard)
+        check_problem(problem, teacher_head is None, schedule, own_shard, shared_prefix)
+        if own_shard is None:
+            problem = problem._replace(vocabulary=shortest_head(problem))
         check_schedule(schedule, problem)
         return _prepared(problem)
 
