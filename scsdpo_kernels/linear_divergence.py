@@ -292,7 +292,8 @@ def _prepared(problem: Problem) -> Problem:
     weight = _autocast(student.head.weight)
     cast = Side(_autocast(student.hidden), student.head._replace(weight=weight))
     if teacher is not None:
-        shared = teacher.head.weight.data_ptr() == student.head.weight.data_ptr() and weight is not student.head.weight
+        # In this order: torch.compile cannot compare the addresses of two tensors.
+        shared = weight is not student.head.weight and teacher.head.weight.data_ptr() == student.head.weight.data_ptr()
         own = weight.detach() if shared else _autocast(teacher.head.weight)
         teacher = Side(_autocast(teacher.hidden), teacher.head._replace(weight=own))
     rows = None if problem.rows is None else problem.rows.contiguous()

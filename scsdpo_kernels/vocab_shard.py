@@ -71,9 +71,7 @@ class VocabShard:
         )
 
 
-def local_part(
-    problem: Problem, shard: VocabShard | None, shared_prefix: bool
-) -> tuple[Problem, VocabShard | None]:
+def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) -> tuple[Problem, VocabShard | None]:
     """A problem with this process's part of each tensor, and which part that is.
 
     Beside a DTensor, a plain tensor of the whole vocabulary is taken apart alike. Weights keep rows that are padding or
