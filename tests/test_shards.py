@@ -287,6 +287,67 @@ def padded_heads(process):
     assert (got["student_weight"][-5:] == 0).all()
 
 
+def unequal_vocabularies(process):
+    """The last part of one head has rows of tokens that the other side has not; or a process has nothing else."""
+    device = process.device
+    whole = {name: x.to(device) for name, x in problem().items() if name in (*OWN_HEAD, *TARGETS, "student_bias")}
+    last = process.stop == VOCABULARY
+    for longer, options in itertools.product(("student", "teacher"), ({}, {"support": TopK(9)})):
+        weight, bias = f"{longer}_weight", "student_bias"
+        given = dict(whole)
+        given[weight] = torch.cat([whole[weight], torch.full((5, WIDTH), 9.0, device=device)])
+        if longer == "student":
+            given[bias] = torch.cat([whole[bias], torch.full((5,), 9.0, device=device)])
+        expected, exact = run(given, **options, shared_prefix=True)
+        parts = {name: process.part(x) if name in PER_VOCABULARY else x for name, x in given.items()}
+        for name in PER_VOCABULARY:
+            if name in parts and len(given[name]) > VOCABULARY and last:
+                parts[name] = given[name][process.start :].clone()
+        got, gradients = run(parts, **options, shard=process.shard(), shared_prefix=True)
+        torch.testing.assert_close(got.divergence, expected.divergence, rtol=1e-4, atol=1e-6)
+        for name, gradient in gradients.items():
+            assert gradient.shape == parts[name].shape
+            want = exact[name][process.start :][: len(gradient)] if name in PER_VOCABULARY else exact[name]
+            torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-6)
+        with pytest.raises(ValueError, match=r"shared_prefix=True|refused on other processes"):
+            run(parts, **options, shard=process.shard())
+        if process.world > 1:  # as heads of two models that were spread each over its own length
+            for name in PER_VOCABULARY:
+                if name in parts and len(given[name]) > VOCABULARY:
+                    parts[name] = given[name][process.start : process.stop + 1].clone()
+            with pytest.raises(ValueError, match=r"only the part that ends a shared prefix may be longer|refused on"):
+                run(parts, **options, shard=process.shard(), shared_prefix=True)
+
+
+def unequal_dtensors(process):
+    """Beside a DTensor of either length, a plain teacher's head is taken apart as it is."""
+    mesh = init_device_mesh(process.device.type, (process.world,))
+    given = {name: x.to(process.device) for name, x in problem().items() if name in (*OWN_HEAD, "student_bias")}
+    for student, teacher in ((VOCABULARY, VOCABULARY - 3), (VOCABULARY - 3, VOCABULARY)):
+        named = {"student_weight": student, "student_bias": student, "teacher_weight": teacher}
+        heads = {name: given[name][:length] for name, length in named.items()}
+        expected, exact = run({**given, **heads}, shared_prefix=True)
+        spread = {name: distribute_tensor(x, mesh, [Shard(0)]) for name, x in heads.items()}
+        got, gradients = run({**given, **spread, "teacher_weight": heads["teacher_weight"]}, shared_prefix=True)
+        torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        for name, gradient in gradients.items():
+            gradient = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            torch.testing.assert_close(gradient, exact[name], rtol=1e-4, atol=1e-6)
+        with pytest.raises(
+            ValueError, match=f"expected the {student} rows .* shared_prefix=True, .* got {teacher} rows"
+        ):
+            run({**given, **spread, "teacher_weight": heads["teacher_weight"]})
+        if process.world > 1:  # parts of 67 and of 64 entries begin at other tokens
+            with pytest.raises(ValueError, match="teacher_head: expected a DTensor with entries"):
+                run({**given, **spread}, shared_prefix=True)
+    if process.world in (1, 4):  # parts of 67 and of 66 at the same ones
+        given["teacher_weight"] = given["teacher_weight"][:-1]
+        expected, _ = run(given, shared_prefix=True)
+        spread = {name: distribute_tensor(given[name], mesh, [Shard(0)]) for name in spread}
+        got, _ = run({**given, **spread}, shared_prefix=True)
+        torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+
+
 def dtensors(process):
     """A head as PyTorch's tensor parallelism has it: equal parts, the last ones smaller or empty."""
     mesh = init_device_mesh(process.device.type, (process.world,))
@@ -487,9 +548,9 @@ def splits_of_a_batch(process):
 CASES = {
     function.__name__: function
     for function in (betas, targets, heads, supports, sampled_token, clipped_entries, near_equal, peaked,
-                     forbidden_tokens, odd_weights, no_rows, chunks, bf16, per_token, frozen, padded_heads, dtensors,
-                     sequence_parallel, losses_over_own_rows, data_and_vocabulary, disagreement, compiled,
-                     splits_of_a_batch)
+                     forbidden_tokens, odd_weights, no_rows, chunks, bf16, per_token, frozen, padded_heads,
+                     unequal_vocabularies, unequal_dtensors, dtensors, sequence_parallel, losses_over_own_rows,
+                     data_and_vocabulary, disagreement, compiled, splits_of_a_batch)
 }  # fmt: skip
 
 
