@@ -113,7 +113,8 @@ def linear_divergence(
         temperature: τ > 0 divides both sides' logits; there is no τ² factor.
         support: `TopK`, `TopLogprobs` or `SampledToken` in place of the whole vocabulary.
         entry_clip: nats, > 0. At beta=0, Σ_v min(q_v log(q_v / p_v), entry_clip) in place of KL(q‖p) (OPSD): a clipped
-            entry's term has no gradient. The sum may be below 0.
+            entry's term has no gradient. The sum is at most KL(q‖p), and for a clip below 1/e (0.37) may be below 0
+            far from p = q, which is then a minimum of its neighbourhood alone.
         target_ids: (...,) integers in [0, V): sampled tokens, asks for their log-probabilities. Ids of tokens that are
             not computed are not looked at.
         old_logp: (...,) nats: log-probabilities of target_ids at the time they were sampled. Each token's weight is
