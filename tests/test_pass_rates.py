@@ -116,6 +116,8 @@ def test_the_limit_forgets_what_was_not_in_a_step_for_longest():
     rates = PassRates(decay=1.0, limit=2)
     rates.update([1, 0], ["a", "b"])
     rates.update([1], ["a"])
+    rates.update([1], ["e"])
+    assert rates.rate("a") == 1 and math.isnan(rates.rate("b"))
     weights = rates.update([1, 0, 1, 0], ["c", "c", "d", "d"])  # more than the limit holds has its weights all the same
     assert weights.tolist() == [1, 1, 1, 1] and len(rates) == 2
     rates.update([0], ["a"])

@@ -109,6 +109,22 @@ def test_heads_that_are_more_than_a_weight(kind, reference_kind, share):
     check(*models(False, kind=kind, reference_kind=reference_kind), share, beta=0.3)
 
 
+@of_every_share
+def test_heads_with_everything_but_a_softcap(share):
+    """Each with a scale of its own, which multiplies its bias and adapter too."""
+    given, reference_hidden, reference_head = models(False, kind="all")
+    reference_head = reference_head._replace(softcap=None, logit_scale=-0.6)
+    check(given.but(head=given.head._replace(softcap=None)), reference_hidden, reference_head, share, beta=0.3)
+
+
+def test_one_bias_and_one_scale_of_two_weights():
+    """They are no mixture, so that each token may have a share of its own."""
+    given, reference_hidden, reference_head = models(False, kind="bias")
+    bias, share = given.head.bias, torch.linspace(-1.0, 2.0, 12).view(3, 4)
+    head, other = Head(given.head.weight, bias, logit_scale=1.7), Head(reference_head.weight, bias, logit_scale=1.7)
+    check(given.but(head=head), reference_hidden, other, share, beta=0.3)
+
+
 @pytest.mark.parametrize("kind", ["bias", "logit_scale", "lora"])
 def test_one_head_that_is_more_than_a_weight(kind):
     given, reference_hidden, head = models(True, kind=kind)
