@@ -165,8 +165,9 @@ def is_spread(path: tuple[str, ...]) -> bool:
 
 def shortest_head(problem: Problem) -> int | None:
     """Rows of the shorter head, None where both have as many."""
-    rows = {len(side.head.weight) for side in (problem.student, problem.teacher) if side is not None}
-    return min(rows) if len(rows) > 1 else None
+    if problem.teacher is None or len(problem.student.head.weight) == len(problem.teacher.head.weight):
+        return None
+    return int(min(len(problem.student.head.weight), len(problem.teacher.head.weight)))
 
 
 def cut(problem: Problem) -> Problem:
