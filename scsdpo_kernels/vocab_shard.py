@@ -19,8 +19,8 @@ class VocabShard:
 
     Make it once, on every process of the group at the same time: they tell each other their parts, which have to cover
     the vocabulary without overlap, in any order. A part may be empty, and parts need not have one size. Rows of a head
-    beyond stop - start are padding: they do not count, and have a gradient of 0. Both heads have as many, but in the last
-    part with shared_prefix=True.
+    beyond stop - start are padding: they do not count, and have a gradient of 0. Both heads have as many of them, but
+    in the last part with shared_prefix=True.
 
     Args:
         group: the process group over which the vocabulary is spread. None: all processes.
