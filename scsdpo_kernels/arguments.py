@@ -14,7 +14,19 @@ from .checks import (
     check_tensor,
     in_autocast,
 )
-from .problem import Head, Problem, SampledToken, Side, Support, Target, TopK, TopLogprobs, mapped, objective_of
+from .problem import (
+    Head,
+    Problem,
+    SampledToken,
+    Side,
+    Support,
+    Target,
+    TopK,
+    TopLogprobs,
+    mapped,
+    objective_of,
+    shortest_head,
+)
 from .vocab_shard import VocabShard, agreed, local_part
 
 
@@ -31,6 +43,7 @@ class DivergenceOptions(TypedDict, total=False):
     schedule: str
     rows: Tensor | None
     shard: VocabShard | None
+    shared_prefix: bool
 
 
 def check_keywords(function: str, options: dict[str, Any]) -> None:
@@ -48,11 +61,11 @@ def problem_of(
     token_weight: Tensor | None,
     options: DivergenceOptions,  # all of them
 ) -> Problem:
-    schedule, shard = options["schedule"], options["shard"]
+    schedule, shard, shared_prefix = options["schedule"], options["shard"], options["shared_prefix"]
 
     def own_part() -> Problem:
         problem = _problem(student_hidden, student_head, teacher_hidden, teacher_head, token_weight, options)
-        problem, own_shard = local_part(problem, shard)
+        problem, own_shard = local_part(problem, shard, shared_prefix)
         if own_shard is not None:
             if own_shard.sequence_parallel and problem.rows is not None:
                 raise ValueError(
@@ -62,7 +75,9 @@ def problem_of(
         if token_weight is None:
             hidden = problem.student.hidden
             problem = problem._replace(token_weight=torch.ones(hidden.shape[:-1], device=hidden.device))
-        check_problem(problem, teacher_head is None, schedule, own_shard)
+        check_problem(problem, teacher_head is None, schedule, own_shard, shared_prefix)
+        if own_shard is None:
+            problem = problem._replace(vocabulary=shortest_head(problem))
         check_schedule(schedule, problem)
         return _prepared(problem)
 
@@ -83,7 +98,7 @@ def _problem(
     check_tensor("student_hidden", student_hidden)
     head = as_head("student_head", student_head)
     support, target_ids, old_logp = options["support"], options["target_ids"], options["old_logp"]
-    check_teacher(teacher_hidden, teacher_head, support)
+    check_teacher(teacher_hidden, teacher_head, support, options["shared_prefix"])
     check_options(options)
     teacher = None
     if teacher_hidden is not None:
@@ -101,6 +116,7 @@ def _problem(
         support=_support(support),
         target=None if target_ids is None else Target(target_ids, old_logp, float(options["importance_clip"])),
         part=None,
+        vocabulary=None,
     )
 
 
@@ -121,7 +137,8 @@ def _prepared(problem: Problem) -> Problem:
     weight = _autocast(student.head.weight)
     cast = Side(_autocast(student.hidden), student.head._replace(weight=weight))
     if teacher is not None:
-        shared = teacher.head.weight.data_ptr() == student.head.weight.data_ptr() and weight is not student.head.weight
+        # In this order: torch.compile cannot compare the addresses of two tensors.
+        shared = weight is not student.head.weight and teacher.head.weight.data_ptr() == student.head.weight.data_ptr()
         own = weight.detach() if shared else _autocast(teacher.head.weight)
         teacher = Side(_autocast(teacher.hidden), teacher.head._replace(weight=own))
     rows = None if problem.rows is None else problem.rows.contiguous()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .problem import Head, LoRA, Problem, SampledToken, TopK, TopLogprobs
-from .vocab_shard import VocabShard
+from .vocab_shard import VocabShard, check_lengths
 
 SCHEDULES = ("auto", "chunked", "reference")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -131,9 +131,13 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"entry_clip: expected beta=0 with it, got beta={beta}")
 
 
-def check_teacher(teacher_hidden: Any, teacher_head: Any, support: Any) -> None:
+def check_teacher(teacher_hidden: Any, teacher_head: Any, support: Any, shared_prefix: Any) -> None:
     """One of hidden states and a support that the teacher has named."""
     given = isinstance(support, TopLogprobs)
+    if not isinstance(shared_prefix, bool):
+        raise TypeError(f"shared_prefix: expected True or False, got {type(shared_prefix).__name__}")
+    if given and shared_prefix:
+        raise ValueError("TopLogprobs: expected shared_prefix=False with it, since there is one head, got True")
     if teacher_hidden is None and not given:
         raise ValueError("teacher_hidden: expected a tensor, or support=TopLogprobs(...) in place of it, got None")
     for name, value in (("teacher_hidden", teacher_hidden), ("teacher_head", teacher_head)):
@@ -145,7 +149,9 @@ def check_teacher(teacher_hidden: Any, teacher_head: Any, support: Any) -> None:
 # Shapes and dtypes.
 
 
-def check_problem(problem: Problem, shares_head: bool, schedule: str, shard: VocabShard | None) -> None:
+def check_problem(
+    problem: Problem, shares_head: bool, schedule: str, shard: VocabShard | None, shared_prefix: bool
+) -> None:
     """Everything that needs tensors. `shares_head`: the teacher has the student's head, which errors then name."""
     dtypes = (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES
     student, teacher, support, target = problem.student, problem.teacher, problem.support, problem.target
@@ -154,6 +160,8 @@ def check_problem(problem: Problem, shares_head: bool, schedule: str, shard: Voc
     if teacher is not None:
         head = "student_head (which the teacher shares)" if shares_head else "teacher_head"
         _check_side("teacher", teacher, problem, head, dtypes, shard)
+        if shard is None:
+            check_lengths(len(student.head.weight), len(teacher.head.weight), shared_prefix)
     per_token = {"token_weight": problem.token_weight}
     if target is not None:
         per_token |= {"target_ids": target.ids, "old_logp": target.old_logp}
@@ -196,7 +204,6 @@ def _check_side(
 ) -> None:
     hidden, (weight, bias, lora, _, _) = given
     device, leading = problem.student.hidden.device, problem.student.hidden.shape[:-1]
-    vocabulary = problem.student.head.weight.shape[0]
     check_tensor(f"{side}_hidden", hidden, device)
     check_tensor(name, weight, device)
     if hidden.dtype not in dtypes:
@@ -206,12 +213,13 @@ def _check_side(
             f"{side}_hidden: expected shape (..., D) with the leading shape of student_hidden {tuple(leading)}, "
             f"got {tuple(hidden.shape)}"
         )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] != vocabulary:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{name}: expected shape (V, {hidden.shape[-1]}) after {side}_hidden {tuple(hidden.shape)}"
-            f"{f' and V = {vocabulary} of student_head' if side == 'teacher' else ''}, got {tuple(weight.shape)}"
+            f"{name}: expected shape (V, {hidden.shape[-1]}) after {side}_hidden {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}"
         )
-    if shard is not None and vocabulary != shard.stop - shard.start:
+    vocabulary = len(weight) if shard is None else shard.stop - shard.start
+    if len(weight) < vocabulary:
         raise ValueError(
             f"{name}: expected the {shard.stop - shard.start} rows of {shard.start} to {shard.stop}, or more that are "
             f"padding, got shape {tuple(weight.shape)}"

@@ -55,6 +55,7 @@ def linear_divergence(
     schedule: str = "auto",
     rows: Tensor | None = None,
     shard: VocabShard | None = None,
+    shared_prefix: bool = False,
 ) -> LinearDivergence:
     """Weighted divergence of student and teacher over the whole vocabulary; the logits never exist in full.
 
@@ -77,7 +78,8 @@ def linear_divergence(
         temperature: τ > 0 divides both sides' logits; there is no τ² factor.
         support: `TopK`, `TopLogprobs` or `SampledToken` in place of the whole vocabulary.
         entry_clip: nats, > 0. At beta=0, Σ_v min(q_v log(q_v / p_v), entry_clip) in place of KL(q‖p) (OPSD): a clipped
-            entry's term has no gradient. The sum may be below 0.
+            entry's term has no gradient. The sum is at most KL(q‖p), and for a clip below 1/e (0.37) may be below 0
+            far from p = q, which is then a minimum of its neighbourhood alone.
         target_ids: (...,) integers in [0, V): sampled tokens, asks for their log-probabilities. Ids of tokens that are
             not computed are not looked at.
         old_logp: (...,) nats: log-probabilities of target_ids at the time they were sampled. Each token's weight is
@@ -97,6 +99,10 @@ def linear_divergence(
             tokens (or, with `shard.sequence_parallel`, each with its own) and gets the same results and the whole
             gradient of its hidden states and of its part of the head. A student_head that is a DTensor, sharded on dim
             0 of a one-dimensional mesh, means the same. Collective.
+        shared_prefix: heads of unequal length, as of one tokenizer whose models pad their vocabularies differently,
+            have the shorter one's tokens; the longer head's further ones are forbidden, as by logits of -inf, and have
+            a gradient of 0. Ids are below the shorter length. False: unequal heads raise. With `shard`, start and stop
+            are of the shared tokens, and only the part that ends with the last of them may be longer.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or two do not fit together; the message names them, what was
@@ -105,7 +111,7 @@ def linear_divergence(
     options: DivergenceOptions = {
         "beta": beta, "temperature": temperature, "support": support, "entry_clip": entry_clip,
         "target_ids": target_ids, "old_logp": old_logp, "importance_clip": importance_clip, "schedule": schedule,
-        "rows": rows, "shard": shard,
+        "rows": rows, "shard": shard, "shared_prefix": shared_prefix,
     }  # fmt: skip
     problem = problem_of(student_hidden, student_head, teacher_hidden, teacher_head, token_weight, options)
     if schedule == "reference":

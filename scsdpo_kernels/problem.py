@@ -145,6 +145,7 @@ class Problem(NamedTuple):
     support: Support | None  # None: the whole vocabulary
     target: Target | None
     part: Part | None  # None: the whole vocabulary is here
+    vocabulary: int | None  # how many of the heads' first rows count here; None: all
 
 
 class Gradients(NamedTuple):
@@ -155,6 +156,26 @@ class Gradients(NamedTuple):
     bias: Any
     lora_a: Any
     lora_b: Any
+
+
+def is_spread(path: tuple[str, ...]) -> bool:
+    """Whether a leaf of a problem has a row for each entry of the vocabulary."""
+    return "head" in path and path[-1] in ("weight", "bias", "b")
+
+
+def shortest_head(problem: Problem) -> int | None:
+    """Rows of the shorter head, None where both have as many."""
+    if problem.teacher is None or len(problem.student.head.weight) == len(problem.teacher.head.weight):
+        return None
+    return int(min(len(problem.student.head.weight), len(problem.teacher.head.weight)))
+
+
+def cut(problem: Problem) -> Problem:
+    """The same problem, of heads without the rows that do not count: views."""
+    if problem.vocabulary is None:
+        return problem
+    problem, length = problem._replace(vocabulary=None), problem.vocabulary
+    return mapped(lambda path, x: x[:length] if is_spread(path) else x, problem)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

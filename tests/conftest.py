@@ -23,12 +23,14 @@ if DEVICE == "cpu":
 
 # Files that run the CPU's own kernels, and do not choose the instruction set themselves.
 ON_PROCESSOR = {
+    "test_entry_clip",
     "test_linear_divergence",
     "test_objectives",
     "test_operator",
     "test_per_token",
     "test_properties",
     "test_scsdpo_loss",
+    "test_shared_prefix",
     "test_transformers",
     "test_trust_region",
 }

@@ -81,7 +81,8 @@ class Expected(NamedTuple):
 
 
 def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=0.5, temperature=1.0, support=None,
-             entry_clip=None, target_ids=None, old_logp=None, importance_clip=2.0) -> tuple:  # fmt: skip
+             entry_clip=None, target_ids=None, old_logp=None, importance_clip=2.0,
+             shared_prefix=False) -> tuple:  # fmt: skip
     """Full logits in float64 and autograd: all fields, and the gradients of everything of the student's.
 
     `problem` is one of problems.py; the options are `linear_divergence`'s. As there, all fields of a token of weight 0
@@ -92,7 +93,7 @@ def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=
         token_weight = problem.token_weight
     weight = given.hidden.new_ones(given.hidden.shape[:-1]) if token_weight is None else token_weight.double()
     kept = weight != 0
-    log_p, log_q = _log_probabilities(given, temperature)
+    log_p, log_q = _log_probabilities(given, temperature, shared_prefix)
     at = None if target_ids is None else target_ids.long().where(kept, 0)[..., None]
     student_logp, teacher_logp = (None if at is None or x is None else x.gather(-1, at)[..., 0] for x in (log_p, log_q))
 
@@ -126,14 +127,18 @@ def logits(hidden: Tensor, head: Tensor | Head) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _log_probabilities(given, temperature: float) -> tuple[Tensor, Tensor | None]:
+def _log_probabilities(given, temperature: float, shared_prefix: bool) -> tuple[Tensor, Tensor | None]:
     """Of both sides, (..., V); nothing flows into the teacher, whose head may be the student's."""
-    log_p = F.log_softmax(logits(given.hidden, given.head) / temperature, dim=-1)
-    if given.teacher is None:
-        return log_p, None
-    with torch.no_grad():
-        head = given.head if given.teacher_head is None else given.teacher_head
-        return log_p, F.log_softmax(logits(given.teacher, head) / temperature, dim=-1)
+    sides = [logits(given.hidden, given.head)]
+    if given.teacher is not None:
+        with torch.no_grad():
+            sides.append(logits(given.teacher, given.head if given.teacher_head is None else given.teacher_head))
+    if shared_prefix:  # to the length of the longer side; what the shorter side has not is forbidden on both
+        lengths = [z.shape[-1] for z in sides]
+        allowed = torch.arange(max(lengths)) < min(lengths)
+        sides = [F.pad(z, (0, max(lengths) - z.shape[-1])).where(allowed, -torch.inf) for z in sides]
+    log_p, *log_q = (F.log_softmax(z / temperature, dim=-1) for z in sides)
+    return log_p, log_q[0] if log_q else None
 
 
 def _seen(log_p: Tensor, log_q: Tensor | None, support, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +146,7 @@ def _seen(log_p: Tensor, log_q: Tensor | None, support, kept: Tensor) -> tuple[T
     if support is None:
         return log_p, log_q
     if isinstance(support, TopK):
-        ids = log_p.topk(min(support.k, log_p.shape[-1])).indices
+        ids = log_p.topk(min(support.k, int((log_p > -torch.inf).sum(-1).min()))).indices
         log_q = log_q.gather(-1, ids)
     else:
         ids = support.ids.long().where(kept[..., None], -1)

@@ -33,6 +33,7 @@ class Feature(NamedTuple):
     options: dict = {}  # noqa: RUF012 of linear_divergence
     head: dict = {}  # noqa: RUF012 what the student's Head has beside its weight, and so the teacher's
     per_token: bool = False
+    more_rows: int = 0  # the student's head has than the teacher's
 
 
 def _features() -> dict[str, Feature]:
@@ -58,6 +59,7 @@ def _features() -> dict[str, Feature]:
         "`Head(softcap=...)`": Feature(head={"softcap": 3.0}),
         "`Head(logit_scale=...)`": Feature(head={"logit_scale": 0.4}),
         "`Head(lora=...)`": Feature(head={"lora": LoRA(*lora)}),
+        "`shared_prefix`": Feature({"shared_prefix": True, "target_ids": ids % 60}, more_rows=7),
     }
 
 
@@ -82,10 +84,11 @@ def gradients(feature: Feature, beta: float, schedule: str, device: str, dtype: 
     hidden = differentiable(hidden)
     head = Head(*tree_map_only(Tensor, differentiable, Head(weight, **feature.head)))
     given = None if isinstance(options.get("support"), TopLogprobs) else teacher.to(device, dtype)
+    other = weight[: -feature.more_rows].to(device, dtype) if feature.more_rows else None
     if feature.per_token:
-        loss = linear_divergence_per_token(hidden, head, given, **options).square().sum()
+        loss = linear_divergence_per_token(hidden, head, given, other, **options).square().sum()
     else:
-        loss = linear_divergence(hidden, head, given, **options).loss
+        loss = linear_divergence(hidden, head, given, other, **options).loss
     return [x.detach().double().cpu() for x in (loss, *torch.autograd.grad(loss, inputs))]
 
 

@@ -15,7 +15,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from scsdpo_kernels import SampledToken, TopK, TopLogprobs, VocabShard, linear_divergence, linear_divergence_per_token
+from scsdpo_kernels import (
+    Head,
+    SampledToken,
+    TopK,
+    TopLogprobs,
+    VocabShard,
+    linear_divergence,
+    linear_divergence_per_token,
+)
 from scsdpo_kernels.schedules import chunked
 
 V, D, ROWS, OWN_WIDTH = 67, 16, 37, 12
@@ -284,6 +292,74 @@ def test_dtensors_of_columns(group):
     _, _, mine = spread(group, dim=1)
     with pytest.raises(ValueError, match="student_head: expected a DTensor with placements"):
         mine.call()
+
+
+# Heads of unequal length, of which the shorter one's tokens are shared.
+
+
+def unequal(given: Problem, longer: str, student: slice, teacher: slice) -> Problem:
+    """These rows of the heads; the longer one has five tokens more."""
+
+    def rows(head: Head, some: slice, further: int) -> Head:
+        weight = torch.cat([head.weight, torch.full((further, head.weight.shape[1]), 9.0)])
+        return Head(weight[some], bias=torch.cat([head.bias, torch.full((further,), 9.0)])[some])
+
+    head = rows(given.head, student, 5 * (longer == "student"))
+    return given.but(head=head, teacher_head=rows(given.teacher_head, teacher, 5 * (longer == "teacher")))
+
+
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("longer", ["student", "teacher"])
+@pytest.mark.parametrize("support", [None, TopK(9)], ids=["whole", "top 9"])
+def test_unequal_vocabularies(group, longer, support):
+    """The last part of one head has rows of tokens that the other side has not."""
+    process, given = Process(group), sides(own=True, head="bias", teacher_head="bias")
+    exact = unequal(given, longer, slice(None), slice(None)).run(support=support, shared_prefix=True)
+    further = 5 * (process.stop == V)
+    parts = {side: slice(process.start, process.stop + further * (side == longer)) for side in ("student", "teacher")}
+    mine = process.here(tuple(unequal(given, longer, **parts)))
+    mine, shard = Problem(*mine, process.here(given.token_weight)), process.shard()
+    got = mine.run(support=support, shard=shard, shared_prefix=True)
+    assert_near("divergence", got[0].divergence, exact[0].divergence)
+    assert_near("hidden", got[1], exact[1])
+    for part, whole in zip(got[2:], exact[2:], strict=True):
+        assert_near("head", part, whole[process.start :][: len(part)])
+    with pytest.raises(ValueError, match=r"shared_prefix=True|refused on other processes"):
+        mine.call(support=support, shard=shard)
+
+
+@over(2, 3, 4)
+def test_parts_of_heads_that_were_each_spread_over_its_own_length(group):
+    process, given = Process(group), sides(own=True, head="bias", teacher_head="bias")
+    parts = slice(process.start, process.stop + 1), slice(process.start, process.stop)
+    mine = Problem(*process.here(tuple(unequal(given, "student", *parts))))
+    with pytest.raises(ValueError, match=r"only the part that ends a shared prefix may be longer|refused on"):
+        mine.call(shard=process.shard(), shared_prefix=True)
+
+
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("student, teacher", [(V, V - 3), (V - 3, V)], ids=["longer student", "longer teacher"])
+def test_unequal_dtensors(group, student, teacher):
+    """Beside a DTensor of either length, a plain teacher's head is taken apart as it is."""
+    process, given = Process(group), sides(own=True, head="bias", teacher_head="bias")
+    given = given.but(
+        head=Head(given.head.weight[:student], bias=given.head.bias[:student]),
+        teacher_head=Head(given.teacher_head.weight[:teacher], bias=given.teacher_head.bias[:teacher]),
+    )
+    exact, *exact_gradients = given.run(shared_prefix=True)
+    mesh = DeviceMesh.from_group(group, process.device.type)
+    mine = Problem(*process.here(tuple(given)), process.here(given.token_weight))
+    mine = mine.but(head=tree_map_only(Tensor, lambda x: distribute_tensor(x, mesh, [Shard(0)]), mine.head))
+    got, *gradients = mine.run(shared_prefix=True)
+    assert_near("loss", got.loss, exact.loss)
+    for gradient, want in zip(gradients, exact_gradients, strict=True):
+        assert_near("gradient", gradient.full_tensor() if isinstance(gradient, DTensor) else gradient, want)
+    with pytest.raises(ValueError, match=f"expected the {student} rows .* shared_prefix=True, .* got {teacher} rows"):
+        mine.call()
+    if process.world > 1:  # parts of 67 and of 64 entries begin at other tokens
+        teacher_head = tree_map_only(Tensor, lambda x: distribute_tensor(x, mesh, [Shard(0)]), mine.teacher_head)
+        with pytest.raises(ValueError, match="teacher_head: expected a DTensor with entries"):
+            mine.but(teacher_head=teacher_head).call(shared_prefix=True)
 
 
 # Refusals: on every process, with the difference, and nobody waits.

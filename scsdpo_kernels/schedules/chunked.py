@@ -58,7 +58,7 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
     keeps = plan.wanted.weight is not None and dtype.itemsize == 2
     groups = _split(slice(0, count), _group_rows(count, head.weight.shape[1]) if keeps else most)
     scalars = torch.empty(rows.given.scalars, count, dtype=torch.float32, device=device)
-    sums = products.head_sums(head, plan.wanted, plan.grad_hidden, len(groups))
+    sums = products.head_sums(plan.whole_head, plan.wanted, plan.grad_hidden, len(groups), plan.shard.size)
     buffers = _buffers(plan, groups, most, dtype)
     for group in groups:
         chosen = rows.chunk(group)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import PerRow, Scalars
-from ..problem import Gradients, Head, Objective, Problem, Side, Support
+from ..problem import Gradients, Head, Objective, Problem, Side, Support, cut
 from . import rows as row_choice
 from .rows import Rows, as_matrix, complete, valid_support
 from .shards import Shard
@@ -20,6 +20,7 @@ class Plan(NamedTuple):
     objective: Objective
     support: Support | None
     shard: Shard
+    whole_head: Head  # the student's with rows that do not count, whose gradient is 0
     difference: bool  # one fp32 head, which is applied to the difference of hidden states in place of the teacher's
     grad_hidden: Tensor | None  # out: rows.kept of it are written. None: not wanted
     wanted: Gradients  # dtype of each gradient, None where it is not wanted
@@ -45,10 +46,11 @@ class Kept(NamedTuple):
 
 def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
     """What the operator returns, by the `run` of a schedule's module."""
+    whole_head, is_prefix = problem.student.head, problem.vocabulary is not None and problem.part is None
+    problem = _with_shared_head(cut(problem))
     shard = Shard(problem.part, problem.student.head.weight.shape[0])
-    problem = _with_shared_head(problem)
     may_subtract = _may_subtract(problem)
-    kept = _keep(problem, shard, may_subtract)
+    kept = _keep(problem, shard, may_subtract, is_prefix)
     student, teacher, rows = _sides(problem, kept, shard)
     counts = None
     if problem.part is not None and problem.part.sequence_parallel:
@@ -72,6 +74,7 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
         objective=problem.objective,
         support=problem.support,
         shard=shard,
+        whole_head=whole_head,
         difference=may_subtract and kept.head_is_finite,
         grad_hidden=partial,
         wanted=wanted,
@@ -116,7 +119,7 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
-def _keep(problem: Problem, shard: Shard, may_subtract: bool) -> Kept:
+def _keep(problem: Problem, shard: Shard, may_subtract: bool, is_prefix: bool) -> Kept:
     """Chooses and checks the rows to compute: the one wait for a GPU, and none with the caller's own list."""
     token_weight, target, support = problem.token_weight, problem.target, problem.support
     unchecked = problem.rows is not None and token_weight.device.type != "cpu"
@@ -126,6 +129,7 @@ def _keep(problem: Problem, shard: Shard, may_subtract: bool) -> Kept:
         problem.rows,
         None if support is None else support.ids,
         vocabulary=shard.vocabulary,
+        is_prefix=is_prefix,
         # An infinite entry, which forbids a token, would meet a difference of 0: 0 · inf is no logit.
         summed_head=problem.student.head.weight.sum() if may_subtract and not unchecked else None,
     )

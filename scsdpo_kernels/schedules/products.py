@@ -146,28 +146,35 @@ def add_gradients(
             sums.lora_b.add(logit_gradient, scaled - upper)
 
 
-def head_sums(head: Head, wanted: Gradients, grad_hidden: Tensor | None, groups: int) -> Gradients:
+def head_sums(
+    head: Head,  # as the caller has it
+    wanted: Gradients,
+    grad_hidden: Tensor | None,
+    groups: int,
+    vocabulary: int | None = None,  # its first rows, which alone count; None: all
+) -> Gradients:
     """Where gradients are summed over groups: grad_hidden, and a sum of each wanted dtype for a part of the head."""
     lora_a, lora_b = (None, None) if head.lora is None else head.lora[:2]
 
-    def sum_of(kind: type, tensor: Tensor | None, dtype: torch.dtype | None, terms: int = groups):
-        return None if dtype is None else kind(tensor, dtype, terms)
+    def sum_of(kind: type, tensor: Tensor | None, dtype: torch.dtype | None, rows: int | None, terms: int = groups):
+        return None if dtype is None else kind(tensor, dtype, terms, rows)
 
     return Gradients(
         hidden=grad_hidden,
-        weight=sum_of(HeadGradient, head.weight, wanted.weight),
-        bias=sum_of(BiasGradient, head.bias, wanted.bias),
-        lora_a=sum_of(HeadGradient, lora_a, wanted.lora_a),
-        lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b, 2 * groups),
+        weight=sum_of(HeadGradient, head.weight, wanted.weight, vocabulary),
+        bias=sum_of(BiasGradient, head.bias, wanted.bias, vocabulary),
+        lora_a=sum_of(HeadGradient, lora_a, wanted.lora_a, None),
+        lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b, vocabulary, 2 * groups),
     )
 
 
 class BiasGradient:
     """Σ over rows of G, in fp32, rounded at the end."""
 
-    def __init__(self, bias: Tensor, dtype: torch.dtype, terms: int):
+    def __init__(self, bias: Tensor, dtype: torch.dtype, terms: int, rows: int | None):
         self.dtype = dtype
-        self.sum = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        self.whole = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        self.sum = self.whole[:rows]
 
     def add(self, logit_gradient: Tensor) -> None:
         for start in range(0, len(self.sum), SLAB_ROWS):  # a sum in fp32 copies what it sums
@@ -175,21 +182,27 @@ class BiasGradient:
             self.sum[slab] += logit_gradient[:, slab].sum(0, dtype=torch.float32)
 
     def result(self) -> Tensor:
-        return self.sum.to(self.dtype)
+        return self.whole.to(self.dtype)
 
 
 class HeadGradient:
-    """Σ over groups of Gᵀ h. More than one group's are summed in fp32 and rounded at the end."""
+    """Σ over groups of Gᵀ h. More than one group's are summed in fp32 and rounded at the end.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, terms: int):
+    Rows of `weight` beyond the first `rows` do not count: their gradient is 0, and lies behind the sum.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, terms: int, rows: int | None):
         self.dtype = dtype
         self.terms = 0
         if terms == 0:
-            self.sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            self.whole = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         else:
             # A GPU's library may add up parts of a sum in the result's dtype where the result has few tiles.
             alone = terms == 1 and dtype != torch.float64 and (on_cpu(weight) or weight.numel() > SMALL)
-            self.sum = empty(*weight.shape, dtype=dtype if alone else torch.float32, device=weight.device)
+            self.whole = empty(*weight.shape, dtype=dtype if alone else torch.float32, device=weight.device)
+        self.sum = self.whole[:rows]
+        if rows is not None:
+            self.whole[rows:] = 0
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
         beta = min(self.terms, 1)
@@ -225,7 +238,7 @@ class HeadGradient:
                 self.sum[slab] += product
 
     def result(self) -> Tensor:
-        return self.sum.to(self.dtype)
+        return self.whole.to(self.dtype)
 
 
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import Scalars
-from ..problem import Head, Problem, Support
+from ..problem import Head, Problem, Support, cut
 from .rows import as_matrix, complete, kept_rows, valid_support
 
 
@@ -19,6 +19,7 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
 
     All are fp32, or float64 for float64 hidden states.
     """
+    is_prefix, problem = problem.vocabulary is not None, cut(problem)
     student, teacher, target, support = problem.student, problem.teacher, problem.target, problem.support
     token_weight, temperature = problem.token_weight, problem.objective.temperature
     kept, _ = kept_rows(
@@ -28,6 +29,7 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
         None if support is None else support.ids,
         vocabulary=student.head.weight.shape[0],
         summed_head=None,
+        is_prefix=is_prefix,
     )
     weight = token_weight.reshape(-1)[kept].double()
     weight = torch.where(complete(kept, token_weight.reshape(-1)), weight, torch.nan)

@@ -50,6 +50,7 @@ def kept_rows(
     support_ids: Tensor | None,  # (..., S)
     vocabulary: int,
     summed_head: Tensor | None,  # () the sum of a head that must not have infinite entries
+    is_prefix: bool,  # of a longer head's vocabulary, which the message then says
 ) -> tuple[Tensor, bool]:  # (K,) int64, whether summed_head is finite
     """The rows to compute, checked.
 
@@ -77,7 +78,8 @@ def kept_rows(
         raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
     lowest, highest = int(told["lowest"]), int(told["highest"])
     if not 0 <= lowest <= highest < vocabulary:
-        raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {lowest} to {highest}")
+        which = ", the prefix that both heads have" if is_prefix else ""
+        raise ValueError(f"target_ids: expected ids in [0, {vocabulary}){which}, got {lowest} to {highest}")
     if not told["support"]:
         raise ValueError(f"support.ids: expected ids in [0, {vocabulary}), each once in a row, or -1 for an empty slot")
     head_is_finite = math.isfinite(told["head"])
