@@ -20,8 +20,9 @@ from scsdpo_kernels import (
     linear_divergence_per_token,
     scsdpo_loss,
 )
+from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import triton_kernels
-from scsdpo_kernels.linear_divergence import problem_of
+from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import flatten
 from scsdpo_kernels.schedules import chunked, products
 from scsdpo_kernels.schedules import rows as row_choice
@@ -209,7 +210,7 @@ def test_compiled():
 @of_each_longer
 def test_opcheck(longer):
     given = unequal(longer, 3).leaves()
-    leaves = flatten(problem_of(*given, **PREFIX))
+    leaves = flatten(problem_of(*given, None, DEFAULTS | PREFIX))
     torch.library.opcheck(torch.ops.scsdpo_kernels.divergence.default, (*leaves, [True, True, False, False, False]))
     torch.library.opcheck(torch.ops.scsdpo_kernels.divergence_per_token.default, tuple(leaves))
 
