@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from scsdpo_kernels.kernels import logits_triton, question_weights_triton, row_divergence_triton, scaling_triton
 from scsdpo_kernels.kernels.contract import Logits, PerRow, RowStatistics
-from scsdpo_kernels.problem import objective_of
+from scsdpo_kernels.problem import ENDS, objective_of
 
 # Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
 TARGETS = {
@@ -30,7 +30,12 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-OBJECTIVES = [objective_of(0.0), objective_of(1.0), objective_of(0.5), objective_of(0.0, entry_clip=0.1)]
+OBJECTIVES = [
+    objective_of(0.0), objective_of(1.0), objective_of(0.5), objective_of(0.0, entry_clip=0.1),
+    *(objective_of(0.5, divergence=name) for name in ("jeffreys", "skewed_forward", "skewed_reverse")),
+]  # fmt: skip
+# A share of each row's own: its kernels have the whole rows of both ends beside the kind's.
+OWN_SHARES = [objective_of(torch.full((3,), 0.5, dtype=torch.float64), divergence=name) for name in ENDS]
 EVEN, ODD = 128, 129  # multiples of 16 entries, as 151936, or not, as 50257
 # (difference, dtype of the gradient, softcap): one fp32 head for both sides has a difference, and no softcap.
 FORMS = [

@@ -198,6 +198,16 @@ def clipped_entries(process):
         compare(process, OWN_HEAD, beta=0.0, entry_clip=clip)
 
 
+def divergences(process):
+    beta = torch.linspace(0, 1, ROWS)
+    for divergence in ("jensen_shannon", "jeffreys", "skewed_forward", "skewed_reverse"):
+        compare(process, OWN_HEAD, divergence=divergence, beta=0.3)
+        low, high = float(divergence == "skewed_reverse"), 1 - float(divergence == "skewed_forward")
+        shares = beta.clamp(0.1 * low, 0.9 + 0.1 * high).to(process.device)
+        compare(process, (*PLAIN, *TARGETS), divergence=divergence, beta=shares)
+    compare(process, OWN_HEAD, divergence="jeffreys", beta=beta.to(process.device), support=TopK(9))
+
+
 def near_equal(process):
     """Self-distillation's normal state: as precise as the whole operator, against float64."""
     for distance, beta in itertools.product((1e-3, 1e-5), (0.0, 0.5, 1.0)):
@@ -486,7 +496,7 @@ def splits_of_a_batch(process):
 
 CASES = {
     function.__name__: function
-    for function in (betas, targets, heads, supports, sampled_token, clipped_entries, near_equal, peaked,
+    for function in (betas, targets, heads, supports, sampled_token, clipped_entries, divergences, near_equal, peaked,
                      forbidden_tokens, odd_weights, no_rows, chunks, bf16, per_token, frozen, padded_heads, dtensors,
                      sequence_parallel, losses_over_own_rows, data_and_vocabulary, disagreement, compiled,
                      splits_of_a_batch)
