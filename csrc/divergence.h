@@ -120,15 +120,23 @@ SCSDPO_INLINE F log_one_plus(F u, F y) {
   return exponent * 0.69314718f + (z + z) * (series + 1.0f);
 }
 
-// y - log(1 + y), alike: nothing cancels where y is small.
 template <class F>
-SCSDPO_INLINE F below_linear(F u, F y) {
+struct Logarithm {
+  F log, below;  // log(1 + y), and y - log(1 + y), in which nothing cancels where y is small
+};
+
+// As log_one_plus, both at once.
+template <class F>
+SCSDPO_INLINE Logarithm<F> logarithm(F u, F y) {
   auto k = (to_bits(u) - 0x3f3504f3) >> 23;
-  F z = y / (y + 2.0f);
+  F exponent = from_bits<F>(k + 0x4b400000) - 12582912.0f;
+  F f = k == 0 ? y : from_bits<F>(to_bits(u) - (k << 23)) - 1.0f;
+  F z = f / (f + 2.0f);
   F w = z * z;
   F series = w * ((w * 0.14790256f + 0.19994383f) * w + 0.33333343f);
-  F near = z * y - (z + z) * series, far = y - log_one_plus(u, y);
-  return k == 0 ? near : far;
+  F log = exponent * 0.69314718f + (z + z) * (series + 1.0f);
+  F near = z * f - (z + z) * series, far = y - log;  // f - 2 z = z f
+  return {log, k == 0 ? near : far};
 }
 
 // p x, where p = 0 wins over an infinite x.
@@ -208,12 +216,13 @@ SCSDPO_INLINE Entry<F> mixture_far(F p, F q, F d, const Mixture& mix) {  // |d| 
   F rest = turned ? splat<F>(mix.teacher) : splat<F>(mix.student);
   F ratio = exponential(x);
   if constexpr (kind != Kind::kJensenShannon) {
-    F y = (ratio - 1.0f) * share, u = ratio * share + rest, log_u = log_one_plus(u, y), below = below_linear(u, y);
-    F term = rest * (1.0f - ratio) + ratio * (x - log_u);  // of the side that u is not counted from, over the other
+    F y = (ratio - 1.0f) * share, u = ratio * share + rest;
+    auto of = logarithm(u, y);
+    F term = rest * (1.0f - ratio) + ratio * (x - of.log);  // of the side that u is not counted from, over the other
     if constexpr (kind == Kind::kSkewedForward)
-      return {turned ? q * below : p * term, (turned ? ratio - 1.0f : 1.0f - ratio) / u};
-    F step = y * ratio / u;  // share (ratio - 1) ratio / u
-    return {turned ? q * term : p * below, turned ? x - log_u - y * rest / u : below - step * share};
+      return {turned ? q * of.below : p * term, (turned ? ratio - 1.0f : 1.0f - ratio) / u};
+    F step = y / u;
+    return {turned ? q * term : p * of.below, turned ? x - of.log - step * rest : of.below - step * (ratio * share)};
   }
   F log_u = log_one_plus(ratio * share + rest, (ratio - 1.0f) * share);
   F m = p * mix.student + q * mix.teacher;
@@ -428,6 +437,7 @@ SCSDPO_INLINE Entropies conclude(const Sums<double>& sums, const Mixture& mix, R
   float p = row.inverse_student, q = exponential(-row.log_ratio) * p;
   row.reference = entry<kind>(p, q, -row.log_ratio, mix).score;
   if (!std::isfinite(row.reference) || kind == Kind::kClipped) row.reference = 0.0f;
+  if (kHasMixture<kind> && std::isnan(row.log_ratio)) row.inverse_student = NAN;  // d is bounded
   row.mean_score = bounded_mean(static_cast<float>(-sums.linear / sums.student));
   return {static_cast<float>(log_student - sums.student_moment / sums.student * row.inverse_temperature),
           static_cast<float>(log_teacher - sums.teacher_moment / sums.teacher * row.inverse_temperature)};
@@ -447,6 +457,7 @@ SCSDPO_INLINE Row row_of_statistics(LogSumExp lse, float centre, float log_ratio
   row.log_ratio = log_ratio;
   row.reference = entry<kind>(1.0f, exponential(-log_ratio), -log_ratio, mix).score;
   if (!std::isfinite(row.reference) || kind == Kind::kClipped) row.reference = 0.0f;
+  if (kHasMixture<kind> && std::isnan(log_ratio)) row.inverse_student = NAN;  // d is bounded
   return row;
 }
 
