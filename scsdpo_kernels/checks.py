@@ -140,8 +140,10 @@ def _check_share(beta: Any, divergence: Any) -> None:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
     at_0, at_1 = ENDS[divergence]
     if (beta == 0 and at_0 is None) or (beta == 1 and at_1 is None):
-        raise ValueError(f"beta: expected a number in {share_range(divergence)} with divergence={divergence!r}, which "
-                         f"is 0 whatever the student does at the other end, got {beta}")
+        raise ValueError(
+            f"beta: expected a number in {share_range(divergence)} with divergence={divergence!r}, which "
+            f"is 0 whatever the student does at the other end, got {beta}"
+        )
 
 
 def _check_plain(name: str, end: int, beta: float | Tensor, divergence: str) -> None:

@@ -68,7 +68,7 @@ def logits_of(vocabulary, difference=False, softcap=0.0, dtype=torch.float32):
 
 def launch_rows(vocabulary):
     rows = PerRow(torch.ones(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3))
-    for objective in OBJECTIVES:
+    for objective in (*OBJECTIVES, *OWN_SHARES):
         for difference, dtype, softcap in FORMS:
             logits = logits_of(vocabulary, difference, softcap)
             gradient = torch.empty_like(logits_of(vocabulary).student, dtype=dtype)
@@ -85,9 +85,9 @@ def launch_stages(vocabulary):
     terms = torch.zeros(4, 3, dtype=torch.float64)
     for difference in (False, True):
         row_divergence_triton.row_statistics(logits_of(vocabulary, difference), 1.0)
-        for objective in OBJECTIVES:
+        for objective in (*OBJECTIVES, *OWN_SHARES):
             row_divergence_triton.row_terms(logits_of(vocabulary, difference), objective, statistics)
-    for objective in OBJECTIVES:
+    for objective in (*OBJECTIVES, *OWN_SHARES):
         for difference, dtype, softcap in FORMS:
             logits = logits_of(vocabulary, difference, softcap)
             gradient = torch.empty_like(logits.student, dtype=dtype)
@@ -170,7 +170,7 @@ def described(kernel, arguments, keywords, result):
     form = keywords.get("form")
     tensors = [x for x in flat(arguments) if isinstance(x, torch.Tensor)]
     (vocabulary,) = {x.shape[1] for x in tensors if x.dim() == 2 and x.shape[1] in (EVEN, ODD)} or {EVEN}
-    constants = {"multiple": vocabulary == EVEN}
+    constants = {"multiple": vocabulary == EVEN, "own_shares": keywords.get("ends") is not None}
     constants |= form._asdict() if form else {k: v for k, v in keywords.items() if k in kernel.arg_names}
     options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
     return {

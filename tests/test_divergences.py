@@ -14,7 +14,7 @@ from test_row_divergence import INSTRUCTION_SETS, assert_rows, assert_same, devi
 from scsdpo_kernels import SampledToken, TopK, TopLogprobs, linear_divergence, linear_divergence_per_token
 from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import native, row_divergence_triton, triton_kernels
-from scsdpo_kernels.kernels.contract import Logits, PerRow, Scalars
+from scsdpo_kernels.kernels.contract import Logits, Scalars
 from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import ENDS, flatten, objective_of
 from scsdpo_kernels.schedules import chunked
@@ -35,7 +35,7 @@ def has_end(divergence, beta):
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
     """A row of the tests is then longer than what Triton's kernel takes at a time."""
-    monkeypatch.setattr(row_divergence_triton, "BLOCK", 256)
+    monkeypatch.setattr(row_divergence_triton, "BLOCK", 128)
     monkeypatch.setattr(row_divergence_triton, "WARPS", 4)
 
 
@@ -57,7 +57,7 @@ def test_precision(kernel, divergence, beta):
     """Near-equal and far, of odd sizes: 1e-5 relative, down to a divergence of 1e-10."""
     cases = itertools.product((1, 7, 17, 1021), (0.5, 12.0), (1e-5, 0.1, 3.0))
     if kernel == "triton" and DEVICE == "cpu":  # its interpreter is slow
-        cases = itertools.product((7, 1021), (12.0,), (1e-5, 0.1, 3.0))
+        cases = itertools.product((307,), (12.0,), (1e-5, 0.1, 3.0))
     for vocabulary, scale, distance in cases:
         student, teacher = logits(vocabulary, scale, distance)
         expected = oracle.rows(student, teacher, beta, 0.75, divergence=divergence)
@@ -70,7 +70,7 @@ def test_precision(kernel, divergence, beta):
 @pytest.mark.parametrize("distance", [1e-3, 3.0])
 def test_shares_near_the_ends(kernel, divergence, beta, distance):
     """1 - β has digits of its own, and a skewed KL goes to 0 at one end."""
-    student, teacher = logits(1000, 2.0, distance)
+    student, teacher = logits(300, 2.0, distance)
     expected = oracle.rows(student, teacher, beta, divergence=divergence)
     got = run(student, teacher, beta, kernel=kernel, divergence=divergence)
     assert_rows(*got, expected, floor=1e-12, gradient_floor=1e-12)
@@ -81,9 +81,9 @@ def test_shares_near_the_ends(kernel, divergence, beta, distance):
 @pytest.mark.parametrize("beta", [0.1, 0.9])
 @pytest.mark.parametrize("height, offset", [(26.0, 0.0), (20.0, 1.3)])
 def test_peaked_rows_keep_their_gradient(kernel, divergence, beta, height, offset):
-    student, _ = logits(1000, 1.0, 0.0)
+    student, _ = logits(300, 1.0, 0.0)
     student[:, 123] = height
-    teacher = student + offset + 1e-2 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(1))
+    teacher = student + offset + 1e-2 * torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
     expected = oracle.rows(student, teacher, beta, divergence=divergence)
     scalars, gradient = run(student, teacher, beta, kernel=kernel, divergence=divergence)
     assert_rows(scalars, gradient, expected, floor=1e-13, gradient_floor=0)
@@ -93,8 +93,8 @@ def test_peaked_rows_keep_their_gradient(kernel, divergence, beta, height, offse
 @every_divergence
 @pytest.mark.parametrize("beta", [0.01, 0.5, 0.9])
 def test_forbidden_entries_contribute_their_limit(kernel, divergence, beta):
-    student, teacher = logits(1000, 2.0, 0.3)
-    both, student_only, teacher_only = slice(0, 50), slice(50, 90), slice(900, 1000)
+    student, teacher = logits(300, 2.0, 0.3)
+    both, student_only, teacher_only = slice(0, 50), slice(50, 90), slice(250, 300)
     student[:, both] = teacher[:, both] = -torch.inf
     student[:2, student_only] = -torch.inf
     teacher[1:3, teacher_only] = -torch.inf
@@ -109,7 +109,7 @@ def test_forbidden_entries_contribute_their_limit(kernel, divergence, beta):
         # (1-β) (p - q) stays finite where KL(q‖p) does not
         np.testing.assert_allclose(gradient[0].numpy(), expected.gradient[0].astype(float), atol=1e-6)
         assert (gradient[1:3, teacher_only] == torch.inf).all()  # as the reverse KL's
-        assert (gradient[1:3, 90:900] < -1e20).all()
+        assert (gradient[1:3, 90:250] < -1e20).all()
     kept = Scalars(*(x if x is None else x[finite] for x in scalars))
     assert_rows(kept, gradient[finite], oracle.Rows(*(x[finite] for x in expected)))
 
@@ -133,15 +133,15 @@ def test_disagreeing_peaks(kernel, divergence, height):
 @best_kernels
 @every_divergence
 def test_equal_rows_are_0_and_nan_stays_in_its_row(kernel, divergence):
-    student, teacher = logits(1021, 5.0, 0.3)
+    student, teacher = logits(307, 5.0, 0.3)
     scalars, gradient = run(student, student, 0.3, kernel=kernel, divergence=divergence)
     assert (scalars.divergence == 0).all() and (gradient == 0).all()
     clean, clean_gradient = run(student, teacher, 0.3, kernel=kernel, divergence=divergence)
     for side, bad in itertools.product((student, teacher), (torch.nan, torch.inf)):
-        kept = side[2, 700].item()
-        side[2, 700] = bad
+        kept = side[2, 200].item()
+        side[2, 200] = bad
         scalars, gradient = run(student, teacher, 0.3, kernel=kernel, divergence=divergence)
-        side[2, 700] = kept
+        side[2, 200] = kept
         assert scalars.divergence[2].isnan() and gradient[2].isnan().all()
         others = torch.tensor([0, 1, 3, 4])
         assert_same(scalars.divergence[others], clean.divergence[others], kernel)
@@ -154,20 +154,19 @@ def ends_and_between(divergence):
     return torch.tensor(betas[:1] + betas, dtype=torch.float64)[:5]
 
 
-@every_kernel
 @pytest.mark.parametrize("divergence", ENDS)
-@pytest.mark.parametrize("difference", [False, True], ids=["logits", "difference"])
+@pytest.mark.parametrize("kernel, difference", [*itertools.product(INSTRUCTION_SETS, (False, True)), ("triton", False)])
 def test_a_row_with_a_beta_of_its_own_has_the_bits_of_a_number(kernel, divergence, difference):
-    student, teacher = logits(517, 4.0, 0.5)
-    betas = ends_and_between(divergence)
+    student, teacher = logits(307, 4.0, 0.5)
+    betas, target = ends_and_between(divergence), torch.tensor([0, 306, 7, 8, 300])
     options = {"temperature": 0.75, "kernel": kernel, "divergence": divergence, "difference": difference}
-    options["target"] = torch.tensor([0, 516, 7, 8, 300])
-    scalars, gradient = run(student, teacher, betas, **options)
+    scalars, gradient = run(student, teacher, betas, target=target, **options)
     for r, beta in enumerate(betas.tolist()):
-        alone, alone_gradient = run(student, teacher, beta, **options)
+        row = slice(r, r + 1)
+        alone, alone_gradient = run(student[row], teacher[row], beta, target=target[row], **options)
         for got, want in zip(scalars[:5], alone[:5], strict=True):
-            assert_same(got[r], want[r], kernel)
-        assert_same(gradient[r], alone_gradient[r], kernel)
+            assert_same(got[row], want, kernel)
+        assert_same(gradient[row], alone_gradient, kernel)
 
 
 @best_kernels
@@ -185,11 +184,11 @@ def test_a_beta_that_is_nan_is_nan_in_its_row(kernel, divergence):
 def in_parts(kernel, student, teacher, objective, cut):
     """A row's divergence and gradient, of two parts whose sums are put together as processes do."""
     rows = native if kernel != "triton" else row_divergence_triton
+    student, teacher = student.to(device_of(kernel)), teacher.to(device_of(kernel))
     parts = [
         Logits(student[:, some].contiguous(), teacher[:, some].contiguous(), False, 0.0)
         for some in (slice(0, cut), slice(cut, None))
     ]
-    parts = [x._replace(student=x.student.to(device_of(kernel)), teacher=x.teacher.to(device_of(kernel))) for x in parts]
     own = [rows.row_statistics(part, objective.temperature) for part in parts]
     known = merge_statistics(torch.stack([torch.stack([x.double() for x in part]) for part in own]),
                              objective.temperature)  # fmt: skip
@@ -208,12 +207,12 @@ def in_parts(kernel, student, teacher, objective, cut):
 @pytest.mark.parametrize("distance", [1e-3, 2.0])
 def test_parts_of_rows(kernel, divergence, distance):
     """Of a number, and of a β a row; peaked in one part, with forbidden entries."""
-    student, teacher = logits(517, 2.0, distance)
-    student[1, 400] = teacher[1, 400] = 25.0
+    student, teacher = logits(307, 2.0, distance)
+    student[1, 250] = teacher[1, 250] = 25.0
     student[2:4, 30:60] = teacher[2:4, 30:60] = -torch.inf
     betas = ends_and_between(divergence)
     for beta in (0.3, betas):
-        got, gradient = in_parts(kernel, student, teacher, objective_of(beta, 0.75, 0.0, divergence), 200)
+        got, gradient = in_parts(kernel, student, teacher, objective_of(beta, 0.75, 0.0, divergence), 140)
         for r, share in enumerate(betas.tolist() if beta is betas else [beta] * 5):
             row = slice(r, r + 1)
             exact = oracle.rows(student[row], teacher[row], share, 0.75, divergence=divergence)
@@ -347,9 +346,9 @@ def test_compiled_has_the_bits_of_eager():
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = []
-    for run in (step, compiled):
+    for function in (step, compiled):
         hidden, beta = given.hidden.clone().requires_grad_(), torch.linspace(0, 1, 18).view(2, 9).requires_grad_()
-        loss = run(hidden, beta)
+        loss = function(hidden, beta)
         results.append((loss, *torch.autograd.grad(loss, (hidden, beta), allow_unused=True)))
     assert results[0][2] is None and results[1][2] is None  # nothing differentiates into β
     assert all(torch.equal(x, y) for x, y in zip(results[0][:2], results[1][:2], strict=True))

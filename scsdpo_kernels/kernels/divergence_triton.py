@@ -410,7 +410,7 @@ def _probabilities(at: Entries, row: Row, by: Numbers):
 #     Jensen-Shannon   (1-β) KL(p‖m) + β KL(q‖m)   f = 1-β      β q d - m a                   -a
 #     skewed forward   KL(q‖m)                     f = (1-β)²   q y(m/q)                      (p - q)/m
 #     skewed reverse   KL(p‖m)                     f = 1        p y(m/p)                      -a - (1-β)(p/m - 1)
-#     Jeffreys         (1-β) KL(q‖p) + β KL(p‖q)   f = β        (1-β) q φ(-d) + β p φ(d)      -d, and (1-β)(p - q)/τ more
+#     Jeffreys         (1-β) KL(q‖p) + β KL(p‖q)   f = β        (1-β) q φ(-d) + β p φ(d)      -d; (1-β)(p - q)/τ beside it
 #
 # Where |d| < 1, a mixture's are polynomials of d. Beyond, the ratio of q and p is counted from the side that has most
 # of the mixture, so that neither overflows nor cancels.

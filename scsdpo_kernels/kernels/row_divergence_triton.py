@@ -325,11 +325,13 @@ def row_terms_kernel(chunk, known, terms, by, shares, form: tl.constexpr, ends: 
     if shares is None:
         _row_terms_of(chunk, known, terms, by, form)
     else:
+        at_0: tl.constexpr = ends.at_0
+        at_1: tl.constexpr = ends.at_1
         own = _own_numbers(by, shares)
         if own.mixture.teacher == 0:
-            _row_terms_of(chunk, known, terms, own, ends.at_0)
+            _row_terms_of(chunk, known, terms, own, at_0)
         elif own.mixture.student == 0:
-            _row_terms_of(chunk, known, terms, own, ends.at_1)
+            _row_terms_of(chunk, known, terms, own, at_1)
         else:
             _row_terms_of(chunk, known, terms, own, form)
 
@@ -351,11 +353,13 @@ def row_gradient_kernel(chunk, known, terms, weight, divergence_out, out, by, sh
     if shares is None:
         _row_gradient_of(chunk, known, terms, weight, divergence_out, out, by, form)
     else:
+        at_0: tl.constexpr = ends.at_0
+        at_1: tl.constexpr = ends.at_1
         own = _own_numbers(by, shares)
         if own.mixture.teacher == 0:
-            _row_gradient_of(chunk, known, terms, weight, divergence_out, out, own, ends.at_0)
+            _row_gradient_of(chunk, known, terms, weight, divergence_out, out, own, at_0)
         elif own.mixture.student == 0:
-            _row_gradient_of(chunk, known, terms, weight, divergence_out, out, own, ends.at_1)
+            _row_gradient_of(chunk, known, terms, weight, divergence_out, out, own, at_1)
         else:
             _row_gradient_of(chunk, known, terms, weight, divergence_out, out, own, form)
 
@@ -401,11 +405,13 @@ def row_divergence_kernel(chunk, given, scalars, out, by, shares, form: tl.const
     if shares is None:
         _whole_row(chunk, given, scalars, out, by, form, walk)
     else:
+        at_0: tl.constexpr = ends.at_0
+        at_1: tl.constexpr = ends.at_1
         own = _own_numbers(by, shares)
         if own.mixture.teacher == 0:
-            _whole_row(chunk, given, scalars, out, own, ends.at_0, ends.at_0)
+            _whole_row(chunk, given, scalars, out, own, at_0, at_0)
         elif own.mixture.student == 0:
-            _whole_row(chunk, given, scalars, out, own, ends.at_1, ends.at_1)
+            _whole_row(chunk, given, scalars, out, own, at_1, at_1)
         else:
             _whole_row(chunk, given, scalars, out, own, form, walk)
 

@@ -78,7 +78,8 @@ def kept_rows(
         asked["shares"] = (_in_range(beta, objective.kind) | ~keep).all()
         asked["least share"], asked["largest share"] = torch.where(keep, beta, 0.5).aminmax()
     numbers = torch.stack([x.double() for x in asked.values()]).tolist()  # waits for the device
-    told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, "shares": True, **dict(zip(asked, numbers, strict=True))}
+    told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, "shares": True}
+    told |= dict(zip(asked, numbers, strict=True))
     if not math.isfinite(told["largest"]):
         raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
     lowest, highest = int(told["lowest"]), int(told["highest"])

@@ -74,9 +74,7 @@ def divergence_on_support(
         g = weight[:, None] * ratio * log_tail.exp()
         g = torch.cat([g, -g], dim=-1)
     else:
-        divergence, g = _few_entries(
-            log_p, log_tail, log_q, log_tail_t, exists, weight, objective, support, kernels
-        )
+        divergence, g = _few_entries(log_p, log_tail, log_q, log_tail_t, exists, weight, objective, support, kernels)
     if gradient is not None:
         g = torch.where(weight[:, None] == 0, 0.0, g)  # whatever the row holds
         bounded = (log_tail < LEAST_LOG_TAIL).squeeze(-1) & (not support.sampled)
