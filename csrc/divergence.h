@@ -203,8 +203,12 @@ SCSDPO_INLINE F reverse_kl(F p, F q, F d) {  // p phi(d)
   return abs_value(d) < 1.0f ? near : far;
 }
 
-template <class F>
+template <Kind kind, class F>
 SCSDPO_INLINE Entry<F> mixture_near(F p, F d, const Mixture& mix) {  // |d| <= 1
+  if constexpr (kind == Kind::kSkewedReverse) {
+    F e = d + phi(d) + 1.0f;  // q / p
+    return {p * e * d * d * polynomial(mix.divergence, d), -d * e * polynomial(mix.score, d)};
+  }
   return {p * d * d * polynomial(mix.divergence, d), -d * polynomial(mix.score, d)};
 }
 
@@ -235,14 +239,14 @@ SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
   if constexpr (kind == Kind::kReverse) return {reverse_kl<range>(p, q, d), -d};
   if constexpr (kind == Kind::kJeffreys)
     return {forward_kl<range>(p, q, d) * mix.student + reverse_kl<range>(p, q, d) * mix.teacher, -d};
-  if constexpr (kHasMixture<kind> && range == Range::kNear) return mixture_near(p, d, mix);
+  if constexpr (kHasMixture<kind> && range == Range::kNear) return mixture_near<kind>(p, d, mix);
   if constexpr (kind == Kind::kClipped) {
     auto clipped = times(q, d) > mix.objective.entry_clip;
     F kept = forward_kl<Range::kAny>(p, q, d), bound = p - q + mix.objective.entry_clip;
     return {clipped ? bound : kept, clipped ? splat<F>(1.0f) : splat<F>(0.0f)};
   }
   F low = at_least(-120.0f, d), finite = low < 120.0f ? low : splat<F>(120.0f);
-  Entry<F> near = mixture_near(p, finite, mix), far = mixture_far<kind>(p, q, finite, mix);
+  Entry<F> near = mixture_near<kind>(p, finite, mix), far = mixture_far<kind>(p, q, finite, mix);
   auto is_near = abs_value(finite) < 1.0f;
   return {is_near ? near.divergence : far.divergence, is_near ? near.score : far.score};
 }

@@ -55,9 +55,9 @@ Mixture mixture(const Objective& objective) {
   if (kind == Kind::kSkewedForward) {  // over p: q (log(q / m) - 1) + m, with m / q - 1 in place of x
     interpolate([=](double d) { return std::expm1(d) / ((1 + x(d)) * d); }, mix.score);
     interpolate([=](double d) { return std::exp(d) * below((1 - beta) * std::expm1(-d)) / (d * d); }, mix.divergence);
-  } else if (kind == Kind::kSkewedReverse) {  // p (log(p / m) - 1) + m
-    interpolate([=](double d) { return (x(d) * beta * std::exp(d) / (1 + x(d)) - below(x(d))) / d; }, mix.score);
-    interpolate([=](double d) { return below(x(d)) / (d * d); }, mix.divergence);
+  } else if (kind == Kind::kSkewedReverse) {  // p (log(p / m) - 1) + m; over q, for what becomes of a small beta
+    interpolate([=](double d) { return (x(d) * beta / (1 + x(d)) - below(x(d)) * std::exp(-d)) / d; }, mix.score);
+    interpolate([=](double d) { return below(x(d)) * std::exp(-d) / (d * d); }, mix.divergence);
   } else {
     interpolate([=](double d) { return a(d) / d; }, mix.score);
     interpolate([=](double d) { return (beta * std::exp(d) * d - std::exp(a(d)) * a(d)) / (d * d); }, mix.divergence);

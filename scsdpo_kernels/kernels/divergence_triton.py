@@ -410,7 +410,7 @@ def _probabilities(at: Entries, row: Row, by: Numbers):
 #     Jensen-Shannon   (1-β) KL(p‖m) + β KL(q‖m)   f = 1-β      β q d - m a                   -a
 #     skewed forward   KL(q‖m)                     f = (1-β)²   q y(m/q)                      (p - q)/m
 #     skewed reverse   KL(p‖m)                     f = 1        p y(m/p)                      -a - (1-β)(p/m - 1)
-#     Jeffreys         (1-β) KL(q‖p) + β KL(p‖q)   f = β        (1-β) q φ(-d) + β p φ(d)      -d; (1-β)(p - q)/τ beside it
+#     Jeffreys         (1-β) KL(q‖p) + β KL(p‖q)   f = β        (1-β) q φ(-d) + β p φ(d)      -d, with (1-β)(p - q)/τ
 #
 # Where |d| < 1, a mixture's are polynomials of d. Beyond, the ratio of q and p is counted from the side that has most
 # of the mixture, so that neither overflows nor cancels.
@@ -443,12 +443,20 @@ def _far_mixture(d, mixture: Mixture, objective: tl.constexpr):
 
 
 @triton.jit
+def _near_score(d, mixture: Mixture, objective: tl.constexpr):
+    score = -d * polynomial(mixture.score, d)
+    if objective == SKEWED_REVERSE:  # whose polynomials are over q / p
+        score *= exponential(d)
+    return score
+
+
+@triton.jit
 def score_of(d, mixture: Mixture, objective: tl.constexpr):
     if objective == JEFFREYS:
         score = -d
     else:
         _, _, far = _far_mixture(d, mixture, objective)
-        score = tl.where(tl.abs(d) < 1, -d * polynomial(mixture.score, d), far)
+        score = tl.where(tl.abs(d) < 1, _near_score(d, mixture, objective), far)
     return score
 
 
@@ -458,8 +466,12 @@ def _mixture_entry(p, q, d, mixture: Mixture, objective: tl.constexpr):
     far, turned, far_score = _far_mixture(d, mixture, objective)
     near = tl.abs(d) < 1
     term = tl.where(near, d * d * polynomial(mixture.divergence, d), far)
-    score = tl.where(near, -d * polynomial(mixture.score, d), far_score)
-    return tl.where(turned & ~near, q, p) * term, score
+    score = tl.where(near, _near_score(d, mixture, objective), far_score)
+    if objective == SKEWED_REVERSE:
+        over_q = turned | near
+    else:
+        over_q = turned & ~near
+    return tl.where(over_q, q, p) * term, score
 
 
 @triton.jit

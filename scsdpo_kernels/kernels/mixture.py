@@ -12,7 +12,7 @@ class Mixture(NamedTuple):
     student: float  # 1 - β
     teacher: float  # β
     turn: float  # above this d = log(q/p), log(m/q) is computed, below it log(m/p)
-    score: tuple[float, ...]  # an entry's -score over d, as a polynomial of d for |d| ≤ 1
+    score: tuple[float, ...]  # an entry's -score over d, as a polynomial of d for |d| ≤ 1; of KL(p‖m) over q/p
     divergence: tuple[float, ...]  # its term over p d², alike
 
 
@@ -41,9 +41,10 @@ def mixtures(
         score = torch.expm1(nodes) / ((1 + x) * nodes)
         divergence = torch.exp(nodes) * _below_linear((1 - beta) * torch.expm1(-nodes)) / nodes**2
     elif kind == "skewed_reverse":
-        # p (log(p/m) - 1) + m
-        score = (x * beta * torch.exp(nodes) / (1 + x) - _below_linear(x)) / nodes
-        divergence = _below_linear(x) / nodes**2
+        # p (log(p/m) - 1) + m; over q, for what becomes of a small β
+        below = _below_linear(x) * torch.exp(-nodes)
+        score = (x * beta / (1 + x) - below) / nodes
+        divergence = below / nodes**2
     else:
         score = a / nodes
         divergence = (beta * torch.exp(nodes) * nodes - torch.exp(a) * a) / nodes**2
