@@ -149,7 +149,7 @@ SCSDPO_ALONE void terms(const Memory& memory, const Mixture& mix, const Row& row
               add_terms<kind>(partial, at, of, row, mix);
               if (!kLateMean<kind> && gradient)
                 store(gradient + v,
-                      capped(slope<kind, range.value>(at, of.score, row) * scale, logits.s, memory.inverse_softcap),
+                      capped(slope<kind, range.value>(at, of.score, row, mix) * scale, logits.s, memory.inverse_softcap),
                       count);
             });
       },
@@ -166,7 +166,7 @@ void write_gradient(const Memory& memory, const Mixture& mix, const Row& row, fl
         with_entries<kind>(
             logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
               store(gradient + v,
-                    capped(slope<kind, range.value>(at, of.score, row) * scale, logits.s, memory.inverse_softcap),
+                    capped(slope<kind, range.value>(at, of.score, row, mix) * scale, logits.s, memory.inverse_softcap),
                     count);
             });
       },
@@ -305,6 +305,12 @@ void with_row(const Logits& logits, Kind kind, int64_t r, Use use) {
         return use(memory, Of<Kind::kJensenShannon>{});
       case Kind::kClipped:
         return use(memory, Of<Kind::kClipped>{});
+      case Kind::kJeffreys:
+        return use(memory, Of<Kind::kJeffreys>{});
+      case Kind::kSkewedForward:
+        return use(memory, Of<Kind::kSkewedForward>{});
+      case Kind::kSkewedReverse:
+        return use(memory, Of<Kind::kSkewedReverse>{});
     }
   });
 }

@@ -33,7 +33,8 @@ from .vocab_shard import VocabShard, agreed, local_part
 class DivergenceOptions(TypedDict, total=False):
     """Keyword arguments of `linear_divergence` that every loss takes."""
 
-    beta: float
+    beta: float | Tensor
+    divergence: str
     temperature: float
     support: TopK | TopLogprobs | SampledToken | None
     entry_clip: float | None
@@ -112,7 +113,9 @@ def _problem(
         teacher=teacher,
         token_weight=token_weight,
         rows=options["rows"],
-        objective=objective_of(options["beta"], options["temperature"], options["entry_clip"] or 0.0),
+        objective=objective_of(
+            options["beta"], options["temperature"], options["entry_clip"] or 0.0, options["divergence"]
+        ),
         support=_support(support),
         target=None if target_ids is None else Target(target_ids, old_logp, float(options["importance_clip"])),
         part=None,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Head, LoRA, Problem, SampledToken, TopK, TopLogprobs
+from .problem import ENDS, Head, LoRA, Problem, SampledToken, TopK, TopLogprobs, share_range
 from .vocab_shard import VocabShard, check_lengths
 
 SCHEDULES = ("auto", "chunked", "reference")
@@ -104,10 +104,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Numbers, and which objectives exist."""
     beta, temperature, support = options["beta"], options["temperature"], options["support"]
     entry_clip, target_ids, old_logp = options["entry_clip"], options["target_ids"], options["old_logp"]
-    check_number("beta", beta)
+    _check_share(beta, options["divergence"])
     check_number("temperature", temperature)
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
     if not _LEAST <= temperature <= _MOST:
         raise ValueError(
             f"temperature: expected a number above 0, it and its inverse normal in fp32, got {temperature}"
@@ -119,16 +117,42 @@ def check_options(options: Mapping[str, Any]) -> None:
     if isinstance(support, SampledToken):
         if target_ids is None:
             raise ValueError("SampledToken: expected target_ids with it, which were sampled")
-        if beta != 1:
-            raise ValueError(f"SampledToken: expected beta=1 with it, got beta={beta}")
+        _check_plain("SampledToken", 1, beta, options["divergence"])
     if entry_clip is None:
         return
     _check_above_0("entry_clip", entry_clip)
     if support is not None:
         name = type(support).__name__
         raise ValueError(f"entry_clip: expected no {name} with it, since it clips the entries of the whole vocabulary")
-    if beta != 0:
-        raise ValueError(f"entry_clip: expected beta=0 with it, got beta={beta}")
+    _check_plain("entry_clip", 0, beta, options["divergence"])
+
+
+def _check_share(beta: Any, divergence: Any) -> None:
+    """A number in the divergence's range, or a tensor, whose values `schedules.rows` looks at."""
+    if not isinstance(divergence, str):
+        raise TypeError(f"divergence: expected a string, got {type(divergence).__name__}")
+    if divergence not in ENDS:
+        raise ValueError(f"divergence: expected one of {', '.join(ENDS)}, got {divergence!r}")
+    if isinstance(beta, Tensor):
+        return _check_floats("beta", beta)
+    check_number("beta", beta)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+    at_0, at_1 = ENDS[divergence]
+    if (beta == 0 and at_0 is None) or (beta == 1 and at_1 is None):
+        raise ValueError(
+            f"beta: expected a number in {share_range(divergence)} with divergence={divergence!r}, which "
+            f"is 0 whatever the student does at the other end, got {beta}"
+        )
+
+
+def _check_plain(name: str, end: int, beta: float | Tensor, divergence: str) -> None:
+    """What goes with one of the KLs alone."""
+    if isinstance(beta, Tensor) or beta != end:
+        got = f"a tensor of shape {tuple(beta.shape)}" if isinstance(beta, Tensor) else f"beta={beta}"
+        raise ValueError(f"{name}: expected beta={end} with it, got {got}")
+    if divergence != "jensen_shannon":
+        raise ValueError(f"{name}: expected no divergence with it, got {divergence!r}")
 
 
 def check_teacher(teacher_hidden: Any, teacher_head: Any, support: Any, shared_prefix: Any) -> None:
@@ -163,6 +187,7 @@ def check_problem(
         if shard is None:
             check_lengths(len(student.head.weight), len(teacher.head.weight), shared_prefix)
     per_token = {"token_weight": problem.token_weight}
+    per_token["beta"] = problem.objective.token_beta
     if target is not None:
         per_token |= {"target_ids": target.ids, "old_logp": target.old_logp}
     for name, tensor in per_token.items():

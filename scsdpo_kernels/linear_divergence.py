@@ -4,7 +4,7 @@
 
 with z the logits of `Head`, and D the forward KL(q‖p) at beta = 0, the reverse KL(p‖q) at beta = 1 and the generalised
 Jensen-Shannon divergence (1-β) KL(p‖m) + β KL(q‖m), m = (1-β) p + β q, between (SDPO, arXiv 2601.20802; GKD, arXiv
-2306.13649).
+2306.13649), or another divergence of that share.
 """
 
 import inspect
@@ -45,7 +45,8 @@ def linear_divergence(
     teacher_head: Tensor | Head | None = None,
     *,
     token_weight: Tensor | None = None,
-    beta: float = 0.5,
+    beta: float | Tensor = 0.5,
+    divergence: str = "jensen_shannon",
     temperature: float = 1.0,
     support: TopK | TopLogprobs | SampledToken | None = None,
     entry_clip: float | None = None,
@@ -74,7 +75,12 @@ def linear_divergence(
         teacher_head: (V, D_t) of the teacher's dtype, or a `Head`. None: the student's whole head, whose
             `_replace(bias=...)` is that head with another bias.
         token_weight: (...,) any finite numbers. None: ones.
-        beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: generalised Jensen-Shannon.
+        beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: `divergence`. A tensor (...,) of
+            floating-point numbers is a share of each token's own, which nothing differentiates into; it is not looked
+            at where the weight is 0.
+        divergence: what it is between the ends. "jensen_shannon": (1-β) KL(p‖m) + β KL(q‖m), m = (1-β) p + β q.
+            "jeffreys": (1-β) KL(q‖p) + β KL(p‖q). "skewed_forward": KL(q‖m), β in [0, 1). "skewed_reverse": KL(p‖m),
+            β in (0, 1] (DistiLLM, arXiv 2402.03898).
         temperature: τ > 0 divides both sides' logits; there is no τ² factor.
         support: `TopK`, `TopLogprobs` or `SampledToken` in place of the whole vocabulary.
         entry_clip: nats, > 0. At beta=0, Σ_v min(q_v log(q_v / p_v), entry_clip) in place of KL(q‖p) (OPSD): a clipped
@@ -93,7 +99,7 @@ def linear_divergence(
             knows them. On a GPU the operator waits for the device once, to learn how many tokens have a weight and to
             check values; with `rows` it never does. What would have raised then gives NaN: an incomplete list NaN in
             the loss and all gradients, a target outside the vocabulary NaN in its log-probabilities, a support with
-            wrong ids NaN for its token.
+            wrong ids or a beta out of its range NaN for its token.
         shard: the vocabulary is spread over a process group, as in Megatron's tensor parallelism. Weights, biases and
             LoRA's B are this process's part; ids are the whole vocabulary's. Every process calls this with the same
             tokens (or, with `shard.sequence_parallel`, each with its own) and gets the same results and the whole
@@ -109,9 +115,9 @@ def linear_divergence(
             expected and what came.
     """
     options: DivergenceOptions = {
-        "beta": beta, "temperature": temperature, "support": support, "entry_clip": entry_clip,
-        "target_ids": target_ids, "old_logp": old_logp, "importance_clip": importance_clip, "schedule": schedule,
-        "rows": rows, "shard": shard, "shared_prefix": shared_prefix,
+        "beta": beta, "divergence": divergence, "temperature": temperature, "support": support,
+        "entry_clip": entry_clip, "target_ids": target_ids, "old_logp": old_logp, "importance_clip": importance_clip,
+        "schedule": schedule, "rows": rows, "shard": shard, "shared_prefix": shared_prefix,
     }  # fmt: skip
     problem = problem_of(student_hidden, student_head, teacher_hidden, teacher_head, token_weight, options)
     if schedule == "reference":

@@ -87,20 +87,40 @@ class Side(NamedTuple):
     head: Head
 
 
-KINDS = ("forward", "reverse", "jensen_shannon", "clipped")  # KL(q‖p), KL(p‖q), between, and KL(q‖p) of bounded entries
+# KL(q‖p), KL(p‖q), between, and KL(q‖p) of bounded entries; then the other divergences of `ENDS`.
+KINDS = ("forward", "reverse", "jensen_shannon", "clipped", "jeffreys", "skewed_forward", "skewed_reverse")
+
+# The divergences of a share β, and which kinds they are at β = 0 and 1. None: 0 there, whatever the student does.
+ENDS = {
+    "jensen_shannon": ("forward", "reverse"),
+    "jeffreys": ("forward", "reverse"),
+    "skewed_forward": ("forward", None),
+    "skewed_reverse": (None, "reverse"),
+}
 
 
 class Objective(NamedTuple):
     """What is computed of whole rows of logits; `objective_of` makes one."""
 
-    kind: str  # one of KINDS
+    kind: str  # one of KINDS; with token_beta one of ENDS, for tokens between the ends
     beta: float
     temperature: float
     entry_clip: float  # nats; 0: none
+    token_beta: Tensor | None = None  # (...,) in place of beta. Of a chunk's rows (C,) float64
 
 
-def objective_of(beta: float, temperature: float = 1.0, entry_clip: float = 0.0) -> Objective:
-    kind = "clipped" if entry_clip else {0.0: "forward", 1.0: "reverse"}.get(beta, "jensen_shannon")
+def share_range(divergence: str) -> str:
+    at_0, at_1 = ENDS[divergence]
+    return f"{'[' if at_0 else '('}0, 1{']' if at_1 else ')'}"
+
+
+def objective_of(
+    beta: float | Tensor, temperature: float = 1.0, entry_clip: float = 0.0, divergence: str = "jensen_shannon"
+) -> Objective:
+    if isinstance(beta, Tensor):
+        return Objective(divergence, 0.5, float(temperature), float(entry_clip), beta)
+    at_0, at_1 = ENDS[divergence]
+    kind = "clipped" if entry_clip else {0.0: at_0, 1.0: at_1}.get(beta, divergence)
     return Objective(kind, float(beta), float(temperature), float(entry_clip))
 
 

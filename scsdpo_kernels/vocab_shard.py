@@ -235,6 +235,8 @@ def _described(problem: Problem, schedule: str) -> dict[str, Any]:
             ("student", "head", "lora", "a"),
         )
         described[name_of(path)] = (shape, str(value.dtype), needs)
+    if problem.objective.token_beta is not None and not own_rows:
+        described["beta's numbers"] = zlib.crc32(repr(problem.objective.token_beta.tolist()).encode())
     if not own_rows:
         described["token_weight's rows"] = zlib.crc32(bytes((problem.token_weight != 0).flatten().tolist()))
     return described

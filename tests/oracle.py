@@ -24,17 +24,20 @@ class Rows(NamedTuple):
 
 
 def rows(
-    student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0, entry_clip: float | None = None
-) -> Rows:
+    student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0, entry_clip: float | None = None,
+    divergence: str = "jensen_shannon",
+) -> Rows:  # fmt: skip
     """Straight from the definitions, in long double: exact to 1e-5 relative even where KL is 1e-12 of its terms."""
     log_p, log_q = (_log_softmax(x.double().numpy().astype(np.longdouble) / temperature) for x in (student, teacher))
     with np.errstate(
         invalid="ignore", divide="ignore"
     ):  # -inf - -inf of an entry that both forbid, which _weighted then leaves out
-        return _rows(log_p, log_q, beta, temperature, entry_clip)
+        return _rows(log_p, log_q, beta, temperature, entry_clip, divergence)
 
 
-def _rows(log_p: np.ndarray, log_q: np.ndarray, beta: float, temperature: float, entry_clip: float | None) -> Rows:
+def _rows(
+    log_p: np.ndarray, log_q: np.ndarray, beta: float, temperature: float, entry_clip: float | None, kind: str
+) -> Rows:
     p, q = np.exp(log_p), np.exp(log_q)
     beta = np.longdouble(beta)
     if entry_clip is not None:
@@ -47,6 +50,20 @@ def _rows(log_p: np.ndarray, log_q: np.ndarray, beta: float, temperature: float,
     elif beta == 1:
         divergence = _mean(p, log_p - log_q)
         gradient = _weighted(p, log_p - log_q - divergence[:, None])
+    elif kind == "jeffreys":
+        forward, reverse = _mean(q, log_q - log_p), _mean(p, log_p - log_q)
+        divergence = (1 - beta) * forward + beta * reverse
+        gradient = (1 - beta) * (p - q) + beta * _weighted(p, log_p - log_q - reverse[:, None])
+    elif kind == "skewed_forward":  # ∂KL(q‖m)/∂p = -(1-β) q/m
+        m = (1 - beta) * p + beta * q
+        divergence = _mean(q, log_q - np.log(m))
+        score = np.where(m == 0, 0, (1 - beta) ** 2 * (p - q) / np.where(m == 0, 1, m))
+        gradient = p * (score - _mean(p, score)[:, None])
+    elif kind == "skewed_reverse":  # ∂KL(p‖m)/∂p = log(p/m) + 1 - (1-β) p/m
+        m = (1 - beta) * p + beta * q
+        divergence = _mean(p, log_p - np.log(m))
+        score = log_p - np.log(m) - (1 - beta) * p / np.where(m == 0, 1, m)
+        gradient = _weighted(p, score - _mean(p, score)[:, None])
     else:
         log_m = np.log((1 - beta) * p + beta * q)
         kl_p, kl_q = _mean(p, log_p - log_m), _mean(q, log_q - log_m)
@@ -80,8 +97,8 @@ class Expected(NamedTuple):
     importance_ratio: Tensor | None
 
 
-def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=0.5, temperature=1.0, support=None,
-             entry_clip=None, target_ids=None, old_logp=None, importance_clip=2.0,
+def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=0.5, divergence="jensen_shannon",
+             temperature=1.0, support=None, entry_clip=None, target_ids=None, old_logp=None, importance_clip=2.0,
              shared_prefix=False) -> tuple:  # fmt: skip
     """Full logits in float64 and autograd: all fields, and the gradients of everything of the student's.
 
@@ -98,20 +115,24 @@ def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=
     student_logp, teacher_logp = (None if at is None or x is None else x.gather(-1, at)[..., 0] for x in (log_p, log_q))
 
     if isinstance(support, SampledToken):
-        divergence = (student_logp - teacher_logp).detach() * student_logp
+        value = (student_logp - teacher_logp).detach() * student_logp
     elif entry_clip is not None:
-        divergence = _terms(log_q, log_p).clamp(max=entry_clip).sum(dim=-1)
+        value = _terms(log_q, log_p).clamp(max=entry_clip).sum(dim=-1)
+    elif isinstance(beta, Tensor):
+        sides = (x.flatten(0, -2) for x in _seen(log_p, log_q, support, kept))
+        each = zip(*sides, beta.double().where(kept, 0.5).flatten().tolist(), strict=True)
+        value = torch.stack([between(p, q, share, divergence) for p, q, share in each]).view(kept.shape)
     else:
-        divergence = between(*_seen(log_p, log_q, support, kept), beta)
-    fields = [divergence, _entropy(log_p), log_q if log_q is None else _entropy(log_q), student_logp, teacher_logp]
-    divergence, *others = (x if x is None else x.where(kept, 0.0) for x in fields)
+        value = between(*_seen(log_p, log_q, support, kept), beta, divergence)
+    fields = [value, _entropy(log_p), log_q if log_q is None else _entropy(log_q), student_logp, teacher_logp]
+    value, *others = (x if x is None else x.where(kept, 0.0) for x in fields)
 
     ratio = None
     if old_logp is not None:
         ratio = (student_logp.detach() - old_logp.double()).clamp(-20, 20).exp().clamp(max=importance_clip)
         ratio = ratio.where(kept, 0.0)
-    loss = (weight * divergence * (1.0 if ratio is None else ratio)).sum()
-    result = Expected(loss, divergence, *others, ratio)
+    loss = (weight * value * (1.0 if ratio is None else ratio)).sum()
+    result = Expected(loss, value, *others, ratio)
     gradients = torch.autograd.grad(of(result), given.trained)
     return Expected(*(x if x is None else x.detach() for x in result)), *gradients
 
@@ -163,12 +184,16 @@ def _with_tail(log_p: Tensor, tail: str) -> Tensor:
     return torch.cat([log_p, (1 - mass).clamp(min=1e-7).log()], dim=-1)
 
 
-def between(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def between(log_p: Tensor, log_q: Tensor, beta: float, divergence: str = "jensen_shannon") -> Tensor:
     """The divergence of each row of log-probabilities, which may be -inf."""
     if beta in (0, 1):
         return (_terms(log_q, log_p) if beta == 0 else _terms(log_p, log_q)).sum(dim=-1)
+    if divergence == "jeffreys":
+        return ((1 - beta) * _terms(log_q, log_p) + beta * _terms(log_p, log_q)).sum(dim=-1)
     m = (1 - beta) * log_p.exp() + beta * log_q.exp()
     log_m = m.where(m > 0, 1.0).log()
+    if divergence in ("skewed_forward", "skewed_reverse"):
+        return _terms(log_q if divergence == "skewed_forward" else log_p, log_m).sum(dim=-1)
     return (1 - beta) * _terms(log_p, log_m).sum(dim=-1) + beta * _terms(log_q, log_m).sum(dim=-1)
 
 

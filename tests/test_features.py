@@ -47,6 +47,9 @@ def _features() -> dict[str, Feature]:
     target = {"target_ids": ids, "old_logp": torch.full((ROWS,), -4.0)}
     return {
         "KL and Jensen-Shannon divergences, `beta`, `temperature`": Feature({"temperature": 0.8}),
+        '`divergence="jeffreys"`': Feature({"divergence": "jeffreys", "beta": 0.4}),
+        '`divergence="skewed_forward"`, `"skewed_reverse"`': Feature({"divergence": "skewed_forward", "beta": 0.4}),
+        "`beta` of each token": Feature({"beta": torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0])}),
         "`token_weight`, tokens of weight 0 left out": Feature({"token_weight": weights}),
         "`target_ids`, `old_logp`, `importance_clip`": Feature({**target, "importance_clip": 1.5}),
         "`linear_divergence_per_token`": Feature(per_token=True),
@@ -74,7 +77,7 @@ COLUMNS = {  # schedule, device
 def gradients(feature: Feature, beta: float, schedule: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     """The loss and all gradients of one call."""
     hidden, weight, teacher, _ = problem((ROWS,), WIDTH, VOCABULARY, 0.5)
-    options = tree_map_only(Tensor, lambda x: x.to(device), feature.options) | {"beta": beta, "schedule": schedule}
+    options = tree_map_only(Tensor, lambda x: x.to(device), {**feature.options, "beta": beta, "schedule": schedule})
     inputs: list[Tensor] = []
 
     def differentiable(x: Tensor) -> Tensor:
@@ -94,7 +97,7 @@ def gradients(feature: Feature, beta: float, schedule: str, device: str, dtype: 
 
 def check(feature: Feature, schedule: str, device: str) -> None:
     """The gradients are the reference's in float64."""
-    for beta in {feature.options["beta"]} if "beta" in feature.options else {0.0, 0.5, 1.0}:
+    for beta in (feature.options["beta"],) if "beta" in feature.options else (0.0, 0.5, 1.0):
         exact = gradients(feature, beta, "reference", "cpu", torch.double)
         got = gradients(feature, beta, schedule, device, torch.float32)
         for x, y in zip(got, exact, strict=True):

@@ -121,8 +121,8 @@ def test_public_signatures():
     """The contract that other people's scripts call."""
     heads = ["student_hidden", "student_head", "teacher_hidden", "teacher_head"]
     options = [
-        "beta", "temperature", "support", "entry_clip", "target_ids", "old_logp", "importance_clip", "schedule", "rows",
-        "shard", "shared_prefix",
+        "beta", "divergence", "temperature", "support", "entry_clip", "target_ids", "old_logp", "importance_clip",
+        "schedule", "rows", "shard", "shared_prefix",
     ]  # fmt: skip
     signatures = {
         function.__name__: inspect.signature(function).parameters
@@ -149,7 +149,8 @@ def test_public_signatures():
         if parameter.default is not None and parameter.default is not inspect.Parameter.empty
     }
     assert defaults == {"beta": 0.5, "temperature": 1.0, "importance_clip": 2.0, "schedule": "auto",
-                        "reduction": "token-mean", "exponent": 0.5, "shared_prefix": False}  # fmt: skip
+                        "reduction": "token-mean", "exponent": 0.5, "shared_prefix": False,
+                        "divergence": "jensen_shannon"}  # fmt: skip
     assert scsdpo_kernels.LinearDivergence._fields == (
         "loss", "divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp",
         "importance_ratio",

@@ -165,6 +165,12 @@ NAMED = torch.rand(ROWS, V, generator=GENERATOR).argsort(1)[:, :6]
 EMPTY_SLOTS = NAMED.clone()
 EMPTY_SLOTS[::2, 1:] = EMPTY_SLOTS[1] = -1
 LOGP = torch.randn(ROWS, 6, generator=GENERATOR) - 4
+SHARES = {
+    "jensen_shannon": torch.linspace(0, 1, ROWS),
+    "jeffreys": torch.linspace(0, 1, ROWS),
+    "skewed_forward": torch.linspace(0, 0.9, ROWS),
+    "skewed_reverse": torch.linspace(0.1, 1, ROWS),
+}
 FORBIDDEN = forbidding(slice(12), slice(40, 50))
 OWN, SHARED, EVERY = sides(own=True), sides(), sides(head="all")
 SERVER, UNWEIGHTED = SHARED.but(teacher=None), OWN.but(token_weight=None)
@@ -190,6 +196,9 @@ CASES = {
     "sampled token": case(**TARGETS, support=SampledToken(), beta=1.0),
     "sampled token, own head": case(OWN, **TARGETS, support=SampledToken(), beta=1.0),
     **{f"entries clipped at {x}": case(OWN, beta=0.0, entry_clip=x) for x in (1e-3, 0.05, 10.0)},
+    **{x: case(OWN, divergence=x, beta=0.3) for x in SHARES},
+    **{f"{x}, beta of each token": case(**TARGETS, divergence=x, beta=beta) for x, beta in SHARES.items()},
+    "jeffreys, beta of each token, top 9": case(OWN, divergence="jeffreys", beta=SHARES["jeffreys"], support=TopK(9)),
     # Numbers.
     **{f"{x} apart, beta {beta}": case(sides(distance=x), {"limit": 1e-4, "floor": 1e-30}, beta=beta)
        for x in (4e-3, 4e-5) for beta in (0.0, 0.5, 1.0)},

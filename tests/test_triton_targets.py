@@ -85,6 +85,8 @@ def test_instructions_of_a_rows_entry(compiled, version):
         constants, bf16 = line["constants"], "bfloat16" in line["elements"]
         if line["kernel"] != "row_divergence_kernel" or "float64" in line["elements"]:
             continue
+        if constants["own_shares"] == "True":  # the loops of three objectives
+            continue
         if constants["softcap"] == "True" or bf16 == (constants["difference"] == "True"):
             continue
         instructions, mufu = (sum(counts) for counts in zip(*line["loops"], strict=True))
@@ -92,4 +94,4 @@ def test_instructions_of_a_rows_entry(compiled, version):
         assert len(line["loops"]) == (2 if constants["objective"] in "01" else 3), label(line)
         assert instructions <= INSTRUCTIONS[constants["objective"]], label(line)
         seen.add((constants["objective"], constants["difference"], constants["multiple"]))
-    assert len(seen) == 4 * 2 * 2
+    assert len(seen) == len(INSTRUCTIONS) * 2 * 2

@@ -148,8 +148,9 @@ def _logits(logits: Logits) -> _C.Logits:
 
 
 def _objective(objective: Objective) -> _C.Objective:
-    kind, *numbers = objective
-    return _C.Objective(_C.Kind.__members__[kind], *numbers)
+    kind, *numbers, token_beta = objective
+    assert token_beta is None or (token_beta.dtype == torch.float64 and token_beta.is_contiguous())
+    return _C.Objective(_C.Kind.__members__[kind], *numbers, _address(token_beta))
 
 
 def _per_row(rows: PerRow) -> _C.PerRow:

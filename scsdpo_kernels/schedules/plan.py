@@ -132,6 +132,7 @@ def _keep(problem: Problem, shard: Shard, may_subtract: bool, is_prefix: bool) -
         is_prefix=is_prefix,
         # An infinite entry, which forbids a token, would meet a difference of 0: 0 · inf is no logit.
         summed_head=problem.student.head.weight.sum() if may_subtract and not unchecked else None,
+        objective=problem.objective,
     )
     right = complete(problem.rows, token_weight.reshape(-1)) if unchecked else None
     return Kept(index, right, head_is_finite)
@@ -162,6 +163,7 @@ def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | Non
         support_ids=support_ids,
         support_logp=support_logp,
         are_all=problem.rows is None and len(kept.index) == problem.token_weight.numel(),
+        beta=row_choice.shares(problem.objective, kept.index, weight),
     )
     return problem.student._replace(hidden=student_states), teacher, rows
 
@@ -182,10 +184,10 @@ def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) 
     """Hidden states and rows of all processes, where each has its own, and how many rows each has."""
     own = student.hidden[rows.student], None if teacher is None else teacher.hidden[rows.teacher]
     weight, target, old_logp, importance_clip = rows.given
-    carried = weight, target, old_logp, rows.support_ids, rows.support_logp
+    carried = weight, target, old_logp, rows.support_ids, rows.support_logp, rows.beta
     (states, teacher_states, *carried), counts = shard.gather_rows((*own, *carried))
     index = torch.arange(len(states), device=states.device)
-    weight, target, old_logp, support_ids, support_logp = carried
+    weight, target, old_logp, support_ids, support_logp, beta = carried
     rows = Rows(
         kept=index,
         student=index,
@@ -194,6 +196,7 @@ def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) 
         support_ids=support_ids,
         support_logp=support_logp,
         are_all=True,
+        beta=beta,
     )
     teacher = None if teacher is None else teacher._replace(hidden=teacher_states)
     return student._replace(hidden=states), teacher, rows, counts

@@ -20,6 +20,8 @@ def row_values(
     shard: Shard,
     gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over logits.student. None: values only
 ) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target, 6 with old_logp, in the order of Scalars
+    if rows.beta is not None:
+        objective = objective._replace(token_beta=rows.beta)
     if support is not None:
         return divergence_on_support(logits, rows, objective, support, kernels, shard, gradient)
     if shard.group is not None:

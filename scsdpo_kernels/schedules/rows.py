@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import PerRow
-from ..problem import mapped
+from ..problem import ENDS, Objective, mapped, share_range
 
 
 class Rows(NamedTuple):
@@ -20,6 +20,7 @@ class Rows(NamedTuple):
     support_ids: Tensor | None  # (K, S) int64, -1: an empty slot
     support_logp: Tensor | None  # (K, S)
     are_all: bool  # the rows are all rows, in order
+    beta: Tensor | None = None  # (K,) float64 in place of the objective's; NaN: out of range
 
     def chunk(self, which: slice) -> "Rows":
         whole = which.start == 0 and which.stop == len(self.kept)
@@ -50,7 +51,8 @@ def kept_rows(
     support_ids: Tensor | None,  # (..., S)
     vocabulary: int,
     summed_head: Tensor | None,  # () the sum of a head that must not have infinite entries
-    is_prefix: bool,  # of a longer head's vocabulary, which the message then says
+    is_prefix: bool,  # a longer head has more tokens, which the message then says
+    objective: Objective,
 ) -> tuple[Tensor, bool]:  # (K,) int64, whether summed_head is finite
     """The rows to compute, checked.
 
@@ -72,8 +74,13 @@ def kept_rows(
         asked["support"] = (valid_support(support_ids.flatten(0, -2), vocabulary) | ~keep).all()
     if summed_head is not None:
         asked["head"] = summed_head
+    if objective.token_beta is not None:
+        beta = objective.token_beta.reshape(-1)
+        asked["shares"] = (_in_range(beta, objective.kind) | ~keep).all()
+        asked["least share"], asked["largest share"] = torch.where(keep, beta, 0.5).aminmax()
     numbers = torch.stack([x.double() for x in asked.values()]).tolist()  # waits for the device
-    told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, **dict(zip(asked, numbers, strict=True))}
+    told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, "shares": True}
+    told |= dict(zip(asked, numbers, strict=True))
     if not math.isfinite(told["largest"]):
         raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
     lowest, highest = int(told["lowest"]), int(told["highest"])
@@ -82,6 +89,9 @@ def kept_rows(
         raise ValueError(f"target_ids: expected ids in [0, {vocabulary}){which}, got {lowest} to {highest}")
     if not told["support"]:
         raise ValueError(f"support.ids: expected ids in [0, {vocabulary}), each once in a row, or -1 for an empty slot")
+    if not told["shares"]:
+        least, most, expected = told["least share"], told["largest share"], share_range(objective.kind)
+        raise ValueError(f"beta: expected numbers in {expected}, got {least:.9g} to {most:.9g}")
     head_is_finite = math.isfinite(told["head"])
     if rows is not None:
         if not complete(rows, weight):
@@ -102,6 +112,24 @@ def valid_support(
     ids = ids.long().sort(dim=-1).values
     repeated = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
     return ((ids >= -1) & (ids < vocabulary)).all(-1) & ~repeated.any(-1)
+
+
+def shares(
+    objective: Objective,
+    kept: Tensor,  # (K,) int64
+    weight: Tensor,  # (K,) of these rows
+) -> Tensor | None:  # (K,) float64
+    """The kept rows' β, if each has its own: NaN out of range, unless the row does not count."""
+    if objective.token_beta is None:
+        return None
+    beta = objective.token_beta.reshape(-1)[kept].double()
+    beta = torch.where(_in_range(beta, objective.kind), beta, torch.nan)
+    return torch.where(weight == 0, 0.5, beta)
+
+
+def _in_range(beta: Tensor, divergence: str) -> Tensor:
+    at_0, at_1 = ENDS[divergence]
+    return ((beta > 0) & (beta < 1)) | ((beta == 0) & (at_0 is not None)) | ((beta == 1) & (at_1 is not None))
 
 
 def _listed(rows: Tensor, keep: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..kernels import Kernels
 from ..kernels.contract import Logits, PerRow
-from ..problem import Objective, Support, objective_of
+from ..problem import Objective, Support
 from .rows import Rows
 from .shards import Shard, importance_ratio, logits_at
 
@@ -74,9 +74,7 @@ def divergence_on_support(
         g = weight[:, None] * ratio * log_tail.exp()
         g = torch.cat([g, -g], dim=-1)
     else:
-        divergence, g = _few_entries(
-            log_p, log_tail, log_q, log_tail_t, exists, weight, objective.beta, support, kernels
-        )
+        divergence, g = _few_entries(log_p, log_tail, log_q, log_tail_t, exists, weight, objective, support, kernels)
     if gradient is not None:
         g = torch.where(weight[:, None] == 0, 0.0, g)  # the row may hold anything
         bounded = (log_tail < LEAST_LOG_TAIL).squeeze(-1) & (not support.sampled)
@@ -156,7 +154,7 @@ def _entropy(log_p: Tensor, log_tail: Tensor, tail_entropy: Tensor) -> Tensor:  
 
 
 def _few_entries(
-    log_p, log_tail, log_q, log_tail_t, exists, weight, beta: float, support: Support, kernels: Kernels
+    log_p, log_tail, log_q, log_tail_t, exists, weight, objective: Objective, support: Support, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
     """(C,) divergence and (C, K + 1) its weighted gradient, by the row kernel."""
     if support.renormalize:
@@ -168,7 +166,7 @@ def _few_entries(
         teacher = torch.cat([log_q, log_tail_t.clamp(min=LEAST_LOG_TAIL)], dim=-1)
     g = torch.empty_like(student, dtype=torch.float32)
     few = Logits(student.contiguous(), teacher.contiguous(), difference=False, softcap=0.0)
-    scalars = kernels.row_divergence(few, PerRow(weight), objective_of(beta), g)
+    scalars = kernels.row_divergence(few, PerRow(weight), objective._replace(temperature=1.0), g)
     if support.renormalize:  # nothing lies outside of A, but a NaN row is NaN throughout
         g = torch.cat([g, 0.0 * scalars[0][:, None]], dim=-1)
     return scalars[0], g
