@@ -3,6 +3,7 @@
 Runs where verl is installed (its requirements on transformers differ from TRL's: ./dev verl has an environment for it).
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -39,12 +40,12 @@ from verl.workers.config import (
     FSDPEngineConfig,
     FSDPOptimizerConfig,
     HFModelConfig,
-    PolicyLossConfig,
 )
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
-from scsdpo.verl import BETA, SCSDPOEngine, successful_siblings
+from scsdpo.verl import SCSDPOEngine, SelfDistillation, successful_siblings
+from scsdpo.verl.losses import BETA
 
 VOCABULARY, QUESTIONS, ROLLOUTS = 67, 4, 4
 TEMPERATURE, CLIP = 0.8, 1.5
@@ -118,7 +119,9 @@ def advantages_of(batch: dict, name: str = "sc_sdpo", config=None) -> tuple[list
     )
 
 
-def part_of(batch: dict, rank: int, world: int, micro: int, *, teacher="prompts", padded=False, contiguous=False):
+def part_of(
+    batch: dict, rank: int, world: int, micro: int, *, teacher="prompts", padded=False, contiguous=False, budget=None
+):
     """What verl's trainer hands to a process, and which rollouts these are."""
     count = len(batch["responses"])
     rows = list(range(rank, count, world))
@@ -137,17 +140,18 @@ def part_of(batch: dict, rank: int, world: int, micro: int, *, teacher="prompts"
         fields["teacher_logprobs"] = jagged([batch["teacher_logprobs"][i] for i in rows])
     data = TensorDict(fields, batch_size=[len(rows)])
     tensordict_utils.assign_non_tensor(
-        data, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro, temperature=TEMPERATURE,
+        data, use_dynamic_bsz=budget is not None, micro_batch_size_per_gpu=micro, max_token_len_per_gpu=budget,
+        temperature=TEMPERATURE,
         global_batch_size=len(batch["responses"]), use_remove_padding=not padded, calculate_entropy=False,
     )  # fmt: skip
     return data, rows
 
 
-def loss_function(mode: str, aggregation: str, *, distillation: bool = False, **actor):
+def loss_function(mode: str, aggregation: str, *, distillation: bool = False, options=None, **actor):
+    policy = SelfDistillation(loss_mode="vanilla" if distillation else mode, importance_clip=CLIP, **(options or {}))
     config = FSDPActorConfig(
         strategy="fsdp2", rollout_n=ROLLOUTS, ppo_mini_batch_size=QUESTIONS, ppo_micro_batch_size_per_gpu=2,
-        loss_agg_mode=aggregation, policy_loss=PolicyLossConfig(loss_mode="vanilla" if distillation else mode),
-        **{"entropy_coeff": 0.0, **actor},
+        loss_agg_mode=aggregation, policy_loss=policy, **{"entropy_coeff": 0.0, **actor},
     )  # fmt: skip
     if not distillation:
         return partial(ppo_loss, config=config)
@@ -187,35 +191,45 @@ def eager_divergence(p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Ten
     return (1 - beta) * (p.exp() * (p - m)).sum(-1) + beta * (q.exp() * (q - m)).sum(-1)
 
 
-def eager_step(model, optimizer, batch: dict, mode, aggregation, teacher, lora) -> tuple[float, float]:
+def eager_loss(model, batch: dict, mode, aggregation, teacher="prompts", lora=None, average=None, top_k=None, beta=None):
+    """A teacher is the model itself, or `average`."""
     losses, counts = [], []
+    beta = BETA[mode] if beta is None else beta
     for i, response in enumerate(batch["responses"]):
         ids = torch.cat([batch["prompts"][i], response])
         p = (model(ids[None]).logits[0, -len(response) - 1 : -1] / TEMPERATURE).log_softmax(-1)
+        own = p.detach().gather(-1, response[:, None])[:, 0]
         if teacher == "server":
             at = slice(len(batch["prompts"][i]) - 1, -1)
             support = batch["teacher_ids"][i][at]
-            q = batch["teacher_logprobs"][i][at]
-            on = p.gather(-1, support)
-            tail = [torch.log(-torch.expm1(x.logsumexp(-1, keepdim=True))) for x in (on, q)]
-            divergence = eager_divergence(torch.cat([on, tail[0]], -1), torch.cat([q, tail[1]], -1), BETA[mode])
+            q = batch["teacher_logprobs"][i][at].to(p)
         else:
             prompt = batch["teacher_prompts"][i] if len(batch["teacher_prompts"][i]) else batch["prompts"][i]
             with torch.no_grad(), model.disable_adapter() if lora == "base" else nullcontext():
-                logits = model(torch.cat([prompt, response])[None]).logits[0, -len(response) - 1 : -1]
+                logits = (average or model)(torch.cat([prompt, response])[None]).logits[0, -len(response) - 1 : -1]
                 q = (logits / TEMPERATURE).log_softmax(-1)
-            divergence = eager_divergence(p, q, BETA[mode])
+            support = p.detach().topk(top_k, -1).indices if top_k else None
+            q = q.gather(-1, support) if top_k else q
+        if support is not None:
+            p = p.gather(-1, support)
+            p, q = (torch.cat([x, torch.log(-torch.expm1(x.logsumexp(-1, keepdim=True)))], -1) for x in (p, q))
+        divergence = eager_divergence(p, q, beta)
+        if teacher != "server":
             divergence = divergence * bool(len(batch["teacher_prompts"][i]))
-        own = p.detach().gather(-1, response[:, None])[:, 0]
         ratio = (own - batch["old_log_probs"][i]).clamp(-20, 20).exp().clamp(max=CLIP)
         losses.append(batch["advantages"][i] * ratio * divergence * batch["response_mask"][i])
         counts.append(batch["response_mask"][i].sum())
     if aggregation == "token-mean":
-        loss = torch.cat(losses).sum() / sum(counts)
-    elif aggregation == "seq-mean-token-sum":
-        loss = sum(x.sum() for x in losses) / len(losses)
-    else:
-        loss = sum(x.sum() / (n + 1e-8) for x, n in zip(losses, counts, strict=True)) / len(losses)
+        return torch.cat(losses).sum() / sum(counts)
+    if aggregation == "token-sum":
+        return torch.cat(losses).sum()
+    if aggregation == "seq-mean-token-sum":
+        return sum(x.sum() for x in losses) / len(losses)
+    return sum(x.sum() / (n + 1e-8) for x, n in zip(losses, counts, strict=True)) / len(losses)
+
+
+def eager_step(model, optimizer, *args, **kwargs) -> tuple[float, float]:
+    loss = eager_loss(model, *args, **kwargs)
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -238,47 +252,81 @@ def with_teacher_server(batch: dict, folder) -> dict:
 
 
 def steps(rank, world, folder, *, model="untied", strategy="fsdp2", mode="scsdpo_jsd", aggregation="token-mean",
-          teacher="prompts", padded=False, checkpointing=False, micro=2, contiguous=False, lora=None):  # fmt: skip
-    batch = whole_batch()
+          teacher="prompts", padded=False, checkpointing=False, micro=2, budget=None, contiguous=False, lora=None,
+          options=None, resumed=False):  # fmt: skip
+    batch, options = whole_batch(), options or {}
     if contiguous:  # the second process has degenerate questions only
         batch["rewards"][8:12] = 0
     batch["advantages"], _ = advantages_of(batch)
     if teacher == "server":
         batch = with_teacher_server(batch, folder)
-    SCSDPOEngine.teacher_model_kind = lora or "live"
     adapter = {"lora_rank": 4, "lora_adapter_path": str(folder / "adapter")} if lora else {}
-    engine = engine_of(folder, model, strategy, padded=padded, checkpointing=checkpointing, **adapter)
-    loss_fn = loss_function(mode, aggregation, distillation=teacher == "server")
+
+    def new_engine():
+        return engine_of(folder, model, strategy, padded=padded, checkpointing=checkpointing, **adapter)
+
+    engine = new_engine()
+    if lora:
+        options = {**options, "teacher": lora}
+    loss_fn = loss_function(mode, aggregation, distillation=teacher == "server", options=options)
     eager = AutoModelForCausalLM.from_pretrained(folder / model, dtype=torch.float32, attn_implementation="eager")
     if lora:
         eager = PeftModel.from_pretrained(eager, folder / "adapter", is_trainable=True)
+    average = copy.deepcopy(eager) if options.get("teacher") == "ema" else None
     optimizer = torch.optim.AdamW(eager.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.01)
-    tokens = []
-    embedding = engine.module.get_input_embeddings()
-    embedding.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel() * torch.is_grad_enabled()))
-    for _ in range(2):
-        tokens.clear()
-        data, own = part_of(batch, rank, world, micro, teacher=teacher, padded=padded, contiguous=contiguous)
+    asked = {"lora": lora, "average": average, "top_k": options.get("top_k"), "beta": options.get("beta")}
+    for step in range(3 if average else 2):
+        if step == 2 and resumed:
+            where = folder / f"checkpoint-{world}"
+            engine.save_checkpoint(str(where), global_step=step)
+            engine = new_engine()
+            engine.load_checkpoint(str(where))
+        tokens = []
+        embedding = engine.module.get_input_embeddings()
+        count = lambda _, args: tokens.append(args[0].numel() * torch.is_grad_enabled())  # noqa: E731
+        hook = embedding.register_forward_pre_hook(count)
+        data, _ = part_of(
+            batch, rank, world, micro, teacher=teacher, padded=padded, contiguous=contiguous, budget=budget
+        )
         with engine.train_mode():
             out = engine.train_batch(data, loss_fn)
+            engine.lr_scheduler_step()
+        hook.remove()
         loss = torch.tensor(sum(out["loss"]))
         dist.all_reduce(loss)  # each is multiplied with the number of processes, for their gradients' mean
-        expected, norm = eager_step(eager, optimizer, batch, mode, aggregation, teacher, lora)
+        expected, norm = eager_step(eager, optimizer, batch, mode, aggregation, teacher, **asked)
         assert loss.item() / world == pytest.approx(expected, rel=1e-5)
         assert float(out["metrics"]["grad_norm"]) == pytest.approx(norm, rel=2e-5)
         assert norm > 0.01
+        if average:
+            with torch.no_grad():
+                for own, student in zip(average.parameters(), eager.parameters(), strict=True):
+                    own.lerp_(student, options["teacher_update_rate"])
         fields = {"loss", "divergence", "rows_kept", "student_entropy"} | (
             {"teacher_entropy"} if teacher == "prompts" else set()
         )
         assert set(out["metrics"]) == {f"scsdpo/{name}" for name in fields} | {"grad_norm"}
-        if not padded:  # no token of a sequence of weight 0, but where a micro-batch has nothing else
-            kept = [i for i in own if (batch["advantages"][i] * batch["response_mask"][i]).any()]
-            if teacher == "prompts":
-                kept = [i for i in kept if len(batch["teacher_prompts"][i])]
-            length = {i: len(batch["prompts"][i]) + len(batch["responses"][i]) for i in own}
-            parts = [own[i : i + micro] for i in range(0, len(own), micro)]
-            run = [sum(length[i] for i in part if i in kept) or length[part[0]] for part in parts]
-            assert [n for n in tokens if n] == run
+        if not padded and not checkpointing:
+            run_evenly([n for n in tokens if n], batch, world, teacher, micro, budget)
+
+
+def run_evenly(tokens: list[int], batch: dict, world: int, teacher: str, micro: int, budget: int | None) -> None:
+    """The student's tokens of each micro-batch: those of rollouts with a weight, evenly, or two in an empty one."""
+    kept = [i for i, x in enumerate(batch["advantages"]) if (x * batch["response_mask"][i]).any()]
+    if teacher == "prompts":
+        kept = [i for i in kept if len(batch["teacher_prompts"][i])]
+    lengths = [len(batch["prompts"][i]) + len(batch["responses"][i]) for i in kept]
+    everywhere: list = [None] * world
+    dist.all_gather_object(everywhere, tokens)
+    empty = sum(n == 2 for own in everywhere for n in own)
+    assert sum(map(sum, everywhere)) == sum(lengths) + 2 * empty
+    assert len({len(own) for own in everywhere}) == 1, "processes wait for each other in every micro-batch"
+    sums = [sum(own) for own in everywhere]
+    assert max(sums) - min(sums) <= max(lengths) + 2 * empty
+    if budget is None:
+        assert len(tokens) <= -(-len(kept) // micro)
+    else:
+        assert max(map(max, everywhere)) <= budget
 
 
 CASES = {
@@ -292,6 +340,15 @@ CASES = {
     "teacher server, jsd": {"teacher": "server"},
     "one micro-batch": {"micro": 8},
     "one sequence": {"micro": 1},
+    "dynamic batch size": {"budget": 24},
+    "dynamic batch size, a large one": {"budget": 1000, "aggregation": "seq-mean-token-mean"},
+    "token-sum": {"aggregation": "token-sum"},
+    "another beta": {"options": {"beta": 0.2}},
+    "top-K": {"options": {"top_k": 7}},
+    "moving average": {"options": {"teacher": "ema", "teacher_update_rate": 0.3}},
+    "moving average, tied": {"model": "tied", "options": {"teacher": "ema", "teacher_update_rate": 0.3}},
+    "moving average, resumed": {"options": {"teacher": "ema", "teacher_update_rate": 0.3}, "resumed": True},
+    "moving average of LoRA": {"lora": "ema", "options": {"teacher_update_rate": 0.3}},
     "a process of zero weights": {"contiguous": True},
     "LoRA": {"lora": "live"},
     "LoRA, base teacher": {"lora": "base"},
@@ -304,7 +361,6 @@ def run(rank: int, world: int, folder, results: str) -> None:
     torch.manual_seed(0)
     init = f"file://{results}.rendezvous"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    SCSDPOEngine.distill_args = {"importance_clip": CLIP}
     failures = {}
     for name, case in CASES.items():
         try:
