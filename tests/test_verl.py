@@ -191,7 +191,9 @@ def eager_divergence(p: torch.Tensor, q: torch.Tensor, beta: float) -> torch.Ten
     return (1 - beta) * (p.exp() * (p - m)).sum(-1) + beta * (q.exp() * (q - m)).sum(-1)
 
 
-def eager_loss(model, batch: dict, mode, aggregation, teacher="prompts", lora=None, average=None, top_k=None, beta=None):
+def eager_loss(
+    model, batch: dict, mode, aggregation, teacher="prompts", lora=None, average=None, top_k=None, beta=None
+):
     """A teacher is the model itself, or `average`."""
     losses, counts = [], []
     beta = BETA[mode] if beta is None else beta

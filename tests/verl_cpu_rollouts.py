@@ -93,7 +93,9 @@ def recorded(folder: Path, train_batch):
     def train_batch_and_record(self, data, loss_function):
         rank = dist.get_rank()
         rows = {name: list(x.unbind()) for name, x in data.items() if isinstance(x, torch.Tensor) and x.is_nested}
-        full = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in self.module.state_dict().items()}
+        full = {
+            name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in self.module.state_dict().items()
+        }
         kind = type(self).__module__ + "." + type(self).__name__
         average = getattr(self, "ema_teacher", None) and dict(self.ema_teacher.average)
         run: list[int] = []
@@ -102,7 +104,12 @@ def recorded(folder: Path, train_batch):
             lambda _, args: run.append(args[0].numel()) if torch.is_grad_enabled() else None
         )
         step = len(list(folder.glob(f"*-{rank}.pt")))
-        record = {"engine": kind, "rows": rows, "state": {k: v.clone() for k, v in full.items()}, "uid": list(data["uid"])}
+        record = {
+            "engine": kind,
+            "rows": rows,
+            "state": {k: v.clone() for k, v in full.items()},
+            "uid": list(data["uid"]),
+        }
         output = train_batch(self, data, loss_function)
         hook.remove()
         after = getattr(self, "ema_teacher", None) and dict(self.ema_teacher.average)

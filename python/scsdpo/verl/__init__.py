@@ -14,6 +14,8 @@ import os
 from importlib import metadata
 from typing import Any
 
+from ..advantages import question_weight_advantages, unit_advantages
+
 TESTED = ">=0.9.1,<0.10"
 SEAMS = ("forward_backward_batch", "prepare_model_inputs", "_build_fsdp_module", "_gradient_sync_context",
          "optimizer_step", "lr_scheduler_step", "save_checkpoint", "load_checkpoint")  # fmt: skip
@@ -23,7 +25,6 @@ try:
 
     if missing := [name for name in SEAMS if not hasattr(FSDPEngineWithLMHead, name)]:
         raise ImportError(f"FSDPEngine of verl {metadata.version('verl')} has no {', '.join(missing)}")
-    from .advantages import question_weight_advantages, unit_advantages
     from .engine import SCSDPOEngine
     from .losses import SelfDistillation
     from .prompts import Attempt, successful_siblings

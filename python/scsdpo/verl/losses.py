@@ -1,12 +1,14 @@
-"""The names that verl's configuration has for this package's losses, and what goes with them."""
+"""The names that verl's configuration has for this package's losses and advantages, and what goes with them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from verl.trainer.distillation.losses import DistillationLossSettings, register_distillation_loss
-from verl.trainer.ppo.core_algos import register_policy_loss
+from verl.trainer.ppo.core_algos import register_adv_est, register_policy_loss
 from verl.workers.config import PolicyLossConfig
+
+from ..advantages import ESTIMATORS
 
 BETA = {"scsdpo_forward_kl": 0.0, "scsdpo_jsd": 0.5, "scsdpo_reverse_kl": 1.0}
 TEACHERS = ("live", "ema", "base")
@@ -109,6 +111,8 @@ def _needs_the_engine(*_: Any, **__: Any):
     )
 
 
+for _name, _estimator in ESTIMATORS.items():
+    register_adv_est(_name)(_estimator)
 register_distillation_loss(DistillationLossSettings(names=list(BETA), use_topk=True))(_needs_the_engine)
 for _name in BETA:
     register_policy_loss(_name)(_needs_the_engine)

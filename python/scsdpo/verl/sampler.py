@@ -64,7 +64,9 @@ class TeacherPrompts(ReplayBuffer):
              "a reward model that shares the trainer's processes gives its rewards after sampling"),
         ):  # fmt: skip
             if wrong:
-                raise ValueError(f"{name}: expected {expected!r} with scsdpo.verl's TeacherPrompts, got another: {reason}")
+                raise ValueError(
+                    f"{name}: expected {expected!r} with scsdpo.verl's TeacherPrompts, got another: {reason}"
+                )
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[Any, dict]:
         """verl's batch, with `teacher_prompts` as a further field: jagged int64, empty where there is no teacher."""

@@ -1,18 +1,19 @@
-"""Question weights where verl has advantages: one number per token, computed on the driver from the whole batch."""
+"""Question weights where verl has advantages: one number per token, computed on the driver from the whole batch.
+
+verl and its forks have one signature for this. `scsdpo.verl` and `scsdpo.sdpo` register it with theirs.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from verl.trainer.ppo.core_algos import register_adv_est
 
 from scsdpo_kernels import question_weights
 
-from ..head import question_numbers
+from .head import question_numbers
 
 
-@register_adv_est("sc_sdpo")
 def question_weight_advantages(
     token_level_rewards: Tensor,  # (B, T)
     response_mask: Tensor,  # (B, T)
@@ -25,11 +26,16 @@ def question_weight_advantages(
     algorithm.question_weight_exponent (1/2) and algorithm.question_success_threshold (0.5 as in SDPO; null: rewards
     are in [0, 1] and their mean is the pass rate) are read from the config where they are there. verl calls it once a
     step, with the whole batch.
+
+    Raises:
+        ValueError: algorithm.use_kl_in_reward, with which rewards are no successes any more.
     """
-    exponent, threshold = 0.5, 0.5
-    if config is not None:
-        exponent = config.get("question_weight_exponent", exponent)
-        threshold = config.get("question_success_threshold", threshold)
+    config = {} if config is None else config
+    if config.get("use_kl_in_reward", False):
+        raise ValueError("algorithm.use_kl_in_reward: expected False with adv_estimator=sc_sdpo, got True; pass rates "
+                         "are of rewards without a penalty")  # fmt: skip
+    exponent = config.get("question_weight_exponent", 0.5)
+    threshold = config.get("question_success_threshold", 0.5)
     rewards = token_level_rewards.sum(-1)
     question = question_numbers(index, device=rewards.device)
     weight = question_weights(rewards, question, exponent=exponent, success_threshold=threshold)
@@ -41,11 +47,12 @@ def question_weight_advantages(
     return tuple(x.unsqueeze(-1) * response_mask for x in per_row)
 
 
-@register_adv_est("sdpo")
 def unit_advantages(token_level_rewards: Tensor, response_mask: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     """SDPO without question weights: 1 for every token, as advantage and as return."""
     weight = response_mask.to(token_level_rewards)
     return weight, weight
 
 
-__all__ = ["question_weight_advantages", "unit_advantages"]
+ESTIMATORS = {"sc_sdpo": question_weight_advantages, "sdpo": unit_advantages}
+
+__all__ = ["ESTIMATORS", "question_weight_advantages", "unit_advantages"]
