@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sdpo_cases import CASES, REWARDS
 from transformers import AutoModelForImageTextToText
 
-import peft  # isort: skip  # which makes a new module of transformers
+import peft  # noqa: F401  # isort: skip  # which makes a new module of transformers
 
 if not hasattr(sys.modules["transformers"], "AutoModelForVision2Seq"):
     sys.modules["transformers"].AutoModelForVision2Seq = AutoModelForImageTextToText

@@ -1,6 +1,6 @@
 """verl's own `main_ppo` with Ray, by the commands of docs/verl.md: rollouts, rewards, weights, checkpoints, resumption.
 
-A tiny model on a CPU, a rollout engine that verl's registry gets from `verl_cpu_rollouts`, three steps of eight rollouts.
+A tiny model on a CPU, the rollout engine of `verl_cpu_rollouts`, three steps of eight rollouts.
 """
 
 import json
@@ -103,10 +103,12 @@ def main_ppo(folder: Path, name: str, command: str, processes: int, *overrides: 
         "data.dataloader_num_workers=0", "data.shuffle=False",
         f"actor_rollout_ref.model.path={folder}/model",
         "+actor_rollout_ref.model.override_config.attn_implementation=eager",
-        "actor_rollout_ref.model.enable_gradient_checkpointing=False", "actor_rollout_ref.model.use_remove_padding=True",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
+        "actor_rollout_ref.model.use_remove_padding=True",
         "actor_rollout_ref.rollout.name=hf_cpu", "actor_rollout_ref.rollout.n=2",
         "actor_rollout_ref.rollout.tensor_model_parallel_size=1", "actor_rollout_ref.rollout.agent.num_workers=1",
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4", f"actor_rollout_ref.rollout.temperature={TEMPERATURE}",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4",
+        f"actor_rollout_ref.rollout.temperature={TEMPERATURE}",
         "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
         "actor_rollout_ref.actor.optim.lr=1e-2", "actor_rollout_ref.actor.use_torch_compile=False",
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",
@@ -114,7 +116,8 @@ def main_ppo(folder: Path, name: str, command: str, processes: int, *overrides: 
         f"reward.custom_reward_function.path={folder}/reward.py", "reward.num_workers=1",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         f"trainer.n_gpus_per_node={processes}", "trainer.nnodes=1", "trainer.device=cpu", "trainer.logger=[file]",
-        "trainer.val_before_train=False", "trainer.test_freq=-1", "trainer.total_training_steps=3", "trainer.total_epochs=3",
+        "trainer.val_before_train=False", "trainer.test_freq=-1",
+        "trainer.total_training_steps=3", "trainer.total_epochs=3",
         f"trainer.default_local_dir={folder}/checkpoints", *overrides,
     ]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("VERL_")} | {
@@ -181,11 +184,12 @@ class Row(NamedTuple):
 
 
 def rows_of(step: list[dict]) -> list[Row]:
-    return [
-        Row(record["uid"][i], {name: x[i] for name, x in record["rows"].items()}, record["rows"]["rm_scores"][i].sum().item())
-        for record in step
-        for i in range(len(record["uid"]))
-    ]  # fmt: skip
+    found = []
+    for record in step:
+        for i, uid in enumerate(record["uid"]):
+            fields = {name: x[i] for name, x in record["rows"].items()}
+            found.append(Row(uid, fields, fields["rm_scores"].sum().item()))
+    return found
 
 
 def expected_weights(rows: list[Row]) -> list[float]:

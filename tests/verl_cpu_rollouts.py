@@ -1,4 +1,4 @@
-"""A rollout engine of verl's named `hf_cpu`: transformers' forward in a Ray actor, and a record of what the engine is given.
+"""A rollout engine of verl named `hf_cpu`, transformers in a Ray actor; and a record of what engines are given.
 
 verl's processes import it by VERL_USE_EXTERNAL_MODULES. Its weights come from the actor after every step, as vLLM's do.
 """

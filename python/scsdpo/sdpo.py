@@ -174,7 +174,6 @@ def _at(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Sequences of the rollouts that run, padded or packed, and where the tokens before those are, (R,)."""
     ids, attention, positions = (inputs[name][run] for name in ("input_ids", "attention_mask", "position_ids"))
-    rows, length = ids.shape
     before = torch.zeros_like(attention, dtype=torch.bool)
     before[:, -tokens.shape[1] - 1 : -1] = tokens
     where = before.flatten().nonzero()[:, 0]

@@ -1,6 +1,6 @@
-"""What the self-teacher sees in place of a rollout's prompt (SDPO, arXiv 2601.20802): the question and what it privately knows.
+"""What the self-teacher sees in place of a rollout's prompt (SDPO, arXiv 2601.20802).
 
-That is a solution of the question, which another rollout has found, and what the environment has said of this rollout.
+The question, a solution of it that another rollout has found, and what the environment has said of this rollout.
 """
 
 from collections.abc import Sequence
