@@ -5,6 +5,7 @@ Runs where verl is installed (its requirements on transformers differ from TRL's
 
 import copy
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -44,7 +45,7 @@ from verl.workers.config import (
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
-from scsdpo.verl import SCSDPOEngine, SelfDistillation
+from scsdpo.verl import TESTED, SCSDPOEngine, SelfDistillation
 from scsdpo.verl.losses import BETA
 
 VOCABULARY, QUESTIONS, ROLLOUTS = 67, 4, 4
@@ -422,8 +423,8 @@ def test_steps_are_those_of_eager_pytorch(results, case):
 
 def test_tokens_run_are_those_of_rollouts_with_a_weight(results):
     """4 of 32 rollouts, one at a time: docs/verl.md has the ratio."""
-    ours, run, drawn = (sum(tokens[name] for _, tokens in results) for name in ("ours", "all", "drawn"))
-    assert run == drawn
+    ours, run = (sum(tokens[name] for _, tokens in results) for name in ("ours", "all"))
+    assert run == results[0][1]["drawn"]
     print(f"tokens through student and teacher, ours / all: {ours / run:.3f} on {len(results)} processes")
     assert ours / run <= 0.17
 
@@ -545,7 +546,7 @@ def test_a_batch_that_cannot_be_right_is_refused(engine):
         with engine.train_mode():
             engine.train_batch(data, loss_function("scsdpo_jsd", aggregation, options=options))
 
-    with pytest.raises(ValueError, match=r"teacher_prompts: expected .* custom_sampler\.path=pkg://scsdpo\.verl"):
+    with pytest.raises(ValueError, match=r"teacher_prompts: expected .*custom_sampler\.path=pkg://scsdpo\.verl"):
         step(lambda data: data.exclude("teacher_prompts"))
     with pytest.raises(ValueError, match=r"position_ids: expected 0, 1, \.\.\. in each sequence"):
         step(lambda data: data.update({"position_ids": data["position_ids"] + 1}))
@@ -604,6 +605,6 @@ def test_a_missing_seam_is_named():
     environment = os.environ | {"VERL_USE_EXTERNAL_PLUGINS": "none", "VERL_ENGINE_VENDOR": "scsdpo"}
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert out.returncode != 0
-    assert "scsdpo.verl is made for verl>=0.9.1,<0.10; FSDPEngine of verl" in out.stderr
-    assert "has no _build_fsdp_module" in out.stderr
+    assert f"scsdpo.verl is made for verl{TESTED} (pip install" in out.stderr
+    assert re.search(r"FSDPEngine of verl \S+ has no _build_fsdp_module", out.stderr)
     assert "VERL_ENGINE_VENDOR=scsdpo: expected to find its engine;" in out.stderr  # verl hides the exception itself

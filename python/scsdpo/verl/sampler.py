@@ -130,7 +130,8 @@ class TeacherPrompts(ReplayBuffer):
 
 def _feedback(extra_fields: Any) -> str | None:
     """What the reward function has returned as "feedback" beside its score."""
-    given = (extra_fields or {}).get("reward_extra_info") or {}
+    fields = getattr(extra_fields, "data", extra_fields)
+    given = (fields or {}).get("reward_extra_info") or {}
     text = given.get("feedback")
     return text if isinstance(text, str) and text.strip() else None
 
