@@ -163,7 +163,9 @@ def loss_function(mode: str, aggregation: str, *, distillation: bool = False, op
     return partial(distillation_ppo_loss, config=config, distillation_config=given)
 
 
-def engine_of(folder, model: str, strategy: str, *, padded: bool = False, expected=SCSDPOEngine, **options):
+def engine_of(
+    folder, model: str, strategy: str, *, padded: bool = False, gathered: bool = False, expected=SCSDPOEngine, **options
+):
     config = HFModelConfig(
         path=str(folder / model), override_config={"attn_implementation": "eager"}, use_remove_padding=not padded,
         enable_gradient_checkpointing=options.pop("checkpointing", False), **options,
@@ -171,7 +173,9 @@ def engine_of(folder, model: str, strategy: str, *, padded: bool = False, expect
     precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine = EngineRegistry.new(
         "language_model", strategy, model_config=config,
-        engine_config=FSDPEngineConfig(strategy=strategy, mixed_precision=precision, use_torch_compile=False),
+        engine_config=FSDPEngineConfig(
+            strategy=strategy, mixed_precision=precision, use_torch_compile=False, reshard_after_forward=not gathered
+        ),
         optimizer_config=FSDPOptimizerConfig(lr=1e-2, total_training_steps=10, clip_grad=0.5),
         checkpoint_config=CheckpointConfig(),
     )  # fmt: skip
@@ -256,7 +260,7 @@ def with_teacher_server(batch: dict, folder) -> dict:
 
 def steps(rank, world, folder, *, model="untied", strategy="fsdp2", mode="scsdpo_jsd", aggregation="token-mean",
           teacher="prompts", padded=False, checkpointing=False, micro=2, budget=None, contiguous=False, lora=None,
-          options=None, resumed=False, single=False):  # fmt: skip
+          options=None, resumed=False, single=False, gathered=False):  # fmt: skip
     batch, options = whole_batch(), options or {}
     if single:
         batch["teacher_prompts"] = [x if i == 9 else x[:0] for i, x in enumerate(batch["teacher_prompts"])]
@@ -268,7 +272,9 @@ def steps(rank, world, folder, *, model="untied", strategy="fsdp2", mode="scsdpo
     adapter = {"lora_rank": 4, "lora_adapter_path": str(folder / "adapter")} if lora else {}
 
     def new_engine():
-        return engine_of(folder, model, strategy, padded=padded, checkpointing=checkpointing, **adapter)
+        return engine_of(
+            folder, model, strategy, padded=padded, checkpointing=checkpointing, gathered=gathered, **adapter
+        )
 
     engine = new_engine()
     if lora:
@@ -354,6 +360,10 @@ CASES = {
     "moving average": {"options": {"teacher": "ema", "teacher_update_rate": 0.3}},
     "moving average, tied": {"model": "tied", "options": {"teacher": "ema", "teacher_update_rate": 0.3}},
     "moving average, resumed": {"options": {"teacher": "ema", "teacher_update_rate": 0.3}, "resumed": True},
+    "moving average, parameters stay gathered": {
+        "options": {"teacher": "ema", "teacher_update_rate": 0.3},
+        "gathered": True,
+    },
     "moving average of LoRA": {"lora": "ema", "options": {"teacher_update_rate": 0.3}},
     "a process draws no weight": {"contiguous": True},
     "one rollout with a weight": {"single": True, "micro": 1},

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..advantages import question_weight_advantages, unit_advantages
 
-TESTED = ">=0.9.1,<0.10"
+TESTED = ">=0.9,<0.10"
 SEAMS = ("forward_backward_batch", "prepare_model_inputs", "_build_fsdp_module", "_gradient_sync_context",
          "optimizer_step", "lr_scheduler_step", "save_checkpoint", "load_checkpoint")  # fmt: skip
 
