@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scsdpo_kernels import Head, TopK, TrustRegionTeacher, question_weights
 
 from .advantages import ESTIMATORS
-from .head import distill, head_of, hidden_states, patch_lm_head, question_numbers
+from .head import distill, head_of, hidden_states, question_numbers
 
 COMMIT = "0e6d510"
 
@@ -162,7 +162,6 @@ def _distilled(
     with torch.autocast(device_type=actor.device_name, dtype=actor.param_dtype):
         hidden, head = _teacher(teacher, *inputs[1])
         ids, attention_mask, position_ids, position = inputs[0]
-        patch_lm_head(student.model)
         return distill(
             student.model, ids, attention_mask, position, mask=None, backbone={"position_ids": position_ids},
             teacher_hidden=hidden, teacher_head=head, **options,
