@@ -65,7 +65,13 @@ class EMATeacher:
         return os.path.join(folder, f"ema_teacher_world_size_{processes}_rank_{rank}.pt")
 
     def _own(self) -> Iterator[tuple[str, Tensor]]:
-        """This process's part of each trainable parameter, as it is stored now."""
+        """This process's part of each trainable parameter. What FSDP2 has gathered of them is given up first.
+
+        Modules hold gathered parameters in place of their own for as long as these are there.
+        """
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 whole = parameter.detach()
@@ -75,9 +81,6 @@ class EMATeacher:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, own in self._own():
             own.copy_(values[name])
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # what it has gathered before is another's
 
 
 __all__ = ["EMATeacher"]
