@@ -82,7 +82,7 @@ def jagged(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def whole_batch(seed: int = 3) -> dict[str, list[torch.Tensor]]:
-    """Rollouts of every process, ragged; one has no teacher, one a response mask with a hole."""
+    """Rollouts of every process, ragged; two have no teacher, one a response mask with a hole."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(low: int, high: int) -> torch.Tensor:
@@ -94,7 +94,8 @@ def whole_batch(seed: int = 3) -> dict[str, list[torch.Tensor]]:
         for name, (low, high) in {"prompts": (2, 7), "responses": (1, 8), "teacher_prompts": (3, 12)}.items():
             batch[name].append(ids(low, high))
         batch["response_mask"].append(torch.ones(len(batch["responses"][-1]), dtype=torch.long))
-    batch["teacher_prompts"][5] = batch["teacher_prompts"][5][:0]
+    for i in (2, 5):  # of a question that has a weight, and of one that has none
+        batch["teacher_prompts"][i] = batch["teacher_prompts"][i][:0]
     batch["response_mask"][6][:1] = 0
     batch["old_log_probs"] = [-1 - 5 * torch.rand(len(x), generator=generator) for x in batch["responses"]]
     # the questions' pass rates: 1/2, none, 1/4, all
@@ -133,7 +134,8 @@ def part_of(
         "position_ids": jagged([torch.arange(len(batch["prompts"][i]) + len(batch["responses"][i])) for i in rows]),
         "loss_mask": jagged([batch["response_mask"][i] for i in rows]),
     }
-    for name in ("prompts", "responses", "response_mask", "old_log_probs", "advantages", "teacher_prompts"):
+    names = ["prompts", "responses", "response_mask", "old_log_probs", "advantages", "teacher_prompts"]
+    for name in names + ["rollout_is_weights"] * ("rollout_is_weights" in batch):
         fields[name] = jagged([batch[name][i] for i in rows])
     if teacher == "server":
         del fields["teacher_prompts"]
@@ -224,7 +226,8 @@ def eager_loss(
         if teacher != "server":
             divergence = divergence * bool(len(batch["teacher_prompts"][i]))
         ratio = (own - batch["old_log_probs"][i]).clamp(-20, 20).exp().clamp(max=CLIP)
-        losses.append(batch["advantages"][i] * ratio * divergence * batch["response_mask"][i])
+        corrected = batch["rollout_is_weights"][i] if "rollout_is_weights" in batch else 1.0
+        losses.append(batch["advantages"][i] * corrected * ratio * divergence * batch["response_mask"][i])
         counts.append(batch["response_mask"][i].sum())
     if aggregation == "token-mean":
         return torch.cat(losses).sum() / sum(counts)
@@ -260,8 +263,10 @@ def with_teacher_server(batch: dict, folder) -> dict:
 
 def steps(rank, world, folder, *, model="untied", strategy="fsdp2", mode="scsdpo_jsd", aggregation="token-mean",
           teacher="prompts", padded=False, checkpointing=False, micro=2, budget=None, contiguous=False, lora=None,
-          options=None, resumed=False, single=False, gathered=False):  # fmt: skip
+          options=None, resumed=False, single=False, gathered=False, corrected=False):  # fmt: skip
     batch, options = whole_batch(), options or {}
+    if corrected:
+        batch["rollout_is_weights"] = [0.5 + x.abs() / 6 for x in batch["old_log_probs"]]
     if single:
         batch["teacher_prompts"] = [x if i == 9 else x[:0] for i, x in enumerate(batch["teacher_prompts"])]
     if contiguous:  # the second process has degenerate questions only
@@ -337,6 +342,7 @@ def run_evenly(tokens: list[int], batch: dict, world: int, teacher: str, micro: 
     assert max(sums) - min(sums) <= max(lengths) + 2 * empty
     if budget is None:
         assert len(tokens) <= -(-len(kept) // micro)
+        assert max(map(max, everywhere)) <= micro * max(lengths)
     else:
         assert max(map(max, everywhere)) <= budget
 
@@ -352,7 +358,8 @@ CASES = {
     "teacher server, jsd": {"teacher": "server"},
     "one micro-batch": {"micro": 8},
     "one sequence": {"micro": 1},
-    "dynamic batch size": {"budget": 24},
+    "rollout correction": {"corrected": True},
+    "dynamic batch size": {"budget": 14},
     "dynamic batch size, a large one": {"budget": 1000, "aggregation": "seq-mean-token-mean"},
     "token-sum": {"aggregation": "token-sum"},
     "another beta": {"options": {"beta": 0.2}},

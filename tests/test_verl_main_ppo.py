@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 TESTS = Path(__file__).parent
 PAGE = TESTS.parent / "docs" / "verl.md"
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 # Rewards of the two rollouts of each question, four questions a step. In the second step nothing has a weight, in the
 # third there is one rollout with a weight and a teacher: one of two processes has none.

@@ -72,7 +72,7 @@ class SCSDPOEngine(FSDPEngineWithLMHead):
             None if dynamic else data["micro_batch_size_per_gpu"],
             data["max_token_len_per_gpu"] if dynamic else None,
         )
-        teacher_head = self._teacher_head(objective.options)
+        teacher_head = None if objective.from_server else self._teacher_head(objective.options)
         outputs = []
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
