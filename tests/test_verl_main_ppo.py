@@ -168,10 +168,10 @@ def resumed(folder, moving_average) -> Run:
 @pytest.fixture(scope="module")
 def two_processes(folder) -> Run:
     """By the first command of the page, without the forward for old log-probabilities."""
+    (bypass,) = re.findall(r"^\| `(algorithm\.rollout_correction\.bypass_mode=True)`", PAGE.read_text(), re.MULTILINE)
     return main_ppo(
         folder, "two", bash_blocks("Settings")[0], 2, "trainer.save_freq=-1", "trainer.resume_mode=disable",
-        *re.findall(r"`(algorithm\.rollout_correction\.bypass_mode=True)`", PAGE.read_text()),
-        "actor_rollout_ref.rollout.calculate_log_probs=True",
+        bypass, "actor_rollout_ref.rollout.calculate_log_probs=True",
     )  # fmt: skip
 
 
