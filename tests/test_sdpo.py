@@ -67,7 +67,9 @@ def test_gradients_are_the_forks_own(results, case):
     expected = torch.cat([x.flatten() for x in stock["gradients"].values()])
     got = torch.cat([x.flatten() for x in ours["gradients"].values()])
     assert expected.norm() > 1e-3
-    assert (got - expected).norm() / expected.norm() <= TOLERANCE
+    error = (got - expected).norm() / expected.norm()
+    print(f"{case}: gradients apart by {error:.1e}")
+    assert error <= TOLERANCE
 
 
 def test_weights_are_of_scores_and_beside_the_forks_own(results):
