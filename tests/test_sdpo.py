@@ -21,7 +21,7 @@ from sdpo_cases import CASES, REWARDS
 
 TESTS = Path(__file__).parent
 FIXTURE = TESTS.parents[1] / "shared" / "fixtures" / "lasgroup-SDPO-0e6d510.tar.gz"
-TOLERANCE = 1e-6  # of the whole gradient's norm, in fp32
+TOLERANCE = 1e-6  # times the whole gradient's norm
 pytestmark = pytest.mark.skipif(
     not FIXTURE.exists(), reason=f"no ../shared/fixtures/{FIXTURE.name} beside the checkout"
 )

@@ -94,7 +94,7 @@ def whole_batch(seed: int = 3) -> dict[str, list[torch.Tensor]]:
         for name, (low, high) in {"prompts": (2, 7), "responses": (1, 8), "teacher_prompts": (3, 12)}.items():
             batch[name].append(ids(low, high))
         batch["response_mask"].append(torch.ones(len(batch["responses"][-1]), dtype=torch.long))
-    for i in (2, 5):  # of a question that has a weight, and of one that has none
+    for i in (2, 5):  # one's question has a weight
         batch["teacher_prompts"][i] = batch["teacher_prompts"][i][:0]
     batch["response_mask"][6][:1] = 0
     batch["old_log_probs"] = [-1 - 5 * torch.rand(len(x), generator=generator) for x in batch["responses"]]
@@ -493,7 +493,7 @@ def engine(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", BETA)
 def test_gradients_have_the_error_of_fp32(engine, folder, mode):
-    """Of a mini-batch, against full logits in float64: 1e-6 of the gradient, or three times what eager fp32 is off."""
+    """A mini-batch's, against full logits in float64: 1e-6 of the gradient, or three times what eager fp32 is off."""
     batch = whole_batch()
     batch["advantages"], _ = advantages_of(batch)
     eager = []

@@ -141,7 +141,7 @@ def _coefficients(mask: Tensor, loss_agg_mode: str) -> Tensor:  # (B, T)
 def _distilled(
     student: Deferred, teacher: Deferred, weight: Tensor, run: Tensor, config: Any, options: dict[str, Any]
 ) -> Any:
-    """Of tokens that have a weight; of two tokens without one where a micro-batch has none, for collectives."""
+    """The tokens that have a weight; two tokens without one where a micro-batch has none, for collectives."""
     actor = student.actor
     options = {"beta": config.alpha, "temperature": student.temperature, **options}
     if config.distillation_topk is not None:

@@ -162,7 +162,7 @@ class SCSDPOEngine(FSDPEngineWithLMHead):
             return hidden_states(self.module, ids, attention_mask, position, backbone=inputs)
 
     def _teacher_head(self, options: SelfDistillation) -> Head | None:
-        """Of a moving average, gathered once a mini-batch; None of a teacher whose head is the student's own."""
+        """The head of a moving average, gathered once a mini-batch; None where the teacher's is the student's own."""
         if options.teacher != "ema":
             return None
         if self.ema_teacher is None:

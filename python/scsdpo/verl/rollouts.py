@@ -32,7 +32,7 @@ class Rollout(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Of the student's sequence."""
+        """The student's sequence."""
         return len(self.prompt) + len(self.completion)
 
     @property
@@ -97,12 +97,14 @@ def stand_in(like: TensorDict, objective: Objective) -> Rollout:
 
 
 def micro_batches(
-    rollouts: list[Rollout],  # of this process
+    rollouts: list[Rollout],  # this process's
     group: dist.ProcessGroup,  # data-parallel
     most: int | None,  # rollouts in a micro-batch
-    most_tokens: int | None,  # of the student in a micro-batch, in place of most (dynamic batch sizes)
+    most_tokens: int | None,  # the student's in a micro-batch, in place of most
 ) -> list[list[Rollout]]:
     """This process's share of the rollouts of all, in as few micro-batches as the largest share needs; at least one.
+
+    most_tokens are given with dynamic batch sizes. All processes call it together, and get as many micro-batches.
 
     Raises:
         ValueError: a rollout is longer than most_tokens.
