@@ -6,7 +6,7 @@ Rollouts are kept without padding. A micro-batch is as wide as the longest of th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,13 +86,18 @@ def deal(
 
     No other grouping by length has a smaller largest micro-batch. Empty ones come first, the largest comes last.
     """
-    shares: list[list[Rollout]] = [[] for _ in range(processes)]
-    loads = [0] * processes
+    return [_micro_batches(share, micro_batches, most) for share in shares(rollouts, processes, micro_batches * most)]
+
+
+def shares(rollouts: Sequence[Any], count: int, most: int) -> list[list[Any]]:
+    """The longest first (by `tokens`), each to the share that has the fewest; no share has more than `most`."""
+    dealt: list[list[Any]] = [[] for _ in range(count)]
+    loads = [0] * count
     for rollout in sorted(rollouts, key=lambda x: -x.tokens):
-        process = min((i for i in range(processes) if len(shares[i]) < micro_batches * most), key=loads.__getitem__)
-        shares[process].append(rollout)
-        loads[process] += rollout.tokens
-    return [_micro_batches(share, micro_batches, most) for share in shares]
+        share = min((i for i in range(count) if len(dealt[i]) < most), key=loads.__getitem__)
+        dealt[share].append(rollout)
+        loads[share] += rollout.tokens
+    return dealt
 
 
 def as_drawn(rollouts: Sequence[Rollout], micro_batches: int, processes: int) -> list[list[list[Rollout]]]:
@@ -153,4 +158,4 @@ def _filled(share: list[Rollout], bound: int, most: int) -> list[list[Rollout]]:
     return filled
 
 
-__all__ = ["Rollout", "as_drawn", "collate", "deal", "padded_tokens", "stand_in", "with_weight"]
+__all__ = ["Rollout", "as_drawn", "collate", "deal", "padded_tokens", "shares", "stand_in", "with_weight"]
