@@ -76,6 +76,11 @@ def has_terms(objective):
     return KINDS[objective] not in ("forward", "reverse")
 
 
+def first_walk(kind: str) -> str:
+    """The kind whose moments a row's first walk sums."""
+    return kind if kind in ("forward", "reverse", "jeffreys") else "jensen_shannon"
+
+
 class Numbers(NamedTuple):
     """What an objective and a head are told at run time."""
 
@@ -467,10 +472,7 @@ def _mixture_entry(p, q, d, mixture: Mixture, objective: tl.constexpr):
     near = tl.abs(d) < 1
     term = tl.where(near, d * d * polynomial(mixture.divergence, d), far)
     score = tl.where(near, _near_score(d, mixture, objective), far_score)
-    if objective == SKEWED_REVERSE:
-        over_q = turned | near
-    else:
-        over_q = turned & ~near
+    over_q = turned | near if objective == SKEWED_REVERSE else turned & ~near
     return tl.where(over_q, q, p) * term, score
 
 

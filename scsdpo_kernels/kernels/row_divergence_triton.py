@@ -40,6 +40,7 @@ from .divergence_triton import (
     extended,
     finished_terms,
     first_moments,
+    first_walk,
     gradient_scale,
     has_mixture,
     has_terms,
@@ -493,11 +494,10 @@ def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient:
     assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
     assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
     scalars = torch.empty(rows.scalars, len(weight), dtype=torch.float32, device=student.device)
-    first_walk = objective.kind if objective.kind in ("forward", "reverse", "jeffreys") else "jensen_shannon"
     row_divergence_kernel[(len(weight),)](
         _chunk(logits), Given(weight, target, old_logp), scalars, _output(gradient),
         _numbers(objective, importance_clip, logits.softcap), _shares(objective), form=_form(logits, objective.kind),
-        walk=_form(logits, first_walk), ends=_ends(logits, objective), **options(student.device.type),
+        walk=_form(logits, first_walk(objective.kind)), ends=_ends(logits, objective), **options(student.device.type),
     )  # fmt: skip
     return Scalars(*scalars.unbind(), *[None] * (len(Scalars._fields) - len(scalars)))
 
