@@ -63,6 +63,8 @@ from .mixture import SIZE, Mixture, mixture, mixtures
 # rate. There are 75 and 64 at beta 0 and 1, and 108 with clipped entries; copying the bytes above leaves an H200 room
 # for about 180 and 124. Registers leave room for four programs on a multiprocessor of sm_90 where the vocabulary is a
 # multiple of 16, and for three else; for two on sm_80. Caps that would fit more make some kernels spill.
+# Jeffreys has 131 to 138 instructions an entry, the skewed KLs 138 to 171, and both leave room for three programs or
+# four; rows with a β of their own, for two or three.
 BLOCK, WARPS = 2048, 4
 STAGES = tl.constexpr(3)
 # Lanes of a program, one a thread, and how many neighbouring entries a lane takes with one access.
