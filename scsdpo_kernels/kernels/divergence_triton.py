@@ -76,6 +76,11 @@ def has_terms(objective):
     return KINDS[objective] not in ("forward", "reverse")
 
 
+def first_walk(kind: str) -> str:
+    """The kind whose moments a row's first walk sums."""
+    return kind if kind in ("forward", "reverse", "jeffreys") else "jensen_shannon"
+
+
 class Numbers(NamedTuple):
     """What an objective and a head are told at run time."""
 
