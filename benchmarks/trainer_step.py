@@ -16,14 +16,14 @@ would write into it: each micro-batch loses its rollouts without weight by one i
 
 Of each, a first step is not timed, and has its peak memory taken: over what there was before, and over the gradients,
 until the optimiser runs. Then the timed ones follow; the median counts, of the slower process. Trainers of one case
-run one after the other, in one process, so that what disturbs the machine hits them alike.
+run one after the other, in one process, so that what disturbs the machine hits them alike. CPU time, of all processes
+together, is written down beside the time: what else runs on the machine changes it little.
 
 Writes FOLDER/trainer_step-<machine>.json after every case and prints a table; `benchmarks/report.py` puts it into
 docs/benchmarks.md.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -43,8 +43,8 @@ TRAINERS = ("stock", "hand-filtered", "ours")
 ROLLOUTS = 2  # of a question
 SETTINGS = {
     "distillation_mode": "full_logits", "distillation_alpha": 0.5, "dont_reprompt_on_self_success": False,
-    "gradient_checkpointing": False, "learning_rate": 1e-6, "lr_scheduler_type": "constant", "max_completion_length": 64,
-    "num_generations": ROLLOUTS, "shuffle_dataset": False, "use_cpu": True, "report_to": "none", "save_strategy": "no",
+    "gradient_checkpointing": False, "learning_rate": 1e-6, "lr_scheduler_type": "constant",
+    "max_completion_length": 64, "num_generations": ROLLOUTS, "shuffle_dataset": False, "use_cpu": True, "report_to": "none", "save_strategy": "no",
     "logging_steps": 1, "disable_tqdm": True, "diagnostics_warning_interval": 0,
 }  # fmt: skip
 
@@ -137,19 +137,18 @@ def steps(name: str, where: Path, per_device: int, zeros: float, questions: int,
     by_question = {x.question: x for x in asked}
 
     def reward(prompts, completions, **_):
-        texts = [(prompt[-1]["content"], completion[0]["content"]) for prompt, completion in zip(prompts, completions)]
-        return [float(by_question[question].is_solved_by(text)) for question, text in texts]
+        given = zip(prompts, completions, strict=True)
+        return [float(by_question[asked[-1]["content"]].is_solved_by(told[0]["content"])) for asked, told in given]
 
     tokens = tokenizer(where)
-    prompts = {
-        tuple(tokens.apply_chat_template(x.messages, add_generation_prompt=True)["input_ids"]): x.question for x in asked
-    }
+    ids = [tokens.apply_chat_template(x.messages, add_generation_prompt=True)["input_ids"] for x in asked]
+    questions_of = {tuple(prompt): x.question for prompt, x in zip(ids, asked, strict=True)}
 
     def generate(prompt_ids):
         seen: Counter[str] = Counter()
         completions = []
         for ids in prompt_ids:
-            question = prompts[tuple(ids)]
+            question = questions_of[tuple(ids)]
             text = given[question][seen[question] % ROLLOUTS]
             completions.append([*tokens(text, add_special_tokens=False)["input_ids"], tokens.eos_token_id])
             seen[question] += 1
@@ -165,7 +164,7 @@ def steps(name: str, where: Path, per_device: int, zeros: float, questions: int,
             model=model(where=where), reward_funcs=reward, args=config, train_dataset=data, processing_class=tokens
         )
         trainer._generate = generate
-        found = {"seconds": [], "tokens": 0}
+        found = {"seconds": [], "cpu_seconds": [], "tokens": 0}
         keep_memory = ExitStack()
 
         def count(_, args, kwargs):
@@ -181,7 +180,7 @@ def steps(name: str, where: Path, per_device: int, zeros: float, questions: int,
                 trainer.accelerator.wait_for_everyone()
                 if state.global_step == 0:
                     self.before = resident_mib(start=True)
-                self.start = time.perf_counter()
+                self.start = time.perf_counter(), time.process_time()
 
             def on_pre_optimizer_step(self, args, state, control, **_):
                 if state.global_step == 0:
@@ -190,7 +189,8 @@ def steps(name: str, where: Path, per_device: int, zeros: float, questions: int,
 
             def on_step_end(self, args, state, control, **_):
                 if state.global_step > 1:
-                    found["seconds"].append(time.perf_counter() - self.start)
+                    found["seconds"].append(time.perf_counter() - self.start[0])
+                    found["cpu_seconds"].append(time.process_time() - self.start[1])
                     return
                 for hook in hooks:
                     hook.remove()
@@ -206,6 +206,7 @@ def steps(name: str, where: Path, per_device: int, zeros: float, questions: int,
             torch.distributed.all_gather_object(every, found)
         return {
             "seconds": [max(x) for x in zip(*(one["seconds"] for one in every), strict=True)],
+            "cpu_seconds": [sum(x) for x in zip(*(one["cpu_seconds"] for one in every), strict=True)],
             "tokens": sum(x["tokens"] for x in every),
             "peak_mib": max(x["peak_mib"] for x in every),
             "loss": found["loss"],
@@ -231,7 +232,9 @@ def worker(arguments: argparse.Namespace) -> None:
 # In the process that measures.
 
 
-def measure(processes: int, per_device: int, zeros: float, trainers: list[str], where: Path, questions: int, repeats: int):
+def measure(
+    processes: int, per_device: int, zeros: float, trainers: list[str], where: Path, questions: int, repeats: int
+):
     """The record of one case, from processes of its own."""
     arguments = ["--worker", "--model", where, "--per-device", per_device, "--zeros", zeros, "--questions", questions,
                  "--repeats", repeats, "--trainers", *trainers]  # fmt: skip
@@ -246,7 +249,7 @@ def measure(processes: int, per_device: int, zeros: float, trainers: list[str], 
     records = json.loads(found[0].removeprefix("RECORDS "))
     return {
         "processes": processes, "per_device": per_device, "zeros": zeros, "questions": questions, "repeats": repeats,
-        "trainers": {name: {**x, "median": statistics.median(x["seconds"])} for name, x in records.items()},
+        "trainers": records,
     }  # fmt: skip
 
 
@@ -254,28 +257,30 @@ def key(case: dict) -> tuple:
     return case["processes"], case["per_device"], case["zeros"]
 
 
+def shares(record: dict, stock: dict) -> list[float]:
+    """Time, CPU time, tokens and peak memory of a trainer over the stock trainer's."""
+    times = [statistics.median(record[x]) / statistics.median(stock[x]) for x in ("seconds", "cpu_seconds")]
+    return [*times, *(record[x] / stock[x] for x in ("tokens", "peak_mib"))]
+
+
 def table(result: dict) -> str:
     """One result file as Markdown."""
     first = result["cases"][0]
     lines = [
         f"SmolLM2-135M-Instruct, {first['questions'] * ROLLOUTS} rollouts of {first['questions']} questions in a step, "
-        f"on {timed(result['machine'])}. Time and tokens are divided by the stock trainer's; in brackets the peak over "
-        "parameters and gradients of one process, MiB.",
+        f"on {timed(result['machine'])}. Of the stock trainer there are seconds, and MiB over parameters and gradients of "
+        "one process; of the others time, CPU time, tokens and this memory, divided by the stock trainer's.",
         "",
-        "| processes | per device | questions at weight 0 | stock, s | hand-filtered: time | tokens | ours: time | tokens |",
-        "|---" * 8 + "|",
+        "| processes | per device | questions at weight 0 | stock | hand-filtered | ours |",
+        "|---" * 6 + "|",
     ]
     for case in result["cases"]:
         stock = case["trainers"]["stock"]
         cells = [str(case["processes"]), str(case["per_device"]), f"{case['zeros']:.0%}"]
-        cells.append(f"{stock['median']:.1f} ({stock['peak_mib']:.0f})")
+        cells.append(f"{statistics.median(stock['seconds']):.1f} s, {stock['peak_mib']:.0f} MiB")
         for name in TRAINERS[1:]:
             record = case["trainers"].get(name)
-            if record is None:
-                cells += ["—", "—"]
-                continue
-            share = record["median"] / stock["median"]
-            cells += [f"{share:.2f} ({record['peak_mib']:.0f})", f"{record['tokens'] / stock['tokens']:.2f}"]
+            cells.append(", ".join(f"{share:.2f}" for share in shares(record, stock)) if record else "—")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

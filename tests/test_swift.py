@@ -5,7 +5,6 @@ Runs where ms-swift is installed (its requirements on TRL differ from this packa
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
