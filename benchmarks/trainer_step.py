@@ -44,8 +44,8 @@ ROLLOUTS = 2  # of a question
 SETTINGS = {
     "distillation_mode": "full_logits", "distillation_alpha": 0.5, "dont_reprompt_on_self_success": False,
     "gradient_checkpointing": False, "learning_rate": 1e-6, "lr_scheduler_type": "constant",
-    "max_completion_length": 64, "num_generations": ROLLOUTS, "shuffle_dataset": False, "use_cpu": True, "report_to": "none", "save_strategy": "no",
-    "logging_steps": 1, "disable_tqdm": True, "diagnostics_warning_interval": 0,
+    "max_completion_length": 64, "num_generations": ROLLOUTS, "shuffle_dataset": False, "use_cpu": True, "report_to": "none",
+    "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "diagnostics_warning_interval": 0,
 }  # fmt: skip
 
 
@@ -268,8 +268,8 @@ def table(result: dict) -> str:
     first = result["cases"][0]
     lines = [
         f"SmolLM2-135M-Instruct, {first['questions'] * ROLLOUTS} rollouts of {first['questions']} questions in a step, "
-        f"on {timed(result['machine'])}. Of the stock trainer there are seconds, and MiB over parameters and gradients of "
-        "one process; of the others time, CPU time, tokens and this memory, divided by the stock trainer's.",
+        f"on {timed(result['machine'])}. Of the stock trainer there are seconds, and MiB over parameters and gradients "
+        "of one process; of the others time, CPU time, tokens and this memory, divided by the stock trainer's.",
         "",
         "| processes | per device | questions at weight 0 | stock | hand-filtered | ours |",
         "|---" * 6 + "|",

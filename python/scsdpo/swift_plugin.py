@@ -117,7 +117,7 @@ class FusedGKDTrainer(GKDTrainer):
             yield
 
     def _head_of_teacher(self, teacher: nn.Module) -> Head:
-        """Gathered once an optimiser step."""
+        """Gathered once an optimiser step, where the student's adapter is off; it follows the teacher's weights."""
         if self._teacher_head[0] != self.state.global_step:
             self._teacher_head = (self.state.global_step, head_of(teacher))
         return self._teacher_head[1]
