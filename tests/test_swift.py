@@ -5,6 +5,7 @@ Runs where ms-swift is installed (its requirements on TRL differ from this packa
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -119,8 +120,8 @@ CASES = {
     "reverse KL, one row at a time": {"beta": 1, "per_device_train_batch_size": 1},
     "LoRA, the teacher without it": {"tuner_type": "lora", "teacher_model": "FOLDER/student",
                                      "target_modules": "q_proj lm_head", "init_weights": "false"},
-    "another model": {"teacher_model": "FOLDER/teacher", "dataset": "FOLDER/plain.jsonl"},
-    "padding-free": {"padding_free": "true", "attn_impl": "sdpa"},
+    "another model": {"teacher_model": "FOLDER/teacher", "teacher_model_type": "qwen3",
+                      "dataset": "FOLDER/plain.jsonl"},
     "rollouts of the student": {"lmbda": 1},
 }  # fmt: skip
 
@@ -136,6 +137,42 @@ def test_it_is_ms_swifts_loss(folder, tmp_path, name):
     whole = {kind: torch.cat([x.flatten() for x in found["gradients"].values()]) for kind, found in
              (("stock", stock), ("ours", ours))}  # fmt: skip
     assert (whole["ours"] - whole["stock"]).norm() <= 1e-6 * whole["stock"].norm()
+
+
+def test_the_command_of_the_page_runs(folder, tmp_path):
+    """With a tiny model, its type, and two steps in fp32."""
+    page = (ROOT / "docs" / "trainers.md").read_text()
+    (command,) = (code for code in re.findall(r"```bash\n(.*?)```", page, re.S) if "swift rlhf" in code)
+    (tmp_path / "data.jsonl").write_text((folder / "hinted.jsonl").read_text())
+    given = set(re.findall(r"--(\w+)", command))
+    further = [f"--{name} {value}" for name, value in {**OPTIONS, "max_completion_length": 6}.items()
+               if name not in given or name == "max_completion_length"]  # fmt: skip
+    command = command.rstrip().replace("MODEL", str(folder / "student")) + " " + " ".join(further)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    (log,) = tmp_path.rglob("logging.jsonl")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sum("loss" in line for line in lines) == 2
+
+
+def test_what_needs_logits_raises(folder, tmp_path):
+    with pytest.raises(AssertionError, match="gkd_logits_topk: expected None; the divergence has the whole vocabulary"):
+        run(folder, tmp_path, "ours", gkd_logits_topk=5)
+
+
+def test_the_file_itself_is_no_plugin():
+    """Its folder would come first in sys.path, and trl.py there be taken for TRL."""
+    from swift.utils import import_external_file
+
+    file = ROOT / "python" / "scsdpo" / "swift_plugin.py"
+    before = list(sys.path)
+    try:
+        with pytest.raises(ImportError, match="--external_plugins: expected a file of yours with the line"):
+            import_external_file(str(file))
+    finally:
+        sys.path[:] = before
 
 
 if __name__ == "__main__":
