@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -39,12 +40,13 @@ import torch
 from measuring import RESULTS, freed_memory_is_kept, machine, path_of, resident_mib, timed, write
 from smollm2 import Problem, folder, model, problems, tokenizer
 
+MARK = "RECORDS "  # begins the line in which a process hands over its records
 TRAINERS = ("stock", "hand-filtered", "ours")
 ROLLOUTS = 2  # of a question
 SETTINGS = {
     "distillation_mode": "full_logits", "distillation_alpha": 0.5, "dont_reprompt_on_self_success": False,
-    "gradient_checkpointing": False, "learning_rate": 1e-6, "lr_scheduler_type": "constant",
-    "max_completion_length": 64, "num_generations": ROLLOUTS, "shuffle_dataset": False, "use_cpu": True, "report_to": "none",
+    "num_generations": ROLLOUTS, "max_completion_length": 64, "gradient_checkpointing": False, "learning_rate": 1e-6,
+    "lr_scheduler_type": "constant", "shuffle_dataset": False, "use_cpu": True, "report_to": "none",
     "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "diagnostics_warning_interval": 0,
 }  # fmt: skip
 
@@ -214,15 +216,16 @@ def steps(name: str, where: Path, per_device: int, zeros: float, questions: int,
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """Prints the record of each trainer in one case, as the first process has it."""
+    """Prints the records of each case, as the first process has them."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("WORLD_SIZE", 1))))
-    (per_device,), (zeros,) = arguments.per_device, arguments.zeros
-    records = {
-        name: steps(name, arguments.model, per_device, zeros, arguments.questions, arguments.repeats)
-        for name in arguments.trainers
-    }
-    if os.environ.get("RANK", "0") == "0":
-        print("RECORDS", json.dumps(records), flush=True)
+    (per_device,) = arguments.per_device
+    for zeros in arguments.zeros:
+        records = {
+            name: steps(name, arguments.model, per_device, zeros, arguments.questions, arguments.repeats)
+            for name in arguments.trainers
+        }
+        if os.environ.get("RANK", "0") == "0":
+            print(MARK + json.dumps(records), flush=True)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -233,24 +236,28 @@ def worker(arguments: argparse.Namespace) -> None:
 
 
 def measure(
-    processes: int, per_device: int, zeros: float, trainers: list[str], where: Path, questions: int, repeats: int
-):
-    """The record of one case, from processes of its own."""
-    arguments = ["--worker", "--model", where, "--per-device", per_device, "--zeros", zeros, "--questions", questions,
+    processes: int, per_device: int, zeros: list[float], trainers: list[str], where: Path, questions: int, repeats: int
+) -> Iterator[dict]:
+    """The record of one case after the other, from processes of their own."""
+    arguments = ["--worker", "--model", where, "--per-device", per_device, "--zeros", *zeros, "--questions", questions,
                  "--repeats", repeats, "--trainers", *trainers]  # fmt: skip
     launch = [sys.executable, "-W", "ignore"]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    run = subprocess.run([*launch, __file__, *map(str, arguments)], capture_output=True, text=True, env=environment)
-    found = [line for line in run.stdout.splitlines() if line.startswith("RECORDS ")]
-    if run.returncode or not found:
-        raise RuntimeError(f"trainer_step.py: a process failed:\n{run.stderr[-3000:]}")
-    records = json.loads(found[0].removeprefix("RECORDS "))
-    return {
-        "processes": processes, "per_device": per_device, "zeros": zeros, "questions": questions, "repeats": repeats,
-        "trainers": records,
-    }  # fmt: skip
+    command = [*launch, __file__, *map(str, arguments)]
+    remaining = iter(zeros)
+    with tempfile.TemporaryFile("w+") as errors:
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        for line in run.stdout:
+            if line.startswith(MARK):
+                yield {
+                    "processes": processes, "per_device": per_device, "zeros": next(remaining), "questions": questions,
+                    "repeats": repeats, "trainers": json.loads(line.removeprefix(MARK)),
+                }  # fmt: skip
+        if run.wait() or next(remaining, None) is not None:
+            errors.seek(0)
+            raise RuntimeError(f"trainer_step.py: a process failed:\n{errors.read()[-3000:]}")
 
 
 def key(case: dict) -> tuple:
@@ -309,13 +316,11 @@ def main() -> None:
         result["cases"] = there["cases"]
     for processes in arguments.processes:
         for per_device in arguments.per_device:
-            for zeros in arguments.zeros:
-                case = measure(
-                    processes, per_device, zeros, arguments.trainers, where, arguments.questions, arguments.repeats
-                )
+            of = arguments.zeros, arguments.trainers, where, arguments.questions, arguments.repeats
+            for case in measure(processes, per_device, *of):
                 result["cases"] = sorted([*(x for x in result["cases"] if key(x) != key(case)), case], key=key)
                 write("trainer_step", result, arguments.output)
-                print(f"{processes} processes, {per_device} per device, {zeros:.0%} at weight 0", flush=True)
+                print(f"{processes} processes, {per_device} per device, {case['zeros']:.0%} at weight 0", flush=True)
     print(table(result))
 
 
