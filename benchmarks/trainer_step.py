@@ -57,14 +57,11 @@ def outcomes(questions: int, zeros: float) -> list[tuple[bool, ...]]:
     They alternate, and the second half of the questions has the outcomes of the first: in step, two processes then have
     micro-batches without any teacher, of which TRL's trainer would wait for ever if only one had some.
     """
-    half = questions // 2
-    count = round(zeros * questions)
-    flat = [(True,) * ROLLOUTS, (False,) * ROLLOUTS]
-    first = [flat[i % 2] for i in range(count // 2)]
-    mixed = [tuple(j % 2 == i % 2 for j in range(ROLLOUTS)) for i in range(half)]
-    spread = [mixed[i] for i in range(half)]
-    for rank, outcome in enumerate(first):
-        spread[rank * half // len(first)] = outcome
+    half, count = questions // 2, round(zeros * questions)
+    flat = (True,) * ROLLOUTS, (False,) * ROLLOUTS
+    spread = [tuple(j % 2 == i % 2 for j in range(ROLLOUTS)) for i in range(half)]
+    for i in range(count // 2):
+        spread[i * half // (count // 2)] = flat[i % 2]
     found = spread + spread
     if count % 2:  # one more, all of whose rollouts are right and have a teacher
         found[next(i for i in range(half, questions) if len(set(found[i])) > 1)] = flat[0]
