@@ -89,11 +89,11 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
 
 def table(result: dict) -> str:
     """One result file as Markdown."""
-    shape = result["shape"]
+    shape, measured = result["shape"], {x["inputs"] for x in result["records"]}
     lines = [
         f"Relative error of ∂h against float64, for forward KL / Jensen-Shannon / reverse KL, as the mean KL falls; "
         f"N = {shape['rows']}, D = {shape['width']}, V = {shape['vocabulary']}, {described(result['machine'])}. "
-        "In bold: over one per cent. " + "; ".join(f"of {of}: {shape}" for of, shape in REAL.items()) + ".",
+        + " ".join(["In bold: over one per cent.", *(f"Of {of}: {REAL[of]}." for of in REAL if of in measured)]),
     ]
     for dtype in ("float32", "bfloat16"):
         own = [x for x in result["records"] if x["dtype"] == dtype and "errors" in x and x["inputs"] in SHOWN]
