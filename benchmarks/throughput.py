@@ -8,7 +8,8 @@ turns: medians, warm-up excluded. Ratios hold between machines, absolute times d
 the inputs' dtype: those that no exact loss can do without. Before a time counts, gradients are compared with float64 on
 some rows, with weights among which are zeros; a time whose gradients are off is marked. What cannot run says why.
 
-Cases are dense rows of real heads, and one optimiser step of SC-SDPO: 256 rollouts in micro-batches of 8, padded to the
+Cases are dense rows of real heads, the hidden states of a real model and of itself as its teacher (`smollm2.py`, where
+its wheel is installed), and one optimiser step of SC-SDPO: 256 rollouts in micro-batches of 8, padded to the
 longest as trainers hand them over; without the padding; and with the rows that have a weight gathered by hand.
 
 Writes FOLDER/throughput-<machine>.json after every case and prints a table; `benchmarks/report.py` puts it into
@@ -26,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from implementations import IMPLEMENTATIONS, label
+from implementations import HAND_FILTERED, IMPLEMENTATIONS, label
 from inputs import reasoning, rollouts
 from measuring import (
     ERROR_LIMIT,
@@ -44,6 +45,8 @@ from measuring import (
     timed,
     write,
 )
+from smollm2 import NAME as SMOLLM2
+from smollm2 import is_there, self_teacher_states
 from torch import Tensor
 
 HEADS = {  # D, V
@@ -53,6 +56,7 @@ HEADS = {  # D, V
     "OLMo-3-7B": (4096, 100278),
     "D = 512, V = 32000": (512, 32000),
     "D = 512, V = 8192": (512, 8192),
+    SMOLLM2: (576, 49152),  # with the model's own states, not random ones
 }
 OBJECTIVES = {"forward KL": 0.0, "Jensen-Shannon": 0.5, "reverse KL": 1.0}
 LAYOUTS = {
@@ -107,8 +111,9 @@ def cases(device: str) -> list[Case]:
         objectives = [small(objective) for objective in OBJECTIVES] + [small(trained_head=False), small(top_k=100)]
         step = partial(Case, "D = 512, V = 8192", "float32", shorter=8)
         steps = [step(layout=layout, zeros=zeros) for layout, zeros in steps]
+        real = [Case(SMOLLM2, dtype, 256) for dtype in ERROR_LIMIT] if is_there() else []
         wide = [Case(head, "bfloat16", 256) for head in ("Qwen3-1.7B", "Qwen3-8B", "OLMo-3-7B")]
-        return dense + wide + objectives + steps[:-1]  # of padding one: peers project it, whatever its weight
+        return dense + wide + real + objectives + steps[:-1]  # of padding one: peers project it, whatever its weight
     own = {"dtype": "bfloat16"}
     steps = [Case("Qwen3-8B", layout=layout, zeros=zeros, **own) for layout, zeros in steps]
     first = [Case("Qwen3-8B", rows=8192, **own), Case("Qwen3-8B", rows=256, **own), *steps[:-1]]
@@ -178,7 +183,10 @@ class Problem:
 def problem(case: Case, device: torch.device) -> Problem:
     width, vocabulary, dtype = case.width, case.vocabulary, getattr(torch, case.dtype)
     if case.layout is None:
-        hidden, weight, teacher = reasoning(case.rows, width, vocabulary, dtype, device=device)
+        if case.head == SMOLLM2:
+            hidden, weight, teacher = (x.to(device, dtype, copy=True) for x in self_teacher_states(case.rows))
+        else:
+            hidden, weight, teacher = reasoning(case.rows, width, vocabulary, dtype, device=device)
         micro_batches = [(hidden, teacher, None)]
     else:
         lengths, of_rollout = rollouts(case.zeros, shorter=case.shorter)
@@ -223,6 +231,8 @@ def why_not(name: str, case: Case, device: torch.device) -> str | None:
     implementation = IMPLEMENTATIONS[name]
     if reason := implementation.why_not(device, case.top_k):
         return reason
+    if name == HAND_FILTERED and case.layout in (None, "kept"):
+        return "no token has weight 0: it is eager PyTorch"
     rows = case.rows or AT_ONCE * 2048 // case.shorter
     need = implementation.sheets * rows * case.vocabulary * 4
     room = 12 * 2**30

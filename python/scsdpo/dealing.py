@@ -6,11 +6,16 @@ Rollouts are kept without padding. A micro-batch is as wide as the longest of th
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+# A micro-batch costs as many tokens more, about: its passes read all weights and add to all gradients, which takes as
+# long as a few hundred tokens' matmuls do.
+PASS = 512
 
 
 class Rollout(NamedTuple):
@@ -82,9 +87,10 @@ def deal(
     processes: int,
     most: int,  # rollouts in a micro-batch
 ) -> list[list[list[Rollout]]]:  # by process and micro-batch
-    """The longest first, each to the process with the fewest tokens; then even micro-batches of similar lengths.
+    """The longest first, each to the process with the fewest tokens; then micro-batches of similar lengths.
 
-    No other grouping by length has a smaller largest micro-batch. Empty ones come first, the largest comes last.
+    No other grouping by length has fewer tokens, padding included, with PASS more for every micro-batch that is not
+    empty. None is larger than `most` of the longest. Empty ones come first, the longest rollouts come last.
     """
     return [_micro_batches(share, micro_batches, most) for share in shares(rollouts, processes, micro_batches * most)]
 
@@ -140,22 +146,29 @@ def collate(rollouts: Sequence[Rollout], padding: int, device: torch.device | st
 
 
 def _micro_batches(share: list[Rollout], count: int, most: int) -> list[list[Rollout]]:
-    """Rollouts from the longest to the shortest; the bound on tokens is the smallest that `count` can hold."""
-    low, high = max((x.tokens for x in share), default=0), padded_tokens(share)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_filled(share, middle, most)) <= count else (middle + 1, high)
-    filled = _filled(share, low, most)
+    """Rollouts come from the longest to the shortest."""
+    cost = {
+        (start, end): PASS + padded_tokens(share[start:end])
+        for end in range(1, len(share) + 1)
+        for start in range(max(0, end - most), end)
+    }
+    cheapest: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # the first so many: tokens, and where groups end
+    found = [] if share else [cheapest[0]]
+    own = sum(x.tokens for x in share)
+    for groups in range(1, min(count, len(share)) + 1):
+        if found and groups * PASS + own >= min(found)[0]:  # no padding at all would cost as much
+            break
+        longer: dict[int, tuple[int, list[int]]] = {}
+        for (start, end), tokens in cost.items():
+            if start in cheapest:
+                total = cheapest[start][0] + tokens
+                if end not in longer or total < longer[end][0]:
+                    longer[end] = (total, [*cheapest[start][1], end])
+        cheapest = longer
+        found += [cheapest[len(share)]] if len(share) in cheapest else []
+    _, ends = min(found)
+    filled = [share[start:end] for start, end in pairwise([0, *ends])]
     return [[] for _ in range(count - len(filled))] + filled[::-1]
-
-
-def _filled(share: list[Rollout], bound: int, most: int) -> list[list[Rollout]]:
-    filled: list[list[Rollout]] = []
-    for rollout in share:
-        if not filled or len(filled[-1]) == most or padded_tokens([*filled[-1], rollout]) > bound:
-            filled.append([])
-        filled[-1].append(rollout)
-    return filled
 
 
 __all__ = ["Rollout", "as_drawn", "collate", "deal", "padded_tokens", "shares", "stand_in", "with_weight"]

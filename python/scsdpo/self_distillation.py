@@ -20,8 +20,8 @@ from scsdpo_kernels import Head, LinearDivergence, SampledToken, TopK, TopLogpro
 from . import dealing
 from .dealing import Rollout
 from .ema_teacher import EMATeacher
-from .head import base_model, distill, head_of, hidden_states, patch_lm_head
-from .measured import is_whole
+from .head import distill, head_of, hidden_states, patch_lm_head
+from .measured import is_whole, measured
 from .step_metrics import StepMetrics
 
 SEAMS = ("_prepare_training_batch", "_prepare_inputs", "_compute_rollout_logps", "_log_self_distillation_metric",
@@ -62,10 +62,10 @@ class FusedSelfDistillation:
             )
         head = patch_lm_head(self.model)
         patch_lm_head(self.teacher_model)
-        if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind != "live":
+        if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind == "ema":
             raise ValueError(
-                "teacher_model_kind: expected 'live' where LoRA adapts the head, got "
-                f"{self.args.teacher_model_kind!r}; or leave 'lm_head' out of target_modules"
+                "teacher_model_kind: expected 'live' or 'base' where LoRA adapts the head, got 'ema', with which TRL "
+                "sets the head's own weight to 0; or leave 'lm_head' out of target_modules"
             )
         self._teacher_head: tuple[int, Head | None] = (-1, None)
         self._rollouts: list[Rollout] = []  # all processes' generation batch
@@ -246,17 +246,19 @@ class FusedSelfDistillation:
     def _distill(self, model: torch.nn.Module, inputs: dict[str, Any]) -> LinearDivergence:
         tokens = inputs["completion_ids"].shape[1]
         with self.accelerator.autocast():
+            own = measured(model).state[0]
             with torch.no_grad(), self._get_teacher_context_for_self_distillation():
                 teacher = hidden_states(
                     self.teacher_model, inputs["teacher_input_ids"], inputs["teacher_attention_mask"], tokens
                 )
+                head = None if measured(self.teacher_model).state[0] == own else self._head_of_teacher()
             return distill(
                 model,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
                 torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
                 tokens,
                 teacher_hidden=teacher,
-                teacher_head=self._head_of_teacher(),
+                teacher_head=head,
                 mask=inputs["loss_mask"],
                 question_weight=inputs["question_weight"],
                 reduction="sequence-mean",
@@ -278,12 +280,10 @@ class FusedSelfDistillation:
             objective |= {"old_logp": old_logp, "importance_clip": self.args.distillation_is_clip}
         return objective
 
-    def _head_of_teacher(self) -> Head | None:
-        """Gathered once an optimiser step; None of a teacher whose head is the student's own."""
+    def _head_of_teacher(self) -> Head:
+        """Gathered once an optimiser step, where the teacher's adapter is at work; it follows the teacher's weights."""
         if self._teacher_head[0] != self.state.global_step:
-            own, other = (base_model(x).get_output_embeddings() for x in (self.model, self.teacher_model))
-            head = None if other is own else head_of(self.teacher_model)
-            self._teacher_head = (self.state.global_step, head)
+            self._teacher_head = (self.state.global_step, head_of(self.teacher_model))
         return self._teacher_head[1]
 
     # ------------------------------------------------------------------------------------------------------------------
