@@ -161,8 +161,9 @@ def trained(folder, **options) -> tuple[list[torch.Tensor], dict, list[dict]]:
     rows["question_weight"] = question_weights(batch["rewards"], batch["question_ids"]).tolist()
     data = Dataset.from_dict(rows)
     settings = {"output_dir": str(folder), "max_steps": 1, "learning_rate": LEARNING_RATE, "optim": "sgd",
-                "bf16": False, "lr_scheduler_type": "constant", "max_grad_norm": 0, "report_to": "none", "use_cpu": True,
-                "eval_steps": 1, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
+                "bf16": False, "lr_scheduler_type": "constant", "max_grad_norm": 0, "report_to": "none",
+                "use_cpu": True, "eval_steps": 1, "logging_steps": 1, "save_strategy": "no",
+                "disable_tqdm": True}  # fmt: skip
     trainer = example.main(student, teacher, data, data, RESPONSE, **{**settings, **options})
     gradients = [
         (x - y).detach() / LEARNING_RATE for x, y in zip(before.parameters(), student.parameters(), strict=True)
