@@ -48,7 +48,11 @@ SHORT = {
         "test_chunked_equals_reference_in_every_field",
     ),
     "test_matmul": ("test_is_torchs_product", "test_bf16_with_its_instructions", "test_nothing_to_do"),
-    "test_operator": ("test_opcheck", "test_bad_input_names_the_argument", "test_upstream_gradient_scales"),
+    "test_operator": (
+        "test_opcheck_of_every_argument",
+        "test_bad_input_names_the_argument",
+        "test_upstream_gradient_scales",
+    ),
     "test_package": ("test_import_brings_torch_and_nothing_else_heavy", "test_public_signatures"),
     "test_per_token": ("test_any_upstream_gradient",),
     "test_question_weights": ("test_equals_the_definition", "test_the_kernel_equals_the_definition"),
