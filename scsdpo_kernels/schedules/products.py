@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..kernels import Kernels, native
+from ..kernels import Kernels
 from ..problem import Gradients, Head
 
 # A head, or its gradient, is copied into another dtype so many rows at a time.
@@ -23,9 +24,25 @@ def on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def _native() -> ModuleType:
+    """The compiled module's side, which a GPU does without: some builds have Triton's kernels only."""
+    from ..kernels import native
+
+    return native
+
+
+def multiplies_bf16(tensor: Tensor) -> bool:
+    """Whether there are fast products of bf16 numbers where the tensor is."""
+    return not on_cpu(tensor) or _native().multiplies_bf16()
+
+
+def cpu_matmul(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    _native().matmul(left, right, out, add=add)
+
+
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return native.empty(*shape, dtype=dtype)
+        return _native().empty(*shape, dtype=dtype)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -42,7 +59,7 @@ def project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     if len(weight) == 0:  # a process without a part of the vocabulary
         return
     if on_cpu(hidden):
-        native.matmul(hidden, weight.t(), logits)
+        cpu_matmul(hidden, weight.t(), logits)
     elif hidden.dtype == weight.dtype == torch.float32:
         torch.mm(hidden, weight.t(), out=logits)
     elif hidden.dtype == weight.dtype:
@@ -84,7 +101,7 @@ def back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
         return grad_hidden
     if on_cpu(logit_gradient):
         grad_hidden = logit_gradient.new_empty(logit_gradient.shape[0], weight.shape[1])
-        native.matmul(logit_gradient, weight, grad_hidden)
+        cpu_matmul(logit_gradient, weight, grad_hidden)
         return grad_hidden
     grad_hidden = logit_gradient.new_zeros(logit_gradient.shape[0], weight.shape[1])
     for slab, weight_slab in slabs(weight):
@@ -99,7 +116,7 @@ def apply_head(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> 
         adapted = torch.empty(len(hidden), len(head.lora.a), dtype=torch.float32, device=hidden.device)
         project(hidden, head.lora.a, adapted)
         if on_cpu(hidden):
-            native.matmul(adapted * head.lora.scale, head.lora.b.t(), logits, add=True)
+            cpu_matmul(adapted * head.lora.scale, head.lora.b.t(), logits, add=True)
         else:
             for slab, lora_b in slabs(head.lora.b):
                 logits[:, slab].addmm_(adapted, lora_b.t(), alpha=head.lora.scale)
@@ -211,9 +228,9 @@ class HeadGradient:
         if not mixed:
             hidden = hidden.to(logit_gradient.dtype)
         if mixed and self.sum.dtype == torch.float32:
-            native.matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
+            cpu_matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
         elif mixed:
-            self._add_slabs(logit_gradient, hidden, beta, native.matmul, torch.float32)
+            self._add_slabs(logit_gradient, hidden, beta, cpu_matmul, torch.float32)
         elif self.sum.dtype == logit_gradient.dtype:
             for part in _parts(logit_gradient.t()):
                 self.sum[part].addmm_(logit_gradient[:, part].t(), hidden, beta=beta)
