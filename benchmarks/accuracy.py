@@ -1,11 +1,13 @@
 """Errors of loss and gradients against float64 as the teacher comes near the student, for every implementation.
 
-    python benchmarks/accuracy.py [--device cpu] [--rows 64] [--width 256] [--vocabulary 8192] [--output FOLDER]
+    python benchmarks/accuracy.py [--device cpu] [--inputs TEXT ...] [--rows 64] [--width 256] [--vocabulary 8192]
+                                  [--output FOLDER]
 
 Near-equal distributions are self-distillation's normal state. All implementations have the same inputs (`reasoning` of
 inputs.py), rounded to a dtype before; float64 is the reference schedule's, which tests compare with formulas that share
 nothing with it, on these rounded inputs. The teacher's distance is swept from far to next to nothing; what is written
-beside each error is the mean KL(q‖p) that it makes. The last inputs are `captured` in a model that was trained here.
+beside each error is the mean KL(q‖p) that it makes. The last inputs are `captured` in a model that was trained here,
+and those of a real model with itself as its teacher (`smollm2.py`, where its wheel is installed).
 
 Writes FOLDER/accuracy-<machine>.json after every kind of inputs and prints the table; `benchmarks/report.py` puts it
 into docs/benchmarks.md and draws it.
@@ -14,19 +16,23 @@ into docs/benchmarks.md and draws it.
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from implementations import IMPLEMENTATIONS, label
+from implementations import HAND_FILTERED, IMPLEMENTATIONS, label
 from inputs import captured, reasoning
 from measuring import RESULTS, described, error, machine, write
+from smollm2 import NAME as SMOLLM2
+from smollm2 import is_there, self_teacher_states
 from torch import Tensor
 
 from scsdpo_kernels import linear_divergence
 
 DISTANCES = (4.0, 2.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 4e-4, 1e-4, 2e-5)
 CAPTURED = "the demo's model"
-SHOWN = ("distance 2.0", "distance 0.1", "distance 0.01", "distance 0.0004", CAPTURED)  # in docs/benchmarks.md
+REAL = {CAPTURED: "D = 64, V = 151936", SMOLLM2: "D = 576, V = 49152"}
+SHOWN = ("distance 2.0", "distance 0.1", "distance 0.01", "distance 0.0004", CAPTURED, SMOLLM2)  # in docs/benchmarks.md
 OBJECTIVES = {0.0: "forward KL", 0.5: "Jensen-Shannon", 1.0: "reverse KL"}
 
 
@@ -43,10 +49,16 @@ def exact(hidden: Tensor, weight: Tensor, teacher: Tensor, beta: float) -> Tenso
 
 def inputs(arguments: argparse.Namespace) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
     """What they are; student's hidden states, head and teacher's, in fp32."""
-    for distance in DISTANCES:
-        shape = arguments.rows, arguments.width, arguments.vocabulary
-        yield f"distance {distance}", reasoning(*shape, distance=distance)
-    yield CAPTURED, captured(arguments.rows)[:3]
+    shape = arguments.rows, arguments.width, arguments.vocabulary
+    makers: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        f"distance {distance}": partial(reasoning, *shape, distance=distance) for distance in DISTANCES
+    }
+    if is_there():
+        makers[SMOLLM2] = partial(self_teacher_states, arguments.rows)
+    makers[CAPTURED] = lambda: captured(arguments.rows)[:3]
+    for name, make in makers.items():
+        if any(text in name for text in arguments.inputs):
+            yield name, make()
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[list[dict]]:
@@ -61,6 +73,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
             for beta in OBJECTIVES:
                 expected = gradients(exact, doubles, beta)
                 for name, implementation in IMPLEMENTATIONS.items():
+                    if name == HAND_FILTERED:  # all tokens have a weight here
+                        continue
                     record = {"dtype": dtype, "inputs": what, "kl": kl, "beta": beta, "implementation": name}
                     why_not = implementation.why_not(device)
                     if why_not:
@@ -75,15 +89,15 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
 
 def table(result: dict) -> str:
     """One result file as Markdown."""
-    shape = result["shape"]
+    shape, measured = result["shape"], {x["inputs"] for x in result["records"]}
     lines = [
         f"Relative error of ∂h against float64, for forward KL / Jensen-Shannon / reverse KL, as the mean KL falls; "
         f"N = {shape['rows']}, D = {shape['width']}, V = {shape['vocabulary']}, {described(result['machine'])}. "
-        f"In bold: over one per cent. Of {CAPTURED}: D = 64, V = 151936.",
+        + " ".join(["In bold: over one per cent.", *(f"Of {of}: {REAL[of]}." for of in REAL if of in measured)]),
     ]
     for dtype in ("float32", "bfloat16"):
         own = [x for x in result["records"] if x["dtype"] == dtype and "errors" in x and x["inputs"] in SHOWN]
-        columns = {x["inputs"]: f"{x['kl']:.0e}" + f", {CAPTURED}" * (x["inputs"] == CAPTURED) for x in own}
+        columns = {x["inputs"]: f"{x['kl']:.0e}" + f", {x['inputs']}" * (x["inputs"] in REAL) for x in own}
         lines += [
             "",
             f"| {dtype}; mean KL: | " + " | ".join(columns.values()) + " |",
@@ -102,6 +116,10 @@ def _cell(error: float) -> str:
     return f"**{error:.0e}**" if not error <= 0.01 else f"{error:.0e}"
 
 
+def _points(records: list[dict], of: str) -> tuple[list[float], list[float]]:
+    return [x["kl"] for x in records], [max(x["errors"][of], 1e-9) for x in records]
+
+
 def plot(result: dict):
     """One result file as a figure."""
     from matplotlib.figure import Figure
@@ -112,13 +130,16 @@ def plot(result: dict):
     for row, (dtype, of) in enumerate(itertools.product(("float32", "bfloat16"), quantities)):
         for axis, (beta, objective) in zip(axes[row], OBJECTIVES.items(), strict=True):
             own = [x for x in result["records"] if (x["dtype"], x["beta"]) == (dtype, beta) and "errors" in x]
-            own = [x for x in own if x["inputs"] != CAPTURED and x["implementation"] != "reference"]
-            for name in dict.fromkeys(x["implementation"] for x in own):
-                line = [x for x in own if x["implementation"] == name]
-                axis.loglog(
-                    [x["kl"] for x in line], [max(x["errors"][of], 1e-9) for x in line], marker="o", markersize=3,
-                    linewidth=2.5 if name == "chunked" else 1, label=line[0]["label"],
-                )  # fmt: skip
+            own = [x for x in own if x["implementation"] != "reference"]
+            for number, name in enumerate(dict.fromkeys(x["implementation"] for x in own)):
+                of_name = [x for x in own if x["implementation"] == name]
+                line, points = ([x for x in of_name if (x["inputs"] in REAL) == real] for real in (False, True))
+                style = {"color": f"C{number}", "label": of_name[0]["label"]}
+                if line:
+                    x, y = _points(line, of)
+                    axis.loglog(x, y, marker="o", markersize=3, linewidth=2.5 if name == "chunked" else 1, **style)
+                    style.pop("label")
+                axis.loglog(*_points(points, of), marker="*", markersize=8, linestyle="none", **style)
             axis.set_title(f"{objective}, {dtype}, {quantities[of]}", fontsize=9)
             axis.grid(alpha=0.3)
     axes[0, 0].invert_xaxis()
@@ -127,12 +148,16 @@ def plot(result: dict):
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error")
     axes[0, 0].legend(fontsize=7)
-    figure.suptitle(f"Error against float64 as the teacher nears the student ({described(result['machine'])})")
+    figure.suptitle(
+        f"Error against float64 as the teacher nears the student; stars: states of models "
+        f"({described(result['machine'])})"
+    )
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--inputs", nargs="+", default=[""], help="those whose name has one of these texts in it")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=8192)

@@ -7,6 +7,7 @@ run on a device or a case, says why.
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from scsdpo_kernels import TopK, linear_divergence
 from scsdpo_kernels.checks import why_not
+
+HAND_FILTERED, UNSLOTH = "hand-filtered eager", "fused_linear_jsd of Unsloth"
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Implementation:
     token_weights: bool = True  # False: all rows have weight 1, whatever they should have
     top_k: bool = False  # SDPO's top-K with a bucket for the rest
     triton: bool = False  # a peer's kernel that is
-    sheets: int = 0  # of (N, V) fp32 that it holds at once: what runs out of memory first
+    sheets: int = 0  # (N, V) fp32 matrices that it holds at once
 
     def why_not(self, device: torch.device, top_k: int | None = None) -> str | None:
         """Why it does not run on a device, or a case; None: it does."""
@@ -75,6 +78,14 @@ def eager(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
         kl_q = F.kl_div(log_m, log_q, log_target=True, reduction="none").sum(-1)
         divergence = (1 - beta) * kl_p + beta * kl_q
     return divergence.sum() if token_weight is None else (divergence * token_weight).sum()
+
+
+def hand_filtered_eager(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
+    """What one index in a training loop makes of eager PyTorch: tokens of weight 0 are removed before it."""
+    if token_weight is not None:
+        kept = token_weight != 0
+        hidden, teacher, token_weight = hidden[kept], teacher[kept], token_weight[kept]
+    return eager(hidden, weight, teacher, beta, token_weight)
 
 
 @functools.cache
@@ -131,15 +142,33 @@ def trl_chunked(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None
     return divergence.sum() if token_weight is None else (divergence * token_weight).sum()
 
 
+@functools.cache
+def _unsloth_fused() -> Callable[..., Tensor]:
+    """Of the one file that has it, which needs PyTorch alone: the package wants Unsloth, and that a GPU."""
+    if (name := "_fused_linear_of_unsloth_zoo") not in sys.modules:
+        (folder,) = importlib.util.find_spec("unsloth_zoo").submodule_search_locations
+        spec = importlib.util.spec_from_file_location(name, os.path.join(folder, "fused_losses", "fused_linear.py"))
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].fused_linear_jsd
+
+
+def unsloth_fused(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None):
+    mask = None if token_weight is None else token_weight != 0
+    return _unsloth_fused()(hidden, weight, teacher, weight.detach(), mask=mask, beta=beta, num_items_in_batch=1)
+
+
 IMPLEMENTATIONS = {
     "chunked": Implementation(scsdpo("chunked"), schedule="chunked", top_k=True),
     "reference": Implementation(scsdpo("reference"), schedule="reference", top_k=True, sheets=16),
     "eager PyTorch": Implementation(eager, "torch", sheets=9),
+    HAND_FILTERED: Implementation(hand_filtered_eager, "torch", sheets=9),
     "torch.compile'd eager": Implementation(compiled_eager, "torch", sheets=5),
     "SDPO, eager": Implementation(sdpo_of_trl, "trl", top_k=True, sheets=9),
     "fused_linear_jsd": Implementation(liger_fused, "liger-kernel", token_weights=False, triton=True),
     "chunked JSD, compiled": Implementation(liger_chunked, "liger-kernel", token_weights=False),
     "chunked_divergence": Implementation(trl_chunked, "trl"),
+    UNSLOTH: Implementation(unsloth_fused, "unsloth-zoo", token_weights=False),
 }
 
 
@@ -148,4 +177,4 @@ def label(name: str) -> str:
     implementation = IMPLEMENTATIONS[name]
     if implementation.package in (None, "torch"):
         return f"scsdpo_kernels, {name}" if implementation.package is None else name
-    return f"{implementation.package} {implementation.version} {name}"
+    return f"{implementation.package} {implementation.version} {name.removesuffix(' of Unsloth')}"

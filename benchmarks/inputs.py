@@ -19,11 +19,11 @@ from torch import Tensor
 from scsdpo_kernels import question_weights
 
 LOW, HIGH = (0.50, 0.01), (0.80, 0.67)  # a share of the tokens has at most that entropy, nats
-DEVIATION = 2.0  # of the logits of tokens that mean nothing
+DEVIATION = 2.0  # logits of tokens that mean nothing
 # Responses of the paper's runs: 180 to 370 tokens in the mean, at most 2048. Log-normal is an assumption, and so is its
 # deviation, with which the longest of 256 is about that.
 MEAN_LENGTH, LONGEST, DEVIATION_OF_LENGTHS = 280, 2048, 0.9
-QUESTIONS, ROLLOUTS = 32, 8  # of a step
+QUESTIONS, ROLLOUTS = 32, 8  # one step's
 
 
 def reasoning(

@@ -167,16 +167,9 @@ def peak_mib(run: Callable, leaves: Iterable[Tensor], device: torch.device) -> f
     for leaf in leaves:
         leaf.grad = None
     if device.type == "cpu":
-
-        def status(field: str) -> float:
-            line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-            return int(line.split()[1]) / 1024
-
-        ctypes.CDLL(None).malloc_trim(0)  # what is free, and would be taken again unseen
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = status("VmRSS")
+        before = resident_mib(start=True)
         run()
-        peak = status("VmHWM") - before
+        peak = resident_mib(peak=True) - before
     else:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -185,6 +178,16 @@ def peak_mib(run: Callable, leaves: Iterable[Tensor], device: torch.device) -> f
         torch.cuda.synchronize()
         peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     return peak - sum(x.grad.nbytes for x in leaves if x.grad is not None) / 2**20
+
+
+def resident_mib(*, start: bool = False, peak: bool = False) -> float:
+    """What this process holds, or the most since the last start."""
+    if start:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free, and would be taken again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    field = "VmHWM" if peak else "VmRSS"
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
 
 
 def alone(function: Callable, *arguments: object) -> object:

@@ -31,7 +31,7 @@ from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import Problem
 from scsdpo_kernels.schedules.products import apply_head
 from scsdpo_kernels.schedules.row_values import row_values
-from scsdpo_kernels.schedules.rows import Rows
+from scsdpo_kernels.schedules.rows import Rows, shares
 from scsdpo_kernels.schedules.shards import Shard
 
 
@@ -53,6 +53,10 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
         "Jensen-Shannon, β = 0.5": (head, {}),
         "forward KL, β = 0": (head, {"beta": 0.0}),
         "reverse KL, β = 1": (head, {"beta": 1.0}),
+        "Jeffreys, β = 0.5": (head, {"divergence": "jeffreys"}),
+        "skewed forward KL, β = 0.1": (head, {"divergence": "skewed_forward", "beta": 0.1}),
+        "skewed reverse KL, β = 0.9": (head, {"divergence": "skewed_reverse", "beta": 0.9}),
+        "Jensen-Shannon, β of each token": (head, {"beta": torch.linspace(0, 1, len(hidden), device=device)}),
         "importance ratio": (head, {**target, "old_logp": torch.full((len(hidden),), -12.0, device=device)}),
         "TopK(100), bucket, β = 0.5": (head, {"support": TopK(100)}),
         "TopK(100), renormalize, β = 0.5": (head, {"support": TopK(100, tail="renormalize")}),
@@ -130,6 +134,7 @@ def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tupl
         support_ids=None if support is None else support.ids,
         support_logp=None if support is None else support.logp,
         are_all=True,
+        beta=shares(problem.objective, index, student.new_ones(rows)),
     )
     given = Logits(student, teacher if problem.teacher else None, difference=False, softcap=head.softcap or 0.0)
     kernels, shard = kernels_of(student.device), Shard(problem.part, vocabulary)
@@ -179,7 +184,7 @@ def in_dtype(head: Head, dtype: torch.dtype) -> Head:
 
 
 def errors_hidden(head: Head, options: dict, hidden: Tensor, teacher: Tensor) -> tuple[float, float]:
-    """Of the hidden gradient against float64 on the first rows: ours, and the measuring stick, `eager` in the dtype."""
+    """Error of the hidden gradient against float64 on the first tokens: ours, and `eager`'s, the stick."""
     hidden, teacher = hidden[:SUBSAMPLE].detach(), teacher[:SUBSAMPLE]
 
     def ours(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:

@@ -23,10 +23,22 @@ import row_kernels
 import scaling
 import shards
 import throughput
+import trainer_step
 from measuring import RESULTS, timed
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = (throughput, kernel_times, matmuls, processors, scaling, objectives, row_kernels, accuracy, shards)
+BENCHMARKS = (
+    throughput,
+    trainer_step,
+    kernel_times,
+    matmuls,
+    processors,
+    scaling,
+    objectives,
+    row_kernels,
+    accuracy,
+    shards,
+)
 END = "<!-- end -->"
 
 # README.md shows these cases of throughput.py, by the name that a reader understands, and these implementations: of a

@@ -27,7 +27,7 @@ from scsdpo_kernels.problem import objective_of
 from scsdpo_kernels.schedules.chunked import ALIGNMENT
 
 BETAS = (0.0, 0.5, 1.0)
-PRODUCTS = 2  # of the value alone
+PRODUCTS = 2  # a value alone takes these
 
 
 def row_kernels(vocabulary: int, distance: float, device: torch.device, repeats: int) -> dict:

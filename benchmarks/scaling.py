@@ -28,7 +28,7 @@ from torch import Tensor
 from scsdpo_kernels import linear_divergence
 
 FACTORS = {"rows": (0.5, 1.0, 2.0, 4.0, 8.0), "vocabulary": (0.5, 1.0, 2.0, 4.0)}
-SHARES = (0.1, 0.22, 0.37, 0.5, 0.75, 1.0)  # of rows with a weight; the paper's batches have 0.37 to 0.22
+SHARES = (0.1, 0.22, 0.37, 0.5, 0.75, 1.0)  # rows with a weight; the paper's batches have 0.37 to 0.22
 
 
 def points(arguments: argparse.Namespace) -> dict[str, dict[float, dict]]:

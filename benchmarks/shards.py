@@ -27,7 +27,7 @@ COUNTED = ("all_gather_single", "all_reduce", "reduce_scatter")
 # Assumed of an H200: matrix products, one direction of NVLink 4, a 400 Gb/s network card, and a collective's latency.
 FLOPS, NVLINK, NETWORK, LATENCY = 790e12, 450e9, 50e9, 30e-6
 HEADS = {"Qwen3-8B": (151936, 4096), "Llama-3-70B": (128256, 8192)}
-ROWS = 8192  # of the estimate
+ROWS = 8192  # the estimate's
 
 
 def cases(rows: int, vocabulary: int) -> dict[str, dict]:

@@ -37,7 +37,7 @@ def records_of(case: Case) -> dict[str, dict]:
 
 @functools.cache
 def seconds_of_products(case: Case) -> dict[str, float]:
-    """Of a phase's, in the run that times the phases."""
+    """Forward and both phases of the products alone."""
     given = problem_of(case)
     runs = {"forward": given.products(gradients=False), "both": given.products()}
     return medians(interleaved(runs, 3, DEVICE))

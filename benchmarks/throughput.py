@@ -8,7 +8,8 @@ turns: medians, warm-up excluded. Ratios hold between machines, absolute times d
 the inputs' dtype: those that no exact loss can do without. Before a time counts, gradients are compared with float64 on
 some rows, with weights among which are zeros; a time whose gradients are off is marked. What cannot run says why.
 
-Cases are dense rows of real heads, and one optimiser step of SC-SDPO: 256 rollouts in micro-batches of 8, padded to the
+Cases are dense rows of real heads, the hidden states of a real model and of itself as its teacher (`smollm2.py`, where
+its wheel is installed), and one optimiser step of SC-SDPO: 256 rollouts in micro-batches of 8, padded to the
 longest as trainers hand them over; without the padding; and with the rows that have a weight gathered by hand.
 
 Writes FOLDER/throughput-<machine>.json after every case and prints a table; `benchmarks/report.py` puts it into
@@ -26,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from implementations import IMPLEMENTATIONS, label
+from implementations import HAND_FILTERED, IMPLEMENTATIONS, label
 from inputs import reasoning, rollouts
 from measuring import (
     ERROR_LIMIT,
@@ -44,6 +45,8 @@ from measuring import (
     timed,
     write,
 )
+from smollm2 import NAME as SMOLLM2
+from smollm2 import is_there, self_teacher_states
 from torch import Tensor
 
 HEADS = {  # D, V
@@ -53,6 +56,7 @@ HEADS = {  # D, V
     "OLMo-3-7B": (4096, 100278),
     "D = 512, V = 32000": (512, 32000),
     "D = 512, V = 8192": (512, 8192),
+    SMOLLM2: (576, 49152),  # with the model's own states, not random ones
 }
 OBJECTIVES = {"forward KL": 0.0, "Jensen-Shannon": 0.5, "reverse KL": 1.0}
 LAYOUTS = {
@@ -107,8 +111,9 @@ def cases(device: str) -> list[Case]:
         objectives = [small(objective) for objective in OBJECTIVES] + [small(trained_head=False), small(top_k=100)]
         step = partial(Case, "D = 512, V = 8192", "float32", shorter=8)
         steps = [step(layout=layout, zeros=zeros) for layout, zeros in steps]
+        real = [Case(SMOLLM2, dtype, 256) for dtype in ERROR_LIMIT] if is_there() else []
         wide = [Case(head, "bfloat16", 256) for head in ("Qwen3-1.7B", "Qwen3-8B", "OLMo-3-7B")]
-        return dense + wide + objectives + steps[:-1]  # of padding one: peers project it, whatever its weight
+        return dense + wide + real + objectives + steps[:-1]  # of padding one: peers project it, whatever its weight
     own = {"dtype": "bfloat16"}
     steps = [Case("Qwen3-8B", layout=layout, zeros=zeros, **own) for layout, zeros in steps]
     first = [Case("Qwen3-8B", rows=8192, **own), Case("Qwen3-8B", rows=256, **own), *steps[:-1]]
@@ -149,12 +154,12 @@ class Problem:
         return sum(len(hidden) for hidden, *_ in self.micro_batches)
 
     def operations(self, gradients: bool = True) -> float:
-        """Of the products."""
+        """Floating-point operations of the products."""
         return 2.0 * self.kept * self.case.width * self.case.vocabulary * (2 + gradients * (1 + self.case.trained_head))
 
     @property
     def bytes(self) -> int:
-        """Of the inputs."""
+        """Memory of the inputs."""
         return self.weight.nbytes + sum(hidden.nbytes + teacher.nbytes for hidden, teacher, _ in self.micro_batches)
 
     def step(self, loss: Callable) -> None:
@@ -164,7 +169,7 @@ class Problem:
             loss(hidden, self.weight, teacher, token_weight=token_weight, **self.options).backward()
 
     def products(self, gradients: bool = True) -> Callable:
-        """Of the rows that have a weight."""
+        """The products alone, for the tokens that have a weight."""
         kept = [(h, t) if w is None else (h[w != 0], t[w != 0]) for h, t, w in self.micro_batches]
         runs = [products(h, self.weight, t, gradients * (1 + self.case.trained_head)) for h, t in kept]
 
@@ -178,7 +183,10 @@ class Problem:
 def problem(case: Case, device: torch.device) -> Problem:
     width, vocabulary, dtype = case.width, case.vocabulary, getattr(torch, case.dtype)
     if case.layout is None:
-        hidden, weight, teacher = reasoning(case.rows, width, vocabulary, dtype, device=device)
+        if case.head == SMOLLM2:
+            hidden, weight, teacher = (x.to(device, dtype, copy=True) for x in self_teacher_states(case.rows))
+        else:
+            hidden, weight, teacher = reasoning(case.rows, width, vocabulary, dtype, device=device)
         micro_batches = [(hidden, teacher, None)]
     else:
         lengths, of_rollout = rollouts(case.zeros, shorter=case.shorter)
@@ -204,7 +212,7 @@ def problem(case: Case, device: torch.device) -> Problem:
 
 
 def gradients(loss: Callable, given: Problem, weighted: bool, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Of a problem's first rows, the loss too; weighted: with row weights, a third of which is 0."""
+    """Loss and gradients of a problem's first tokens; weighted: their weights vary, and a third of them is 0."""
     hidden, teacher, _ = given.micro_batches[0]
     tensors = hidden[:SUBSAMPLE], given.weight, teacher[:SUBSAMPLE]
     hidden, weight, teacher = (x.detach().to(dtype or x.dtype, copy=True) for x in tensors)
@@ -223,6 +231,8 @@ def why_not(name: str, case: Case, device: torch.device) -> str | None:
     implementation = IMPLEMENTATIONS[name]
     if reason := implementation.why_not(device, case.top_k):
         return reason
+    if name == HAND_FILTERED and case.layout in (None, "kept"):
+        return "no token has weight 0: it is eager PyTorch"
     rows = case.rows or AT_ONCE * 2048 // case.shorter
     need = implementation.sheets * rows * case.vocabulary * 4
     room = 12 * 2**30
@@ -245,7 +255,7 @@ def record(name: str, given: Problem, exact: dict[str, Tensor], device: torch.de
         torch.compiler.reset()  # what is compiled is compiled for the case's own shape, and no other
         given.step(implementation.loss)
         peak = peak_mib(partial(given.step, implementation.loss), given.leaves, device)
-    except Exception as raised:  # of a peer: its row says it
+    except Exception as raised:  # a peer's row says what failed
         if implementation.package is None:
             raise
         return {"why_not": f"{type(raised).__name__}: {raised}".splitlines()[0][:200]}

@@ -58,7 +58,8 @@ void function(py::module_& m, const char* name, Function kernel) {
 PYBIND11_MODULE(_C, m) {
   enumeration<DType>(m, "DType", {"float32", "bfloat16", "float16", "float64"});
   enumeration<InstructionSet>(m, "InstructionSet", {"baseline", "avx2", "avx512", "avx512_bf16"});
-  enumeration<Kind>(m, "Kind", {"forward", "reverse", "jensen_shannon", "clipped"});
+  enumeration<Kind>(m, "Kind", {"forward", "reverse", "jensen_shannon", "clipped", "jeffreys", "skewed_forward",
+                           "skewed_reverse"});
   m.def("best_instruction_set", &best_instruction_set);
   m.attr("most_terms") = kMostTerms;
   py::class_<Processor>(m, "Processor").def(py::init(&processor));
@@ -68,7 +69,8 @@ PYBIND11_MODULE(_C, m) {
             Field("student", &Logits::student), Field("teacher", &Logits::teacher),
             Field("difference", &Logits::difference), Field("softcap", &Logits::softcap));
   structure(m, "Objective", Field("kind", &Objective::kind), Field("beta", &Objective::beta),
-            Field("temperature", &Objective::temperature), Field("entry_clip", &Objective::entry_clip));
+            Field("temperature", &Objective::temperature), Field("entry_clip", &Objective::entry_clip),
+            Field("token_beta", &Objective::token_beta));
   structure(m, "Policy", Field("advantage", &Policy::advantage), Field("coefficient", &Policy::coefficient),
             Field("ratio", &Policy::ratio), Field("lowest", &Policy::lowest), Field("highest", &Policy::highest));
   structure(m, "PerRow", Field("weight", &PerRow::weight), Field("target", &PerRow::target),

@@ -46,6 +46,15 @@ Function chosen(InstructionSet set, Function baseline, Function avx2, Function a
 
 constexpr int64_t kBlockColumns = 512, kLeastRows = 84, kLeastColumns = 64;  // whole tiles on every instruction set
 
+// Calls use(row, its constants) for every row: the same for all, or of the row's own beta.
+template <class Use>
+void for_rows(int64_t rows, const Objective& objective, int threads, Use use) {
+  if (objective.token_beta)
+    return parallel_for(rows, threads, [&](int64_t r) { use(r, mixture_of_row(objective, r)); });
+  const Mixture mix = mixture(objective);
+  parallel_for(rows, threads, [&](int64_t r) { use(r, mix); });
+}
+
 }  // namespace
 
 InstructionSet best_instruction_set() {
@@ -61,8 +70,8 @@ InstructionSet best_instruction_set() {
 void row_divergence(const Logits& logits, const Objective& objective, const PerRow& rows, Matrix scalars,
                     Matrix gradient, Processor processor) {
   auto row = SCSDPO_CHOSEN(row_divergence, processor.instruction_set);
-  const Mixture mix = mixture(objective);
-  parallel_for(logits.rows, processor.threads, [&](int64_t r) { row(logits, mix, rows, scalars, gradient, r); });
+  for_rows(logits.rows, objective, processor.threads,
+           [&](int64_t r, const Mixture& mix) { row(logits, mix, rows, scalars, gradient, r); });
 }
 
 void row_statistics(const Logits& logits, float temperature, const Statistics& out, Processor processor) {
@@ -73,16 +82,16 @@ void row_statistics(const Logits& logits, float temperature, const Statistics& o
 void row_terms(const Logits& logits, const Objective& objective, const Statistics& statistics, Matrix terms,
                Processor processor) {
   auto row = SCSDPO_CHOSEN(row_terms, processor.instruction_set);
-  const Mixture mix = mixture(objective);
-  parallel_for(logits.rows, processor.threads, [&](int64_t r) { row(logits, mix, statistics, terms, r); });
+  for_rows(logits.rows, objective, processor.threads,
+           [&](int64_t r, const Mixture& mix) { row(logits, mix, statistics, terms, r); });
 }
 
 void row_gradient(const Logits& logits, const Objective& objective, const Statistics& statistics, Matrix terms,
                   const PerRow& rows, Matrix scalars, Matrix gradient, Processor processor) {
   auto row = SCSDPO_CHOSEN(row_gradient, processor.instruction_set);
-  const Mixture mix = mixture(objective);
-  parallel_for(logits.rows, processor.threads,
-               [&](int64_t r) { row(logits, mix, statistics, terms, rows, scalars, gradient, r); });
+  for_rows(logits.rows, objective, processor.threads, [&](int64_t r, const Mixture& mix) {
+    row(logits, mix, statistics, terms, rows, scalars, gradient, r);
+  });
 }
 
 void head_logits(const HeadLogits& task, Processor processor) {

@@ -15,6 +15,12 @@
 //                          most of 1, min(q d, c), and 1 - Q is summed itself: nothing cancels on either side
 //     between              D = (1 - beta) KL(p || m) + beta KL(q || m)   dD/dz = (1 - beta) p (-a - KL(p || m))
 //                          entry beta q d - m a                          m = (1 - beta) p + beta q,  a = log(m / p)
+//     Jeffreys             D = (1 - beta) KL(q || p) + beta KL(p || q)   dD/dz = (1 - beta) (p - q)
+//                          entry (1 - beta) q phi(-d) + beta p phi(d)            + beta p (-d - KL(p || q))
+//     skewed forward       D = KL(q || m)                                dD/dz = (1 - beta)^2 p (s - sum p s)
+//                          entry q y(m / q)                              s = (p - q) / m
+//     skewed reverse       D = KL(p || m)                                dD/dz = p (s - sum p s)
+//                          entry p y(m / p),  y(u) = u - 1 - log(u)      s = -a - (1 - beta) (p / m - 1)
 //
 // Functions are templates on F: float, or a vector of floats with the compiler's element-wise operators (on which
 // `mask ? x : y` selects per element). -inf logits arrive as p = 0 or q = 0 with d = +inf, -inf or NaN and contribute
@@ -37,7 +43,10 @@ namespace {
 template <Kind kind>
 constexpr int kTermCount = kind == Kind::kClipped ? 4 : 2;
 template <Kind kind>
-constexpr bool kLateMean = kind == Kind::kJensenShannon || kind == Kind::kClipped;
+constexpr bool kHasMixture =
+    kind == Kind::kJensenShannon || kind == Kind::kSkewedForward || kind == Kind::kSkewedReverse;
+template <Kind kind>
+constexpr bool kLateMean = kHasMixture<kind> || kind == Kind::kClipped;
 
 // ---------------------------------------------------------------------------------------------------------------
 // Elementary functions, branch-free. Relative errors were measured against long double over the stated range.
@@ -111,6 +120,25 @@ SCSDPO_INLINE F log_one_plus(F u, F y) {
   return exponent * 0.69314718f + (z + z) * (series + 1.0f);
 }
 
+template <class F>
+struct Logarithm {
+  F log, below;  // log(1 + y), and y - log(1 + y), in which nothing cancels where y is small
+};
+
+// As log_one_plus, both at once.
+template <class F>
+SCSDPO_INLINE Logarithm<F> logarithm(F u, F y) {
+  auto k = (to_bits(u) - 0x3f3504f3) >> 23;
+  F exponent = from_bits<F>(k + 0x4b400000) - 12582912.0f;
+  F f = k == 0 ? y : from_bits<F>(to_bits(u) - (k << 23)) - 1.0f;
+  F z = f / (f + 2.0f);
+  F w = z * z;
+  F series = w * ((w * 0.14790256f + 0.19994383f) * w + 0.33333343f);
+  F log = exponent * 0.69314718f + (z + z) * (series + 1.0f);
+  F near = z * f - (z + z) * series, far = y - log;  // f - 2 z = z f
+  return {log, k == 0 ? near : far};
+}
+
 // p x, where p = 0 wins over an infinite x.
 template <class F>
 SCSDPO_INLINE F times(F p, F x) {
@@ -127,7 +155,7 @@ SCSDPO_INLINE F hyperbolic_tangent(F x) {
   return x > 0.0f ? -z : z;
 }
 
-// What is known of log ratios: kNear, that every one is within [-1, 1]. Formulas then need no q.
+// kNear promises that every log ratio is within [-1, 1]. Formulas then need no q.
 enum class Range { kAny, kNear };
 
 // p e^x - p from both ends: exact to rounding for small x, and without overflow for large ones. q = p e^x.
@@ -150,8 +178,8 @@ SCSDPO_INLINE F at_least(float below, F x) {
 template <class F>
 struct Entry {
   F divergence;  // its share of D
-  F score;       // dD/dz = p (score - mean score), times the student's share for the mixtures. Of the clipped forward
-                 // KL, 1 if the entry is clipped and 0 if not
+  F score;       // dD/dz = p (score - mean score), times a constant for the mixtures (slope_scale). Of Jeffreys, that
+                 // of KL(p || q). Of the clipped forward KL, 1 if the entry is clipped and 0 if not
 };
 
 template <class F>
@@ -175,18 +203,31 @@ SCSDPO_INLINE F reverse_kl(F p, F q, F d) {  // p phi(d)
   return abs_value(d) < 1.0f ? near : far;
 }
 
-template <class F>
+template <Kind kind, class F>
 SCSDPO_INLINE Entry<F> mixture_near(F p, F d, const Mixture& mix) {  // |d| <= 1
+  if constexpr (kind == Kind::kSkewedReverse) {
+    F e = d + phi(d) + 1.0f;  // q / p
+    return {p * e * d * d * polynomial(mix.divergence, d), -d * e * polynomial(mix.score, d)};
+  }
   return {p * d * d * polynomial(mix.divergence, d), -d * polynomial(mix.score, d)};
 }
 
-template <class F>
+template <Kind kind, class F>
 SCSDPO_INLINE Entry<F> mixture_far(F p, F q, F d, const Mixture& mix) {  // |d| >= 1, and finite
   auto turned = d > mix.turn;                                            // u = m / q rather than m / p
   F x = turned ? -d : d;
   F share = turned ? splat<F>(mix.student) : splat<F>(mix.teacher);
   F rest = turned ? splat<F>(mix.teacher) : splat<F>(mix.student);
   F ratio = exponential(x);
+  if constexpr (kind != Kind::kJensenShannon) {
+    F y = (ratio - 1.0f) * share, u = ratio * share + rest;
+    auto of = logarithm(u, y);
+    F term = rest * (1.0f - ratio) + ratio * (x - of.log);  // of the side that u is not counted from, over the other
+    if constexpr (kind == Kind::kSkewedForward)
+      return {turned ? q * of.below : p * term, (turned ? ratio - 1.0f : 1.0f - ratio) / u};
+    F step = y / u;
+    return {turned ? q * term : p * of.below, turned ? x - of.log - step * rest : of.below - step * (ratio * share)};
+  }
   F log_u = log_one_plus(ratio * share + rest, (ratio - 1.0f) * share);
   F m = p * mix.student + q * mix.teacher;
   return {share * (turned ? p : q) * x - m * log_u, turned ? -d - log_u : -log_u};
@@ -196,14 +237,16 @@ template <Kind kind, Range range = Range::kAny, class F>
 SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
   if constexpr (kind == Kind::kForward) return {forward_kl<range>(p, q, d), splat<F>(0.0f)};
   if constexpr (kind == Kind::kReverse) return {reverse_kl<range>(p, q, d), -d};
-  if constexpr (kind == Kind::kJensenShannon && range == Range::kNear) return mixture_near(p, d, mix);
+  if constexpr (kind == Kind::kJeffreys)
+    return {forward_kl<range>(p, q, d) * mix.student + reverse_kl<range>(p, q, d) * mix.teacher, -d};
+  if constexpr (kHasMixture<kind> && range == Range::kNear) return mixture_near<kind>(p, d, mix);
   if constexpr (kind == Kind::kClipped) {
     auto clipped = times(q, d) > mix.objective.entry_clip;
     F kept = forward_kl<Range::kAny>(p, q, d), bound = p - q + mix.objective.entry_clip;
     return {clipped ? bound : kept, clipped ? splat<F>(1.0f) : splat<F>(0.0f)};
   }
   F low = at_least(-120.0f, d), finite = low < 120.0f ? low : splat<F>(120.0f);
-  Entry<F> near = mixture_near(p, finite, mix), far = mixture_far(p, q, finite, mix);
+  Entry<F> near = mixture_near<kind>(p, finite, mix), far = mixture_far<kind>(p, q, finite, mix);
   auto is_near = abs_value(finite) < 1.0f;
   return {is_near ? near.divergence : far.divergence, is_near ? near.score : far.score};
 }
@@ -211,7 +254,7 @@ SCSDPO_INLINE Entry<F> entry(F p, F q, F d, const Mixture& mix) {
 // p x for an x made of scores. The mixtures' are finite.
 template <Kind kind, class F>
 SCSDPO_INLINE F weighted_score(F p, F x) {
-  if constexpr (kind == Kind::kJensenShannon) return p * x;
+  if constexpr (kHasMixture<kind>) return p * x;
   return times(p, x);
 }
 
@@ -281,6 +324,9 @@ struct Boltzmann {
   F y;
 };
 
+template <Kind kind>
+constexpr bool kReverseScores = kind == Kind::kReverse || kind == Kind::kJeffreys;
+
 template <Kind kind, class F>
 SCSDPO_INLINE void add(Sums<F>& sums, const Pair<F>& at, const Row& row, const Boltzmann<F>& factor) {
   sums.student += factor.student;
@@ -288,7 +334,7 @@ SCSDPO_INLINE void add(Sums<F>& sums, const Pair<F>& at, const Row& row, const B
   sums.student_moment += factor.student * at_least(-1e30f, at.s - row.max_student);
   sums.teacher_moment += factor.teacher * at_least(-1e30f, at.t - row.max_teacher);
   sums.excess += factor.excess;
-  if constexpr (kind == Kind::kReverse) sums.linear += times(factor.student, factor.y);
+  if constexpr (kReverseScores<kind>) sums.linear += times(factor.student, factor.y);
 }
 
 template <Kind kind, class F>
@@ -322,13 +368,14 @@ struct Entropies {
   float student, teacher;
 };
 
-// What is summed of the entries: the divergence; of a mixture the mean score, counted from the reference; of the
+// The entries' sums: the divergence; for a mixture and Jeffreys the mean score, counted from the reference; for the
 // clipped forward KL Q, 1 - Q, and the divergence where Q is large.
 template <Kind kind, class F>
 SCSDPO_INLINE void add_terms(F (&terms)[kTermCount<kind>], const Probabilities<F>& at, const Entry<F>& of,
                              const Row& row, const Mixture& mix) {
   terms[0] += of.divergence;
-  if constexpr (kind == Kind::kJensenShannon) terms[1] += at.p * (of.score - row.reference);
+  if constexpr (kHasMixture<kind> || kind == Kind::kJeffreys)
+    terms[1] += weighted_score<kind>(at.p, of.score - row.reference);
   if constexpr (kind == Kind::kClipped) {
     auto clipped = of.score > 0.0f;
     F term = times(at.q, at.d);
@@ -338,6 +385,10 @@ SCSDPO_INLINE void add_terms(F (&terms)[kTermCount<kind>], const Probabilities<F
   }
 }
 
+// An infinite mean score (the reverse KL where the teacher forbids what the student allows) is taken as the largest
+// finite one: the forbidden entries' gradient is then +inf, never inf - inf.
+SCSDPO_INLINE float bounded_mean(float mean) { return mean > 3.4e38f ? 3.4e38f : mean; }
+
 // The divergence from the sums of these terms; sets what `slope` needs of the row.
 template <Kind kind>
 SCSDPO_INLINE double finish(const double (&terms)[kTermCount<kind>], Row& row) {
@@ -346,10 +397,12 @@ SCSDPO_INLINE double finish(const double (&terms)[kTermCount<kind>], Row& row) {
     row.mostly_clipped = terms[1] > 0.5;
     if (row.mostly_clipped) divergence = terms[3], mean = terms[2];
   } else {
-    divergence = divergence < 0 ? 0 : divergence;  // what is left of a row whose entries have underflowed
+    divergence = divergence < 0 ? 0 : divergence;  // entries have underflowed
   }
+  if (kHasMixture<kind> && std::isnan(row.log_ratio)) divergence = NAN;  // d is bounded
   if constexpr (kLateMean<kind>)  // a NaN row is NaN throughout
     row.mean_score = static_cast<float>(divergence == divergence ? mean : divergence);
+  if constexpr (kind == Kind::kJeffreys) row.mean_score = bounded_mean(static_cast<float>(mean));
   return divergence;
 }
 
@@ -364,7 +417,7 @@ struct LogSumExp {
   double student, teacher;
 };
 
-// Of the logits over the temperature. -inf of a side that forbids everything.
+// log sum_v e^(logit / temperature) of both sides; -inf for a side that forbids everything.
 SCSDPO_INLINE LogSumExp log_sum_exp(const Sums<double>& sums, const Row& row) {
   double inverse = row.inverse_temperature;
   double student = row.max_student * inverse + std::log(sums.student);
@@ -372,10 +425,6 @@ SCSDPO_INLINE LogSumExp log_sum_exp(const Sums<double>& sums, const Row& row) {
   bool comparable = std::isfinite(row.log_ratio);
   return {student, comparable ? student + (row.centre * inverse + row.log_ratio) : teacher};
 }
-
-// An infinite mean score (the reverse KL where the teacher forbids what the student allows) is taken as the largest
-// finite one: the forbidden entries' gradient is then +inf, never inf - inf.
-SCSDPO_INLINE float bounded_mean(float mean) { return mean > 3.4e38f ? 3.4e38f : mean; }
 
 // All of the row but the mean score of a mixture.
 template <Kind kind>
@@ -438,23 +487,27 @@ SCSDPO_INLINE PolicyTerms policy_terms(float advantage, float ratio, float lowes
   return {-advantage * ratio, false, advantage * ratio};
 }
 
-// What multiplies a row's `slope`; z are the logits before the temperature.
+// `slope` times this is the gradient in the logits before the temperature.
 template <Kind kind>
 SCSDPO_INLINE float slope_scale(float weight, const Mixture& mix, const Row& row) {
   float scale = weight * row.inverse_temperature;
+  if (kind == Kind::kSkewedForward) return scale * mix.student * mix.student;
   return kind == Kind::kJensenShannon ? scale * mix.student : scale;
 }
 
 // dD/dz of one entry without slope_scale.
 template <Kind kind, Range range = Range::kAny, class F>
-SCSDPO_INLINE F slope(const Probabilities<F>& at, F score, const Row& row) {
+SCSDPO_INLINE F slope(const Probabilities<F>& at, F score, const Row& row, const Mixture& mix) {
   if constexpr (kind == Kind::kClipped) {
     F mean = at.p * row.mean_score;
     if (row.mostly_clipped) return score > 0.0f ? mean : mean - at.q;
     return (score > 0.0f ? at.p : -excess(at.p, at.q, at.d)) - mean;
   }
   if constexpr (kind == Kind::kForward) return -excess<range>(at.p, at.q, at.d);
-  return weighted_score<kind>(at.p, (score - row.reference) - row.mean_score);
+  F weighted = weighted_score<kind>(at.p, (score - row.reference) - row.mean_score);
+  if constexpr (kind == Kind::kJeffreys)
+    return weighted * mix.teacher - excess<range>(at.p, at.q, at.d) * mix.student;
+  return weighted;
 }
 
 }  // namespace

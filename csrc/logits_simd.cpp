@@ -33,7 +33,7 @@ void tail_row(const TailGradient& task, int64_t r) {
   Gradient* out = static_cast<Gradient*>(task.gradient.at) + r * task.gradient.stride;
   const float inverse_temperature = 1.0f / task.temperature, base = task.base[r], factor = task.factor[r];
   const float inverse_softcap = task.softcap == 0.0f ? 0.0f : 1.0f / task.softcap;
-  if (factor == 0.0f) {  // whatever the row holds
+  if (factor == 0.0f) {  // the row may hold anything
     memset(out, 0, task.vocabulary * sizeof *out);
     return;
   }

@@ -15,7 +15,7 @@ namespace scsdpo {
 // A factor of a product, not of kFloat64: lines of `depth` numbers each.
 struct Factor {
   Matrix lines;
-  int64_t depth_stride;  // of each line, in place of 1
+  int64_t depth_stride;  // between a line's numbers
 };
 
 // out[r, c] (+)= sum_k left[r, k] right[c, k]. An entry has the same bits whichever rows and columns stand beside it,

@@ -14,7 +14,7 @@ struct Logits {
   int64_t rows;
   int64_t vocabulary;
   Matrix student;   // [rows, vocabulary]
-  Matrix teacher;   // of the student's dtype; the teacher's logits, or teacher's minus student's where `difference`.
+  Matrix teacher;   // the student's dtype; the teacher's logits, or teacher's minus student's where `difference`
   bool difference;  // not with kFloat64
   float softcap;    // c, where the student's logits are c tanh(x / c): gradients are those of x. 0: none
 };
@@ -53,7 +53,7 @@ struct Statistics {
   double* teacher_lse;
   float* student_max;  // the largest logit
   float* centre;       // teacher's minus student's logit there, or another constant
-  float* log_ratio;    // of the normalisers, counted from centre
+  float* log_ratio;    // the normalisers' ratio, counted from centre
   float* student_entropy;
   float* teacher_entropy;
 };
@@ -89,8 +89,8 @@ constexpr int kMostTerms = 4;
 void row_terms(const Logits& logits, const Objective& objective, const Statistics& statistics, Matrix terms,
                Processor processor);
 
-// Of `rows` it takes the weight, and with a policy its coefficient, which stands for coefficient A r where not clipped,
-// and the target among these entries, -1 where it is elsewhere; of the scalars it writes the divergence.
+// Takes the rows' weights and writes their divergence. With a policy it takes its coefficient, which stands for
+// coefficient A r where not clipped, and the target among these entries, -1 where it is elsewhere.
 void row_gradient(const Logits& logits, const Objective& objective, const Statistics& statistics, Matrix terms,
                   const PerRow& rows, Matrix scalars, Matrix gradient, Processor processor);
 

@@ -28,13 +28,13 @@ namespace {
 
 constexpr int64_t kBlock = 64 * kLanes;  // a lane adds 64 elements in fp32 before it is added up in float64
 
-// A row's logits of a type, in memory.
+// A row's logits in memory.
 template <class Logit, bool difference>
 struct Memory {
   const Logit* student;
   const Logit* teacher;
   int64_t vocabulary;
-  float inverse_softcap;  // of the student's logits; 0: none
+  float inverse_softcap;  // the student's; 0: none
 
   SCSDPO_INLINE Pair<Floats> at(int64_t v, int count) const {
     auto s = load(student + v, count, -kInfinity);
@@ -60,7 +60,7 @@ struct Memory {
   }
 };
 
-// A NaN is passed over here and shows in the sums.
+// A NaN passes here unseen and shows in the sums.
 template <class Memory>
 Row maxima(const Memory& memory, float temperature) {
   const Floats lowest = splat<Floats>(kLowest);
@@ -156,14 +156,14 @@ SCSDPO_ALONE void terms(const Memory& memory, const Mixture& mix, const Row& row
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
-        with_entries<kind>(logits, row, mix,
-                           [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
-                             add_terms<kind>(partial, at, of, row, mix);
-                             if (!kLateMean<kind> && gradient) {
-                               const Floats g = pulled(slope<kind, range.value>(at, of.score, row) * scale, at.p, pull);
-                               store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
-                             }
-                           });
+        with_entries<kind>(
+            logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
+              add_terms<kind>(partial, at, of, row, mix);
+              if (!kLateMean<kind> && gradient) {
+                const Floats g = pulled(slope<kind, range.value>(at, of.score, row, mix) * scale, at.p, pull);
+                store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
+              }
+            });
       },
       [&]() __attribute__((always_inline)) {
         for (int i = 0; i < kTermCount<kind>; ++i) total[i] += sum(partial[i]), partial[i] = Floats{};
@@ -176,11 +176,11 @@ void write_gradient(const Memory& memory, const Mixture& mix, const Row& row, fl
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
-        with_entries<kind>(logits, row, mix,
-                           [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
-                             const Floats g = pulled(slope<kind, range.value>(at, of.score, row) * scale, at.p, pull);
-                             store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
-                           });
+        with_entries<kind>(
+            logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
+              const Floats g = pulled(slope<kind, range.value>(at, of.score, row, mix) * scale, at.p, pull);
+              store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
+            });
       },
       [] {});
 }
@@ -205,12 +205,12 @@ SCSDPO_ALONE void write_target(const Memory& memory, const Mixture& mix, const R
   Floats g{};
   if (scale != 0.0f)
     with_entries<kind>(of.target, row, mix, [&](const auto& at, const auto& entry, auto range) {
-      g = slope<kind, range.value>(at, entry.score, row) * scale;
+      g = slope<kind, range.value>(at, entry.score, row, mix) * scale;
     });
   store(gradient + of.column, capped(g + of.pull * of.above, of.target.s, memory.inverse_softcap), 1);
 }
 
-// A number of a row among those of all rows.
+// One of a row's numbers.
 SCSDPO_INLINE float& scalar(const Matrix& scalars, Scalar number, int64_t r) {
   return static_cast<float*>(scalars.at)[number * scalars.stride + r];
 }
@@ -218,7 +218,7 @@ SCSDPO_INLINE double& term(const Matrix& terms, int number, int64_t r) {
   return static_cast<double*>(terms.at)[number * terms.stride + r];
 }
 
-// What a row of weight 0 has, whatever it holds: 0 may not meet an infinity.
+// A row of weight 0 gets zeros: its 0 may not meet an infinity.
 template <class Memory, class Gradient>
 void write_zeros(const Memory& memory, Gradient* gradient) {
   memset(gradient, 0, memory.vocabulary * sizeof *gradient);
@@ -275,7 +275,7 @@ SCSDPO_ALONE void whole_row(const Memory& memory, const Mixture& mix, const PerR
 template <class Memory>
 void statistics_of_row(const Memory& memory, float temperature, const Statistics& out, int64_t r) {
   Row row = maxima(memory, temperature);
-  const Sums<double> all = sums<Kind::kForward>(memory, row);  // as any objective's
+  const Sums<double> all = sums<Kind::kForward>(memory, row);  // every objective has the same
   const Entropies entropy = conclude<Kind::kForward>(all, Mixture{}, row);
   const LogSumExp lse = log_sum_exp(all, row);
   out.student_lse[r] = lse.student;
@@ -334,7 +334,7 @@ SCSDPO_ALONE void gradient_of_part(const Memory& memory, const Mixture& mix, con
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// From what is known at run time to templates.
+// Run-time values choose templates.
 
 template <class Logit, bool difference>
 Memory<Logit, difference> memory_of(const Logits& logits, int64_t r) {
@@ -376,6 +376,12 @@ void with_row(const Logits& logits, Kind kind, int64_t r, Use use) {
         return use(memory, Of<Kind::kJensenShannon>{});
       case Kind::kClipped:
         return use(memory, Of<Kind::kClipped>{});
+      case Kind::kJeffreys:
+        return use(memory, Of<Kind::kJeffreys>{});
+      case Kind::kSkewedForward:
+        return use(memory, Of<Kind::kSkewedForward>{});
+      case Kind::kSkewedReverse:
+        return use(memory, Of<Kind::kSkewedReverse>{});
     }
   });
 }

@@ -9,6 +9,7 @@ except ImportError as error:
     ) from error
 
 from .linear_divergence import LinearDivergence, linear_divergence, linear_divergence_per_token
+from .pass_rates import PassRates
 from .problem import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs
 from .question_weights import question_weights
 from .scsdpo_loss import scsdpo_loss, step_denominator
@@ -20,6 +21,7 @@ __all__ = [
     "Head",
     "LinearDivergence",
     "LoRA",
+    "PassRates",
     "PolicyGradient",
     "SampledToken",
     "TopK",

@@ -27,6 +27,7 @@ from .problem import (
     TopLogprobs,
     mapped,
     objective_of,
+    shortest_head,
 )
 from .vocab_shard import VocabShard, agreed, local_part
 
@@ -34,7 +35,8 @@ from .vocab_shard import VocabShard, agreed, local_part
 class DivergenceOptions(TypedDict, total=False):
     """Keyword arguments of `linear_divergence` that every loss takes."""
 
-    beta: float
+    beta: float | Tensor
+    divergence: str
     temperature: float
     support: TopK | TopLogprobs | SampledToken | None
     entry_clip: float | None
@@ -45,6 +47,7 @@ class DivergenceOptions(TypedDict, total=False):
     schedule: str
     rows: Tensor | None
     shard: VocabShard | None
+    shared_prefix: bool
 
 
 def check_keywords(function: str, options: dict[str, Any]) -> None:
@@ -62,11 +65,11 @@ def problem_of(
     token_weight: Tensor | None,
     options: DivergenceOptions,  # all of them
 ) -> Problem:
-    schedule, shard = options["schedule"], options["shard"]
+    schedule, shard, shared_prefix = options["schedule"], options["shard"], options["shared_prefix"]
 
     def own_part() -> Problem:
         problem = _problem(student_hidden, student_head, teacher_hidden, teacher_head, token_weight, options)
-        problem, own_shard = local_part(problem, shard)
+        problem, own_shard = local_part(problem, shard, shared_prefix)
         if own_shard is not None:
             if own_shard.sequence_parallel and problem.rows is not None:
                 raise ValueError(
@@ -76,7 +79,9 @@ def problem_of(
         if token_weight is None:
             hidden = problem.student.hidden
             problem = problem._replace(token_weight=torch.ones(hidden.shape[:-1], device=hidden.device))
-        check_problem(problem, teacher_head is None, schedule, own_shard)
+        check_problem(problem, teacher_head is None, schedule, own_shard, shared_prefix)
+        if own_shard is None:
+            problem = problem._replace(vocabulary=shortest_head(problem))
         check_schedule(schedule, problem)
         return _prepared(problem)
 
@@ -97,7 +102,7 @@ def _problem(
     check_tensor("student_hidden", student_hidden)
     head = as_head("student_head", student_head)
     support, target_ids, old_logp = options["support"], options["target_ids"], options["old_logp"]
-    check_teacher(teacher_hidden, teacher_head, support)
+    check_teacher(teacher_hidden, teacher_head, support, options["shared_prefix"])
     check_options(options)
     teacher = None
     if teacher_hidden is not None:
@@ -111,11 +116,14 @@ def _problem(
         teacher=teacher,
         token_weight=token_weight,
         rows=options["rows"],
-        objective=objective_of(options["beta"], options["temperature"], options["entry_clip"] or 0.0),
+        objective=objective_of(
+            options["beta"], options["temperature"], options["entry_clip"] or 0.0, options["divergence"]
+        ),
         support=_support(support),
         target=None if target_ids is None else Target(target_ids, old_logp, float(options["importance_clip"])),
         policy=_policy(options["policy"], student_hidden),
         part=None,
+        vocabulary=None,
     )
 
 
@@ -145,7 +153,8 @@ def _prepared(problem: Problem) -> Problem:
     weight = _autocast(student.head.weight)
     cast = Side(_autocast(student.hidden), student.head._replace(weight=weight))
     if teacher is not None:
-        shared = teacher.head.weight.data_ptr() == student.head.weight.data_ptr() and weight is not student.head.weight
+        # In this order: torch.compile cannot compare the addresses of two tensors.
+        shared = weight is not student.head.weight and teacher.head.weight.data_ptr() == student.head.weight.data_ptr()
         own = weight.detach() if shared else _autocast(teacher.head.weight)
         teacher = Side(_autocast(teacher.hidden), teacher.head._replace(weight=own))
     rows = None if problem.rows is None else problem.rows.contiguous()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import Head, LoRA, PolicyGradient, Problem, SampledToken, TopK, TopLogprobs
-from .vocab_shard import VocabShard
+from .problem import ENDS, Head, LoRA, PolicyGradient, Problem, SampledToken, TopK, TopLogprobs, share_range
+from .vocab_shard import VocabShard, check_lengths
 
 SCHEDULES = ("auto", "chunked", "reference")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -124,10 +124,8 @@ def check_options(options: Mapping[str, Any]) -> None:
     """Numbers, and which objectives exist."""
     beta, temperature, support = options["beta"], options["temperature"], options["support"]
     entry_clip, target_ids, old_logp = options["entry_clip"], options["target_ids"], options["old_logp"]
-    check_number("beta", beta)
+    _check_share(beta, options["divergence"])
     check_number("temperature", temperature)
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
     if not _LEAST <= temperature <= _MOST:
         raise ValueError(
             f"temperature: expected a number above 0, it and its inverse normal in fp32, got {temperature}"
@@ -142,21 +140,51 @@ def check_options(options: Mapping[str, Any]) -> None:
     if isinstance(support, SampledToken):
         if target_ids is None:
             raise ValueError("SampledToken: expected target_ids with it, which were sampled")
-        if beta != 1:
-            raise ValueError(f"SampledToken: expected beta=1 with it, got beta={beta}")
+        _check_plain("SampledToken", 1, beta, options["divergence"])
     if entry_clip is None:
         return
     _check_above_0("entry_clip", entry_clip)
     if support is not None:
         name = type(support).__name__
         raise ValueError(f"entry_clip: expected no {name} with it, since it clips the entries of the whole vocabulary")
-    if beta != 0:
-        raise ValueError(f"entry_clip: expected beta=0 with it, got beta={beta}")
+    _check_plain("entry_clip", 0, beta, options["divergence"])
 
 
-def check_teacher(teacher_hidden: Any, teacher_head: Any, support: Any) -> None:
+def _check_share(beta: Any, divergence: Any) -> None:
+    """A number in the divergence's range, or a tensor, whose values `schedules.rows` looks at."""
+    if not isinstance(divergence, str):
+        raise TypeError(f"divergence: expected a string, got {type(divergence).__name__}")
+    if divergence not in ENDS:
+        raise ValueError(f"divergence: expected one of {', '.join(ENDS)}, got {divergence!r}")
+    if isinstance(beta, Tensor):
+        return _check_floats("beta", beta)
+    check_number("beta", beta)
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+    at_0, at_1 = ENDS[divergence]
+    if (beta == 0 and at_0 is None) or (beta == 1 and at_1 is None):
+        raise ValueError(
+            f"beta: expected a number in {share_range(divergence)} with divergence={divergence!r}, which "
+            f"is 0 whatever the student does at the other end, got {beta}"
+        )
+
+
+def _check_plain(name: str, end: int, beta: float | Tensor, divergence: str) -> None:
+    """What goes with one of the KLs alone."""
+    if isinstance(beta, Tensor) or beta != end:
+        got = f"a tensor of shape {tuple(beta.shape)}" if isinstance(beta, Tensor) else f"beta={beta}"
+        raise ValueError(f"{name}: expected beta={end} with it, got {got}")
+    if divergence != "jensen_shannon":
+        raise ValueError(f"{name}: expected no divergence with it, got {divergence!r}")
+
+
+def check_teacher(teacher_hidden: Any, teacher_head: Any, support: Any, shared_prefix: Any) -> None:
     """One of hidden states and a support that the teacher has named."""
     given = isinstance(support, TopLogprobs)
+    if not isinstance(shared_prefix, bool):
+        raise TypeError(f"shared_prefix: expected True or False, got {type(shared_prefix).__name__}")
+    if given and shared_prefix:
+        raise ValueError("TopLogprobs: expected shared_prefix=False with it, since there is one head, got True")
     if teacher_hidden is None and not given:
         raise ValueError("teacher_hidden: expected a tensor, or support=TopLogprobs(...) in place of it, got None")
     for name, value in (("teacher_hidden", teacher_hidden), ("teacher_head", teacher_head)):
@@ -168,7 +196,9 @@ def check_teacher(teacher_hidden: Any, teacher_head: Any, support: Any) -> None:
 # Shapes and dtypes.
 
 
-def check_problem(problem: Problem, shares_head: bool, schedule: str, shard: VocabShard | None) -> None:
+def check_problem(
+    problem: Problem, shares_head: bool, schedule: str, shard: VocabShard | None, shared_prefix: bool
+) -> None:
     """Everything that needs tensors. `shares_head`: the teacher has the student's head, which errors then name."""
     dtypes = (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES
     student, teacher, support, target = problem.student, problem.teacher, problem.support, problem.target
@@ -177,7 +207,10 @@ def check_problem(problem: Problem, shares_head: bool, schedule: str, shard: Voc
     if teacher is not None:
         head = "student_head (which the teacher shares)" if shares_head else "teacher_head"
         _check_side("teacher", teacher, problem, head, dtypes, shard)
+        if shard is None:
+            check_lengths(len(student.head.weight), len(teacher.head.weight), shared_prefix)
     per_token = {"token_weight": problem.token_weight}
+    per_token["beta"] = problem.objective.token_beta
     if target is not None:
         per_token |= {"target_ids": target.ids, "old_logp": target.old_logp}
     if problem.policy is not None:
@@ -222,7 +255,6 @@ def _check_side(
 ) -> None:
     hidden, (weight, bias, lora, _, _) = given
     device, leading = problem.student.hidden.device, problem.student.hidden.shape[:-1]
-    vocabulary = problem.student.head.weight.shape[0]
     check_tensor(f"{side}_hidden", hidden, device)
     check_tensor(name, weight, device)
     if hidden.dtype not in dtypes:
@@ -232,12 +264,13 @@ def _check_side(
             f"{side}_hidden: expected shape (..., D) with the leading shape of student_hidden {tuple(leading)}, "
             f"got {tuple(hidden.shape)}"
         )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] != vocabulary:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{name}: expected shape (V, {hidden.shape[-1]}) after {side}_hidden {tuple(hidden.shape)}"
-            f"{f' and V = {vocabulary} of student_head' if side == 'teacher' else ''}, got {tuple(weight.shape)}"
+            f"{name}: expected shape (V, {hidden.shape[-1]}) after {side}_hidden {tuple(hidden.shape)}, "
+            f"got {tuple(weight.shape)}"
         )
-    if shard is not None and vocabulary != shard.stop - shard.start:
+    vocabulary = len(weight) if shard is None else shard.stop - shard.start
+    if len(weight) < vocabulary:
         raise ValueError(
             f"{name}: expected the {shard.stop - shard.start} rows of {shard.start} to {shard.stop}, or more that are "
             f"padding, got shape {tuple(weight.shape)}"

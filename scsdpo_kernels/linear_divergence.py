@@ -4,7 +4,7 @@
 
 with z the logits of `Head`, and D the forward KL(q‖p) at beta = 0, the reverse KL(p‖q) at beta = 1 and the generalised
 Jensen-Shannon divergence (1-β) KL(p‖m) + β KL(q‖m), m = (1-β) p + β q, between (SDPO, arXiv 2601.20802; GKD, arXiv
-2306.13649).
+2306.13649), or another divergence of that share.
 """
 
 import inspect
@@ -35,7 +35,7 @@ class LinearDivergence(NamedTuple):
     teacher_entropy: Tensor | None  # (...,) -Σ q log q, None with TopLogprobs
     student_logp: Tensor | None  # (...,) log p at target_ids, None without them
     teacher_logp: Tensor | None  # (...,) log q at target_ids, None without them or with TopLogprobs
-    importance_ratio: Tensor | None  # (...,) what the row's weight was multiplied with, None without old_logp
+    importance_ratio: Tensor | None  # (...,) multiplies the token's weight; None without old_logp
     policy_loss: Tensor | None  # (...,) -min(r A, clip(r) A), None without policy
     policy_clipped: Tensor | None  # (...,) 1 where the clip is active, else 0; None without policy
 
@@ -47,7 +47,8 @@ def linear_divergence(
     teacher_head: Tensor | Head | None = None,
     *,
     token_weight: Tensor | None = None,
-    beta: float = 0.5,
+    beta: float | Tensor = 0.5,
+    divergence: str = "jensen_shannon",
     temperature: float = 1.0,
     support: TopK | TopLogprobs | SampledToken | None = None,
     entry_clip: float | None = None,
@@ -58,6 +59,7 @@ def linear_divergence(
     schedule: str = "auto",
     rows: Tensor | None = None,
     shard: VocabShard | None = None,
+    shared_prefix: bool = False,
 ) -> LinearDivergence:
     """Weighted divergence of student and teacher over the whole vocabulary; the logits never exist in full.
 
@@ -77,11 +79,17 @@ def linear_divergence(
         teacher_head: (V, D_t) of the teacher's dtype, or a `Head`. None: the student's whole head, whose
             `_replace(bias=...)` is that head with another bias.
         token_weight: (...,) any finite numbers. None: ones.
-        beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: generalised Jensen-Shannon.
+        beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: `divergence`. A tensor (...,) of
+            floating-point numbers is a share of each token's own, which nothing differentiates into; it is not looked
+            at where the weight is 0.
+        divergence: what it is between the ends. "jensen_shannon": (1-β) KL(p‖m) + β KL(q‖m), m = (1-β) p + β q.
+            "jeffreys": (1-β) KL(q‖p) + β KL(p‖q). "skewed_forward": KL(q‖m), β in [0, 1). "skewed_reverse": KL(p‖m),
+            β in (0, 1] (DistiLLM, arXiv 2402.03898).
         temperature: τ > 0 divides both sides' logits; there is no τ² factor.
         support: `TopK`, `TopLogprobs` or `SampledToken` in place of the whole vocabulary.
         entry_clip: nats, > 0. At beta=0, Σ_v min(q_v log(q_v / p_v), entry_clip) in place of KL(q‖p) (OPSD): a clipped
-            entry's term has no gradient. The sum may be below 0.
+            entry's term has no gradient. The sum is at most KL(q‖p), and for a clip below 1/e (0.37) may be below 0
+            far from p = q, which is then a minimum of its neighbourhood alone.
         target_ids: (...,) integers in [0, V): sampled tokens, asks for their log-probabilities. Ids of tokens that are
             not computed are not looked at.
         old_logp: (...,) nats: log-probabilities of target_ids at the time they were sampled. Each token's weight is
@@ -96,21 +104,25 @@ def linear_divergence(
             any others, for a caller who knows them. On a GPU the operator waits for the device once, to learn how many
             tokens have a weight and to check values; with `rows` it never does. What would have raised then gives NaN:
             an incomplete list NaN in the loss and all gradients, a target outside the vocabulary NaN in its log-
-            probabilities, a support with wrong ids NaN for its token.
+            probabilities, a support with wrong ids or a beta out of its range NaN for its token.
         shard: the vocabulary is spread over a process group, as in Megatron's tensor parallelism. Weights, biases and
             LoRA's B are this process's part; ids are the whole vocabulary's. Every process calls this with the same
             tokens (or, with `shard.sequence_parallel`, each with its own) and gets the same results and the whole
             gradient of its hidden states and of its part of the head. A student_head that is a DTensor, sharded on dim
             0 of a one-dimensional mesh, means the same. Collective.
+        shared_prefix: heads of unequal length, as of one tokenizer whose models pad their vocabularies differently,
+            have the shorter one's tokens; the longer head's further ones are forbidden, as by logits of -inf, and have
+            a gradient of 0. Ids are below the shorter length. False: unequal heads raise. With `shard`, start and stop
+            are of the shared tokens, and only the part that ends with the last of them may be longer.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or two do not fit together; the message names them, what was
             expected and what came.
     """
     options: DivergenceOptions = {
-        "beta": beta, "temperature": temperature, "support": support, "entry_clip": entry_clip,
-        "target_ids": target_ids, "old_logp": old_logp, "importance_clip": importance_clip, "policy": policy,
-        "schedule": schedule, "rows": rows, "shard": shard,
+        "beta": beta, "divergence": divergence, "temperature": temperature, "support": support,
+        "entry_clip": entry_clip, "target_ids": target_ids, "old_logp": old_logp, "importance_clip": importance_clip,
+        "policy": policy, "schedule": schedule, "rows": rows, "shard": shard, "shared_prefix": shared_prefix,
     }  # fmt: skip
     problem = problem_of(student_hidden, student_head, teacher_hidden, teacher_head, token_weight, options)
     if schedule == "reference":
@@ -126,7 +138,7 @@ def linear_divergence(
     return LinearDivergence(loss, *fields)
 
 
-# What a function that takes **options is not told.
+# A function that takes **options is told only some.
 DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(linear_divergence).parameters.items()

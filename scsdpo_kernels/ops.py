@@ -19,7 +19,8 @@ from .schedules import plan
 from .schedules.plan import Outcome, gradient_dtype
 from .schedules.shards import Shard
 
-_LIBRARY = torch.library.Library("scsdpo_kernels", "DEF")
+NAMESPACE = "scsdpo_kernels"  # of the operators: torch.ops.scsdpo_kernels.divergence
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _RESULTS = 1 + len(Scalars._fields) + len(Gradients._fields)
 
 
@@ -31,8 +32,8 @@ def _define(name: str, signature: str, forward: Callable, fake: Callable, functi
     """
     _LIBRARY.define(f"{name}{signature}", tags=torch.Tag.pt2_compliant_tag)
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"scsdpo_kernels::{name}", fake, lib=_LIBRARY)
-    operator = getattr(torch.ops.scsdpo_kernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def below(keyset: DispatchKeySet, *values):
         with torch._C._AutoDispatchBelowAutograd():
@@ -203,7 +204,7 @@ class _PerToken(torch.autograd.Function):
         if (policy := problem.policy) is not None:
             weighted = weighted._replace(policy=policy._replace(coefficient=upstream * policy.coefficient))
         outcome = _outcome(_operator(*flatten(weighted), wanted))
-        poison = torch.where(all_finite, 1.0, torch.nan)  # of an overflown loss scale: gradients are not finite either
+        poison = torch.where(all_finite, 1.0, torch.nan)  # after an overflown loss scale no gradient is finite
         given = [
             (gradient * poison).to(leaves[i].dtype) if want else None
             for i, gradient, want in zip(WRT, outcome.gradients, wanted, strict=True)

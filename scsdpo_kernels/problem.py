@@ -110,20 +110,40 @@ class Side(NamedTuple):
     head: Head
 
 
-KINDS = ("forward", "reverse", "jensen_shannon", "clipped")  # KL(q‖p), KL(p‖q), between, and KL(q‖p) of bounded entries
+# KL(q‖p), KL(p‖q), between, and KL(q‖p) of bounded entries; then the other divergences of `ENDS`.
+KINDS = ("forward", "reverse", "jensen_shannon", "clipped", "jeffreys", "skewed_forward", "skewed_reverse")
+
+# The divergences of a share β, and which kinds they are at β = 0 and 1. None: 0 there, whatever the student does.
+ENDS = {
+    "jensen_shannon": ("forward", "reverse"),
+    "jeffreys": ("forward", "reverse"),
+    "skewed_forward": ("forward", None),
+    "skewed_reverse": (None, "reverse"),
+}
 
 
 class Objective(NamedTuple):
     """What is computed of whole rows of logits; `objective_of` makes one."""
 
-    kind: str  # of KINDS
+    kind: str  # one of KINDS; with token_beta one of ENDS, for tokens between the ends
     beta: float
     temperature: float
     entry_clip: float  # nats; 0: none
+    token_beta: Tensor | None = None  # (...,) in place of beta. Of a chunk's rows (C,) float64
 
 
-def objective_of(beta: float, temperature: float = 1.0, entry_clip: float = 0.0) -> Objective:
-    kind = "clipped" if entry_clip else {0.0: "forward", 1.0: "reverse"}.get(beta, "jensen_shannon")
+def share_range(divergence: str) -> str:
+    at_0, at_1 = ENDS[divergence]
+    return f"{'[' if at_0 else '('}0, 1{']' if at_1 else ')'}"
+
+
+def objective_of(
+    beta: float | Tensor, temperature: float = 1.0, entry_clip: float = 0.0, divergence: str = "jensen_shannon"
+) -> Objective:
+    if isinstance(beta, Tensor):
+        return Objective(divergence, 0.5, float(temperature), float(entry_clip), beta)
+    at_0, at_1 = ENDS[divergence]
+    kind = "clipped" if entry_clip else {0.0: at_0, 1.0: at_1}.get(beta, divergence)
     return Objective(kind, float(beta), float(temperature), float(entry_clip))
 
 
@@ -163,7 +183,7 @@ class Part(NamedTuple):
     """This process's part of a vocabulary that is spread over a process group."""
 
     group: str
-    start: int  # of the heads' first row in the vocabulary
+    start: int  # the vocabulary's entry that the heads begin with
     longest: int  # the most entries that any process has
     vocabulary: int  # all entries
     sequence_parallel: bool  # hidden states and all else per token are this process's own
@@ -179,6 +199,7 @@ class Problem(NamedTuple):
     target: Target | None
     policy: Policy | None  # with a target
     part: Part | None  # None: the whole vocabulary is here
+    vocabulary: int | None  # how many of the heads' first rows count here; None: all
 
     @property
     def counts(self) -> Tensor:
@@ -195,6 +216,26 @@ class Gradients(NamedTuple):
     bias: Any
     lora_a: Any
     lora_b: Any
+
+
+def is_spread(path: tuple[str, ...]) -> bool:
+    """Whether a leaf of a problem has a row for each entry of the vocabulary."""
+    return "head" in path and path[-1] in ("weight", "bias", "b")
+
+
+def shortest_head(problem: Problem) -> int | None:
+    """Rows of the shorter head, None where both have as many."""
+    if problem.teacher is None or len(problem.student.head.weight) == len(problem.teacher.head.weight):
+        return None
+    return int(min(len(problem.student.head.weight), len(problem.teacher.head.weight)))
+
+
+def cut(problem: Problem) -> Problem:
+    """The same problem, of heads without the rows that do not count: views."""
+    if problem.vocabulary is None:
+        return problem
+    problem, length = problem._replace(vocabulary=None), problem.vocabulary
+    return mapped(lambda path, x: x[:length] if is_spread(path) else x, problem)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,9 @@ def question_weights(
     rewards, question_ids = torch.as_tensor(rewards), torch.as_tensor(question_ids)
     if question_ids.numel() == 0:
         question_ids = question_ids.long()  # an empty list has no dtype of its own
-    _check(rewards, question_ids, exponent, success_threshold)
+    check_numbers(exponent, success_threshold)
+    check_rewards(rewards, success_threshold)
+    _check_ids(question_ids, rewards)
     if rewards.dtype == torch.bool:
         rewards = rewards.to(torch.uint8)
     own, rewards, question_ids = _gather(rewards.detach(), question_ids.long(), group)
@@ -55,15 +57,23 @@ def question_weights(
         with torch.get_device_module(rewards.device).device(rewards.device):  # Triton launches on the current one
             return question_weights(rewards, question_ids, exponent, success_threshold)[own]
 
-    success = rewards.double() if success_threshold is None else (rewards >= success_threshold).double()
+    success = successes_of(rewards, success_threshold)
     ids, question = torch.unique(question_ids, return_inverse=True)
     rollouts = success.new_zeros(len(ids)).index_add_(0, question, torch.ones_like(success))
     successes = success.new_zeros(len(ids)).index_add_(0, question, success)
+    return normalised_weights(successes, rollouts, exponent)[question][own].float()
+
+
+def successes_of(rewards: Tensor, success_threshold: float | None) -> Tensor:  # (B,) float64
+    return rewards.double() if success_threshold is None else (rewards >= success_threshold).double()
+
+
+def normalised_weights(successes: Tensor, rollouts: Tensor, exponent: float) -> Tensor:  # (questions,) float64, as both
+    """w̄ of each question (eq. 15-16)."""
     variance = successes * (rollouts - successes) / rollouts**2  # p̂ (1 - p̂), exactly 0 at both ends
     raw = torch.where(variance > 0, variance**exponent, 0.0)
     mean = raw.sum() / (raw > 0).sum().clamp(min=1)
-    normalised = torch.where(raw > 0, raw / mean, 0.0)
-    return normalised[question][own].float()
+    return torch.where(raw > 0, raw / mean, 0.0)
 
 
 def _gather(rewards: Tensor, question_ids: Tensor, group: "dist.ProcessGroup | None") -> tuple[slice, Tensor, Tensor]:
@@ -86,19 +96,18 @@ def _gather(rewards: Tensor, question_ids: Tensor, group: "dist.ProcessGroup | N
     return slice(start, start + lengths[rank]), gathered(rewards), gathered(question_ids)
 
 
-def _check(rewards: Tensor, question_ids: Tensor, exponent: float, success_threshold: float | None) -> None:
-    if rewards.dim() != 1:
-        raise ValueError(f"rewards: expected shape (B,), got {tuple(rewards.shape)}")
+def _check_ids(question_ids: Tensor, rewards: Tensor) -> None:
     if question_ids.shape != rewards.shape:
         raise ValueError(
             f"question_ids: expected the shape of rewards {tuple(rewards.shape)}, got {tuple(question_ids.shape)}"
         )
     if question_ids.is_floating_point() or question_ids.is_complex() or question_ids.dtype == torch.bool:
         raise TypeError(f"question_ids: expected integers, got {question_ids.dtype}")
-    if rewards.is_complex():
-        raise TypeError(f"rewards: expected real numbers, got {rewards.dtype}")
     if question_ids.device != rewards.device:
         raise ValueError(f"question_ids: expected the device of rewards {rewards.device}, got {question_ids.device}")
+
+
+def check_numbers(exponent: float, success_threshold: float | None) -> None:
     for name, number in (("exponent", exponent), ("success_threshold", success_threshold)):
         if not isinstance(number, int | float) and not (name == "success_threshold" and number is None):
             raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
@@ -106,6 +115,13 @@ def _check(rewards: Tensor, question_ids: Tensor, exponent: float, success_thres
         raise ValueError(f"exponent: expected a finite number of at least 0, got {exponent}")
     if success_threshold is not None and math.isnan(success_threshold):
         raise ValueError("success_threshold: expected a number, got NaN")
+
+
+def check_rewards(rewards: Tensor, success_threshold: float | None) -> None:
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards: expected shape (B,), got {tuple(rewards.shape)}")
+    if rewards.is_complex():
+        raise TypeError(f"rewards: expected real numbers, got {rewards.dtype}")
     if rewards.device.type != "cpu":  # values are looked at where that does not wait for a device
         return
     if success_threshold is None and not ((rewards >= 0) & (rewards <= 1)).all():

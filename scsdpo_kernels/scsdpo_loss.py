@@ -55,7 +55,7 @@ def scsdpo_loss(
         teacher_head: (V, D_t), or a `Head`. None: the student's whole head.
         rewards: (B,) one per rollout.
         question_ids: (B,) integers; rollouts of a question share one.
-        question_weight: (B,) instead of the two above.
+        question_weight: (B,) instead of the two above, from `question_weights` or `PassRates.update`.
         mask: (B, T) 1 at response tokens that have a teacher, else 0.
         token_weight: (B, T) a further factor of each token. None: ones.
         exponent, success_threshold, group: as of `question_weights`.

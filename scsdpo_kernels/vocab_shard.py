@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .problem import PATHS, Part, Problem, flatten, mapped
+from .problem import PATHS, Part, Problem, flatten, is_spread, mapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,8 @@ class VocabShard:
 
     Make it once, on every process of the group at the same time: they tell each other their parts, which have to cover
     the vocabulary without overlap, in any order. A part may be empty, and parts need not have one size. Rows of a head
-    beyond stop - start are padding: they do not count, and have no gradient.
+    beyond stop - start are padding: they do not count, and have a gradient of 0. Both heads have as many of them, but
+    in the last part with shared_prefix=True.
 
     Args:
         group: the process group over which the vocabulary is spread. None: all processes.
@@ -39,7 +40,7 @@ class VocabShard:
     group: "dist.ProcessGroup | None" = None
     sequence_parallel: bool = False
     check: bool = False
-    bounds: "tuple[tuple[int, int], ...] | None" = None  # of every process, where they are known; else they are asked
+    bounds: "tuple[tuple[int, int], ...] | None" = None  # every process's, if known; else they are asked
 
     def __post_init__(self):
         if self.group is None:
@@ -71,23 +72,27 @@ class VocabShard:
         )
 
 
-def local_part(problem: Problem, shard: VocabShard | None) -> tuple[Problem, VocabShard | None]:
+def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) -> tuple[Problem, VocabShard | None]:
     """A problem with this process's part of each tensor, and which part that is.
 
-    Beside a DTensor, a plain tensor of the whole vocabulary is taken apart alike.
+    Beside a DTensor, a plain tensor of the whole vocabulary is taken apart alike. Weights keep rows that are padding or
+    beyond a shared prefix: the problem's `vocabulary` says so.
 
     Raises:
         ValueError: a DTensor that is not sharded as `shard` says, or in a way that is not known; without `shard`,
-            hidden states that are not the same on every process.
+            hidden states that are not the same on every process; heads of unequal length that shared_prefix does not
+            allow.
     """
     weight = problem.student.head.weight
     apart = _is_dtensor(weight)
+    whole = {}  # rows of each side's head where they are of the whole vocabulary
     if apart:
         _expect_placement("student_head", weight, 0)
-        length, processes = weight.shape[0], weight.device_mesh.size()
-        size = -(-length // processes)
-        bounds = tuple((min(r * size, length), min((r + 1) * size, length)) for r in range(processes))
-        own = bounds[weight.device_mesh.get_local_rank()]
+        processes = weight.device_mesh.size()
+        size = -(-len(weight) // processes)
+        whole = {"student": len(weight), "teacher": _whole_length(problem, size, processes)}
+        check_lengths(*whole.values(), shared_prefix)
+        own, bounds = _bounds(weight, min(whole.values()))
         if shard is None:
             shard = VocabShard(*own, group=weight.device_mesh.get_group(), bounds=bounds)
             _expect_same_rows(problem.student.hidden, shard)
@@ -100,15 +105,22 @@ def local_part(problem: Problem, shard: VocabShard | None) -> tuple[Problem, Voc
         return problem, None
 
     def local(path: tuple[str, ...], tensor: Tensor) -> Tensor:
-        spread = _is_spread(path)
+        spread = is_spread(path)
         name = name_of(path)
+        vocabulary, size = shard.part.vocabulary, shard.stop - shard.start
         if _is_dtensor(tensor):
             _expect_placement(name, tensor, 0 if spread else None)
+            if spread and apart and _bounds(tensor, vocabulary)[0] != (shard.start, shard.stop):
+                raise ValueError(
+                    f"{name}: expected a DTensor with entries {shard.start} to {shard.stop} on this process, as "
+                    f"student_head has them, got entries {' to '.join(map(str, _bounds(tensor, vocabulary)[0]))}"
+                )
             tensor = tensor.to_local()
+            return tensor if path[-1] == "weight" or not spread else tensor[:size]
         if not spread or tensor.dim() == 0:
             return tensor
-        length, vocabulary, size = len(tensor), shard.part.vocabulary, shard.stop - shard.start
-        if apart and length == vocabulary:
+        length = len(tensor)
+        if apart and length == whole[path[0]]:
             return tensor[shard.start : shard.stop]
         if length <= size:
             return tensor
@@ -116,18 +128,49 @@ def local_part(problem: Problem, shard: VocabShard | None) -> tuple[Problem, Voc
             raise ValueError(
                 f"{name}: expected this process's {size} of {vocabulary} rows, got shape {tuple(tensor.shape)}"
             )
-        return tensor[:size]  # without padding
+        return tensor if path[-1] == "weight" else tensor[:size]  # without padding
 
     parts = mapped(local, problem)
     if problem.teacher is not None and problem.teacher.head.weight is weight:
         head = parts.teacher.head._replace(weight=parts.student.head.weight)
         parts = parts._replace(teacher=parts.teacher._replace(head=head))
-    return parts, shard
+    weights = [side.head.weight for side in (parts.student, parts.teacher) if side is not None]
+    lengths = [len(x) for x in weights if x.dim() > 0]
+    size = shard.stop - shard.start
+    if len(lengths) == 2 and not apart:
+        check_lengths(*lengths, shared_prefix)
+        if len(set(lengths)) > 1 and shard.stop != shard.part.vocabulary:  # rows of other tokens, most likely
+            raise ValueError(
+                f"teacher_head: expected as many rows of {shard.start} to {shard.stop} as student_head has, "
+                f"{lengths[0]}, since only the part that ends a shared prefix may be longer, got {lengths[1]}"
+            )
+    return parts._replace(vocabulary=size if any(x > size for x in lengths) else None), shard
 
 
-def _is_spread(path: tuple[str, ...]) -> bool:
-    """Whether a tensor has a row for each entry of the vocabulary."""
-    return "head" in path and path[-1] in ("weight", "bias", "b")
+def check_lengths(student: int, teacher: int, shared_prefix: bool) -> None:
+    """ValueError where heads have not as many rows as each other, and not because they share a prefix."""
+    if student != teacher and not shared_prefix:
+        raise ValueError(
+            f"teacher_head: expected the {student} rows of student_head, or shared_prefix=True, with which the first "
+            f"{min(student, teacher)} are both sides' tokens and the others are forbidden, got {teacher} rows"
+        )
+
+
+def _whole_length(problem: Problem, size: int, processes: int) -> int:
+    """Rows of a teacher's whole head beside a DTensor; the student's where the teacher's is a part."""
+    length, teacher = len(problem.student.head.weight), problem.teacher
+    if teacher is None or teacher.head.weight.dim() == 0:
+        return length
+    weight = teacher.head.weight
+    return len(weight) if _is_dtensor(weight) or processes == 1 or len(weight) > size else length
+
+
+def _bounds(tensor: Tensor, vocabulary: int) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
+    """Which entries of the first `vocabulary` this process's part of a DTensor has, and every process's."""
+    processes = tensor.device_mesh.size()
+    size = -(-len(tensor) // processes)
+    bounds = tuple((min(r * size, vocabulary), min((r + 1) * size, vocabulary)) for r in range(processes))
+    return bounds[tensor.device_mesh.get_local_rank()], bounds
 
 
 def name_of(path: tuple[str, ...]) -> str:
@@ -177,21 +220,23 @@ def _described(problem: Problem, schedule: str) -> dict[str, Any]:
     own_rows = problem.part.sequence_parallel
     described: dict[str, Any] = {"schedule": schedule, "grad mode": torch.is_grad_enabled()}
     for path, value in zip(PATHS, flatten(problem), strict=True):
-        if path == ("part", "start"):
+        if path in (("part", "start"), ("vocabulary",)):  # of each process's own part
             continue
         if not isinstance(value, Tensor):
             described[name_of(path)] = value
             continue
         shape = list(value.shape)
-        if _is_spread(path):
+        if is_spread(path):
             shape[0] = "part"
         elif own_rows and "head" not in path:  # per token
             shape = shape[-1:] if path[-1] == "hidden" or path[0] == "support" else []
         needs = value.requires_grad and path in (
             ("student", "hidden"),
             ("student", "head", "lora", "a"),
-        )  # what crosses
+        )
         described[name_of(path)] = (shape, str(value.dtype), needs)
+    if problem.objective.token_beta is not None and not own_rows:
+        described["beta's numbers"] = zlib.crc32(repr(problem.objective.token_beta.tolist()).encode())
     if not own_rows:
         described["token_weight's rows"] = zlib.crc32(bytes(problem.counts.flatten().tolist()))
     return described

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from scsdpo_kernels.kernels import logits_triton, question_weights_triton, row_divergence_triton, scaling_triton
 from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, RowStatistics
-from scsdpo_kernels.problem import objective_of
+from scsdpo_kernels.problem import ENDS, objective_of
 
 # Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
 TARGETS = {
@@ -30,7 +30,12 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-OBJECTIVES = [objective_of(0.0), objective_of(1.0), objective_of(0.5), objective_of(0.0, entry_clip=0.1)]
+OBJECTIVES = [
+    objective_of(0.0), objective_of(1.0), objective_of(0.5), objective_of(0.0, entry_clip=0.1),
+    *(objective_of(0.5, divergence=name) for name in ("jeffreys", "skewed_forward", "skewed_reverse")),
+]  # fmt: skip
+# A share of each row's own: its kernels have the whole rows of both ends beside the kind's.
+OWN_SHARES = [objective_of(torch.full((3,), 0.5, dtype=torch.float64), divergence=name) for name in ENDS]
 EVEN, ODD = 128, 129  # multiples of 16 entries, as 151936, or not, as 50257
 # (difference, dtype of the gradient, softcap): one fp32 head for both sides has a difference, and no softcap.
 FORMS = [
@@ -67,14 +72,14 @@ def logits_of(vocabulary, difference=False, softcap=0.0, dtype=torch.float32):
 
 def launch_rows(vocabulary):
     rows = PerRow(torch.ones(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3))
-    for objective in OBJECTIVES:
+    for objective in (*OBJECTIVES, *OWN_SHARES):
         for difference, dtype, softcap in FORMS:
             logits = logits_of(vocabulary, difference, softcap)
             gradient = torch.empty_like(logits_of(vocabulary).student, dtype=dtype)
             row_divergence_triton.row_divergence(logits, rows, objective, gradient)
             if (difference, dtype, softcap) in WITH_POLICY:
                 row_divergence_triton.row_divergence(logits, rows._replace(policy=POLICY), objective, gradient)
-        if objective.kind != "clipped":  # of supports
+        if objective.kind != "clipped":  # supports have these
             logits = logits_of(vocabulary, dtype=torch.float64)
             few = PerRow(rows.weight)
             row_divergence_triton.row_divergence(logits, few, objective, torch.empty_like(logits.student).float())
@@ -86,9 +91,9 @@ def launch_stages(vocabulary):
     terms = torch.zeros(4, 3, dtype=torch.float64)
     for difference in (False, True):
         row_divergence_triton.row_statistics(logits_of(vocabulary, difference), 1.0)
-        for objective in OBJECTIVES:
+        for objective in (*OBJECTIVES, *OWN_SHARES):
             row_divergence_triton.row_terms(logits_of(vocabulary, difference), objective, statistics)
-    for objective in OBJECTIVES:
+    for objective in (*OBJECTIVES, *OWN_SHARES):
         for difference, dtype, softcap in FORMS:
             logits = logits_of(vocabulary, difference, softcap)
             gradient = torch.empty_like(logits.student, dtype=dtype)
@@ -175,7 +180,7 @@ def described(kernel, arguments, keywords, result):
     form = keywords.get("form")
     tensors = [x for x in flat(arguments) if isinstance(x, torch.Tensor)]
     (vocabulary,) = {x.shape[1] for x in tensors if x.dim() == 2 and x.shape[1] in (EVEN, ODD)} or {EVEN}
-    constants = {"multiple": vocabulary == EVEN}
+    constants = {"multiple": vocabulary == EVEN, "own_shares": keywords.get("ends") is not None}
     constants |= form._asdict() if form else {k: v for k, v in keywords.items() if k in kernel.arg_names}
     constants |= {"policy": True} if any(x is POLICY.advantage for x in tensors) else {}
     options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}

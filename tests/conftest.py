@@ -1,5 +1,6 @@
 """Before torch and Triton are imported: what both do in the tests is set here."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import levels
 
 os.environ |= levels.environment(os.environ.get("SCSDPO_CPU_CAPABILITY", ""))
 
+import pytest
 import torch
 
 # Triton kernels run on the GPU, or without one on CPU tensors in Triton's interpreter.
@@ -22,6 +24,7 @@ if DEVICE == "cpu":
 
 # Files that run the CPU's own kernels, and do not choose the instruction set themselves.
 ON_PROCESSOR = {
+    "test_entry_clip",
     "test_linear_divergence",
     "test_objectives",
     "test_operator",
@@ -29,13 +32,68 @@ ON_PROCESSOR = {
     "test_policy",
     "test_properties",
     "test_scsdpo_loss",
+    "test_shared_prefix",
     "test_transformers",
     "test_trust_region",
 }
 
 
+# What `pytest -m short` runs, by file: names of tests, or None for all. Together they reach every module of the package
+# but the adapters of trainers that are not installed.
+SHORT = {
+    "test_dealing": None,
+    "test_docs": ("test_blocks_run", "test_links_lead_somewhere"),
+    "test_hf_kernels": None,
+    "test_linear_divergence": (
+        "test_half_precision_contract",
+        "test_shared_fp32_head_keeps_relative_precision",
+        "test_no_rows",
+        "test_importance_ratio_is_a_detached_weight",
+        "test_chunked_equals_reference_in_every_field",
+    ),
+    "test_matmul": ("test_is_torchs_product", "test_bf16_with_its_instructions", "test_nothing_to_do"),
+    "test_operator": (
+        "test_opcheck_of_every_argument",
+        "test_bad_input_names_the_argument",
+        "test_upstream_gradient_scales",
+    ),
+    "test_package": ("test_import_brings_torch_and_nothing_else_heavy", "test_public_signatures"),
+    "test_per_token": ("test_any_upstream_gradient",),
+    "test_question_weights": ("test_equals_the_definition", "test_the_kernel_equals_the_definition"),
+    "test_row_divergence": ("test_forbidden_entries_contribute_their_limit", "test_peaked_rows_keep_their_gradient"),
+    "test_scaling": None,
+    "test_scsdpo_loss": ("test_reductions",),
+    "test_transformers": ("test_a_teacher_comes_in_another_precision", "test_generation_and_logits_are_untouched"),
+    "test_trust_region": None,
+}
+# Those of them that import Triton's kernels, which there are on Linux.
+WITH_TRITON = {"test_hf_kernels", "test_question_weights", "test_row_divergence", "test_scaling"}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def pytest_ignore_collect(collection_path, config):
+    """The short tests need what they use, and nothing of what the other files import."""
+    if config.option.markexpr == "short" and collection_path.suffix == ".py":
+        stem = collection_path.stem
+        return True if stem not in SHORT or (stem in WITH_TRITON and not HAS_TRITON) else None
+
+
 def pytest_collection_modifyitems(items):
-    """Marks what `./dev test` runs again at every lesser instruction set."""
+    """Marks what `./dev test` runs again at every lesser instruction set, and what is short."""
     for item in items:
         if item.path.stem in ON_PROCESSOR and "triton" not in item.name:
             item.add_marker("processor")
+        names = SHORT.get(item.path.stem, ())
+        if (names is None or item.originalname in names) and (HAS_TRITON or "triton" not in item.name):
+            item.add_marker("short")
+
+
+@pytest.fixture(scope="module", params=["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def ranks(request, tmp_path_factory):
+    """Four processes, or under `-m gpu` as many as there are GPUs, if those are fewer."""
+    from ranks import Ranks
+
+    most = 4 if request.param == "gloo" else min(4, torch.cuda.device_count())
+    ranks = Ranks(tmp_path_factory.mktemp("rendezvous"), most, request.param)
+    yield ranks
+    ranks.stop()

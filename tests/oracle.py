@@ -24,17 +24,20 @@ class Rows(NamedTuple):
 
 
 def rows(
-    student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0, entry_clip: float | None = None
-) -> Rows:
+    student: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0, entry_clip: float | None = None,
+    divergence: str = "jensen_shannon",
+) -> Rows:  # fmt: skip
     """Straight from the definitions, in long double: exact to 1e-5 relative even where KL is 1e-12 of its terms."""
     log_p, log_q = (_log_softmax(x.double().numpy().astype(np.longdouble) / temperature) for x in (student, teacher))
     with np.errstate(
         invalid="ignore", divide="ignore"
     ):  # -inf - -inf of an entry that both forbid, which _weighted then leaves out
-        return _rows(log_p, log_q, beta, temperature, entry_clip)
+        return _rows(log_p, log_q, beta, temperature, entry_clip, divergence)
 
 
-def _rows(log_p: np.ndarray, log_q: np.ndarray, beta: float, temperature: float, entry_clip: float | None) -> Rows:
+def _rows(
+    log_p: np.ndarray, log_q: np.ndarray, beta: float, temperature: float, entry_clip: float | None, kind: str
+) -> Rows:
     p, q = np.exp(log_p), np.exp(log_q)
     beta = np.longdouble(beta)
     if entry_clip is not None:
@@ -47,6 +50,20 @@ def _rows(log_p: np.ndarray, log_q: np.ndarray, beta: float, temperature: float,
     elif beta == 1:
         divergence = _mean(p, log_p - log_q)
         gradient = _weighted(p, log_p - log_q - divergence[:, None])
+    elif kind == "jeffreys":
+        forward, reverse = _mean(q, log_q - log_p), _mean(p, log_p - log_q)
+        divergence = (1 - beta) * forward + beta * reverse
+        gradient = (1 - beta) * (p - q) + beta * _weighted(p, log_p - log_q - reverse[:, None])
+    elif kind == "skewed_forward":  # ∂KL(q‖m)/∂p = -(1-β) q/m
+        m = (1 - beta) * p + beta * q
+        divergence = _mean(q, log_q - np.log(m))
+        score = np.where(m == 0, 0, (1 - beta) ** 2 * (p - q) / np.where(m == 0, 1, m))
+        gradient = p * (score - _mean(p, score)[:, None])
+    elif kind == "skewed_reverse":  # ∂KL(p‖m)/∂p = log(p/m) + 1 - (1-β) p/m
+        m = (1 - beta) * p + beta * q
+        divergence = _mean(p, log_p - np.log(m))
+        score = log_p - np.log(m) - (1 - beta) * p / np.where(m == 0, 1, m)
+        gradient = _weighted(p, score - _mean(p, score)[:, None])
     else:
         log_m = np.log((1 - beta) * p + beta * q)
         kl_p, kl_q = _mean(p, log_p - log_m), _mean(q, log_q - log_m)
@@ -82,8 +99,9 @@ class Expected(NamedTuple):
     policy_clipped: Tensor | None
 
 
-def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=0.5, temperature=1.0, support=None,
-             entry_clip=None, target_ids=None, old_logp=None, importance_clip=2.0, policy=None) -> tuple:  # fmt: skip
+def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=0.5, divergence="jensen_shannon",
+             temperature=1.0, support=None, entry_clip=None, target_ids=None, old_logp=None, importance_clip=2.0,
+             policy=None, shared_prefix=False) -> tuple:  # fmt: skip
     """Full logits in float64 and autograd: all fields, and the gradients of everything of the student's.
 
     `problem` is one of problems.py; the options are `linear_divergence`'s. As there, all fields of a token of weight 0
@@ -97,29 +115,33 @@ def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=
     if policy is not None:
         coefficient = torch.as_tensor(policy.coefficient).double().expand_as(weight)
         kept = weighted | ((policy.advantages != 0) & (coefficient != 0))
-    log_p, log_q = _log_probabilities(given, temperature)
+    log_p, log_q = _log_probabilities(given, temperature, shared_prefix)
     at = None if target_ids is None else target_ids.long().where(kept, 0)[..., None]
     student_logp, teacher_logp = (None if at is None or x is None else x.gather(-1, at)[..., 0] for x in (log_p, log_q))
 
     if isinstance(support, SampledToken):
-        divergence = (student_logp - teacher_logp).detach() * student_logp
+        value = (student_logp - teacher_logp).detach() * student_logp
     elif entry_clip is not None:
-        divergence = _terms(log_q, log_p).clamp(max=entry_clip).sum(dim=-1)
+        value = _terms(log_q, log_p).clamp(max=entry_clip).sum(dim=-1)
+    elif isinstance(beta, Tensor):
+        sides = (x.flatten(0, -2) for x in _seen(log_p, log_q, support, weighted))
+        each = zip(*sides, beta.double().where(kept, 0.5).flatten().tolist(), strict=True)
+        value = torch.stack([between(p, q, share, divergence) for p, q, share in each]).view(kept.shape)
     else:
-        divergence = between(*_seen(log_p, log_q, support, weighted), beta)
-    fields = [divergence, _entropy(log_p), log_q if log_q is None else _entropy(log_q), student_logp, teacher_logp]
-    divergence, *others = (x if x is None else x.where(kept, 0.0) for x in fields)
+        value = between(*_seen(log_p, log_q, support, weighted), beta, divergence)
+    fields = [value, _entropy(log_p), log_q if log_q is None else _entropy(log_q), student_logp, teacher_logp]
+    value, *others = (x if x is None else x.where(kept, 0.0) for x in fields)
 
     ratio = None
     if old_logp is not None:
         ratio = (student_logp.detach() - old_logp.double()).clamp(-20, 20).exp().clamp(max=importance_clip)
         ratio = ratio.where(kept, 0.0)
-    loss = (weight * divergence * (1.0 if ratio is None else ratio)).where(weighted, 0.0).sum()
+    loss = (weight * value * (1.0 if ratio is None else ratio)).where(weighted, 0.0).sum()
     policy_loss = clipped = None
     if policy is not None:
         policy_loss, clipped = (x.where(kept, 0.0) for x in _policy(policy, student_logp, old_logp))
         loss = loss + (coefficient * policy_loss).sum()
-    result = Expected(loss, divergence, *others, ratio, policy_loss, clipped)
+    result = Expected(loss, value, *others, ratio, policy_loss, clipped)
     gradients = torch.autograd.grad(of(result), given.trained)
     return Expected(*(x if x is None else x.detach() for x in result)), *gradients
 
@@ -147,14 +169,18 @@ def logits(hidden: Tensor, head: Tensor | Head) -> Tensor:
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _log_probabilities(given, temperature: float) -> tuple[Tensor, Tensor | None]:
+def _log_probabilities(given, temperature: float, shared_prefix: bool) -> tuple[Tensor, Tensor | None]:
     """Of both sides, (..., V); nothing flows into the teacher, whose head may be the student's."""
-    log_p = F.log_softmax(logits(given.hidden, given.head) / temperature, dim=-1)
-    if given.teacher is None:
-        return log_p, None
-    with torch.no_grad():
-        head = given.head if given.teacher_head is None else given.teacher_head
-        return log_p, F.log_softmax(logits(given.teacher, head) / temperature, dim=-1)
+    sides = [logits(given.hidden, given.head)]
+    if given.teacher is not None:
+        with torch.no_grad():
+            sides.append(logits(given.teacher, given.head if given.teacher_head is None else given.teacher_head))
+    if shared_prefix:  # to the length of the longer side; what the shorter side has not is forbidden on both
+        lengths = [z.shape[-1] for z in sides]
+        allowed = torch.arange(max(lengths)) < min(lengths)
+        sides = [F.pad(z, (0, max(lengths) - z.shape[-1])).where(allowed, -torch.inf) for z in sides]
+    log_p, *log_q = (F.log_softmax(z / temperature, dim=-1) for z in sides)
+    return log_p, log_q[0] if log_q else None
 
 
 def _seen(log_p: Tensor, log_q: Tensor | None, support, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +188,7 @@ def _seen(log_p: Tensor, log_q: Tensor | None, support, kept: Tensor) -> tuple[T
     if support is None:
         return log_p, log_q
     if isinstance(support, TopK):
-        ids = log_p.topk(min(support.k, log_p.shape[-1])).indices
+        ids = log_p.topk(min(support.k, int((log_p > -torch.inf).sum(-1).min()))).indices
         log_q = log_q.gather(-1, ids)
     else:
         ids = support.ids.long().where(kept[..., None], -1)
@@ -179,12 +205,16 @@ def _with_tail(log_p: Tensor, tail: str) -> Tensor:
     return torch.cat([log_p, (1 - mass).clamp(min=1e-7).log()], dim=-1)
 
 
-def between(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+def between(log_p: Tensor, log_q: Tensor, beta: float, divergence: str = "jensen_shannon") -> Tensor:
     """The divergence of each row of log-probabilities, which may be -inf."""
     if beta in (0, 1):
         return (_terms(log_q, log_p) if beta == 0 else _terms(log_p, log_q)).sum(dim=-1)
+    if divergence == "jeffreys":
+        return ((1 - beta) * _terms(log_q, log_p) + beta * _terms(log_p, log_q)).sum(dim=-1)
     m = (1 - beta) * log_p.exp() + beta * log_q.exp()
     log_m = m.where(m > 0, 1.0).log()
+    if divergence in ("skewed_forward", "skewed_reverse"):
+        return _terms(log_q if divergence == "skewed_forward" else log_p, log_m).sum(dim=-1)
     return (1 - beta) * _terms(log_p, log_m).sum(dim=-1) + beta * _terms(log_q, log_m).sum(dim=-1)
 
 
@@ -211,6 +241,7 @@ def assert_near(got: tuple, exact: tuple, limit: float = 2e-5, floor: float = 1e
         assert (x.double() - y).norm() <= limit * y.norm() + floor, relative_error(x, y)
 
 
-def per_token(result: Expected) -> Tensor:
-    """What `linear_divergence_per_token` returns, without a policy."""
-    return result.divergence if result.importance_ratio is None else result.importance_ratio * result.divergence
+def per_token(result: Expected, policy=None) -> Tensor:
+    """What `linear_divergence_per_token` returns."""
+    value = result.divergence if result.importance_ratio is None else result.importance_ratio * result.divergence
+    return value if policy is None else value + policy.coefficient * result.policy_loss

@@ -45,7 +45,7 @@ WIDE = [(r".*(hidden_size|embed_dim|channels)$", WIDTH), (r".*(layers|depth)$", 
 LATENT = [(r"^(head_dim)$", 8), (r"^(qk_head_dim)$", 24), (r"^(num_key_value_heads)$", HEADS)]
 WINDOWED = [(r"^(sliding_window|.*window_size|.*window_len)$", 8), (r"^(d_rel|rel_extent)$", 16)]
 RULES = {"": SIZES, "wide": [*SIZES, *WIDE], "latent": [*LATENT, *SIZES], "windowed": [*WINDOWED, *SIZES, *WIDE]}
-SECTIONS = (None, [2, 3, 3], [1, 1, 2])  # of rotary embeddings in three dimensions
+SECTIONS = (None, [2, 3, 3], [1, 1, 2])  # rotary embeddings in three dimensions
 # What no rule says.
 EXPLICIT = {
     "BambaForCausalLM": {"mamba_n_heads": 4, "mamba_d_head": 16},

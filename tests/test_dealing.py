@@ -1,4 +1,4 @@
-"""scsdpo.dealing: nothing is lost or run twice, and no other grouping by length is smaller."""
+"""scsdpo.dealing: nothing is lost or run twice, and no other grouping by length costs less."""
 
 import itertools
 import random
@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers: pip install '.[transformers]'")
 
+from scsdpo import dealing
 from scsdpo.dealing import Rollout, as_drawn, collate, deal, padded_tokens, stand_in, with_weight
 
 
@@ -29,36 +30,51 @@ CASES = [(0, 2, 1, 4), (1, 3, 2, 1), (5, 4, 2, 2), (7, 4, 1, 3), (8, 1, 2, 4), (
 
 
 @pytest.mark.parametrize("count, micro_batches, processes, most", CASES)
-def test_each_is_dealt_once_and_evenly(count, micro_batches, processes, most):
-    for seed in range(5):
-        rollouts = drawn(seed, count)
-        shares = deal(rollouts, micro_batches, processes, most)
-        assert len(shares) == processes and all(len(share) == micro_batches for share in shares)
-        dealt = [x for share in shares for part in share for x in part]
-        assert len(dealt) == count and {id(x) for x in dealt} == {id(x) for x in rollouts}
-        assert all(len(part) <= most for share in shares for part in share)
-        loads = [sum(x.tokens for part in share for x in part) for share in shares]
-        if count < micro_batches * most:  # no process is full
-            assert max(loads) - min(loads) <= max((x.tokens for x in rollouts), default=0)
-        for share in shares:  # where there is one, it is in the last
-            assert share[-1] or not any(share)
+@pytest.mark.parametrize("seed", range(5), ids="seed {}".format)
+def test_each_is_dealt_once_and_evenly(count, micro_batches, processes, most, seed):
+    rollouts = drawn(seed, count)
+    shares = deal(rollouts, micro_batches, processes, most)
+    assert len(shares) == processes and all(len(share) == micro_batches for share in shares)
+    dealt = [x for share in shares for part in share for x in part]
+    assert len(dealt) == count and {id(x) for x in dealt} == {id(x) for x in rollouts}
+    assert all(len(part) <= most for share in shares for part in share)
+    loads = [sum(x.tokens for part in share for x in part) for share in shares]
+    if count < micro_batches * most:  # no process is full
+        assert max(loads) - min(loads) <= max((x.tokens for x in rollouts), default=0)
+    for share in shares:  # where there is one, it is in the last
+        assert share[-1] or not any(share)
 
 
+@pytest.mark.parametrize("a_pass", [0, 40, 512])
 @pytest.mark.parametrize("count, micro_batches, most", [(5, 3, 2), (6, 3, 6), (7, 2, 4), (4, 6, 4), (8, 4, 3)])
-def test_the_largest_micro_batch_is_the_smallest_possible(count, micro_batches, most):
-    """Of all that group rollouts by length, tried one by one."""
-    for seed in range(5):
-        rollouts = drawn(seed, count)
-        by_length = sorted(rollouts, key=lambda x: -x.tokens)
-        best = float("inf")
-        for parts in range(1, micro_batches + 1):
-            for cuts in itertools.combinations(range(1, count), parts - 1):
-                edges = [0, *cuts, count]
-                groups = [by_length[a:b] for a, b in itertools.pairwise(edges)]
-                if all(len(group) <= most for group in groups):
-                    best = min(best, max(padded_tokens(group) for group in groups))
-        (share,) = deal(rollouts, micro_batches, 1, most)
-        assert max(padded_tokens(part) for part in share) == best
+@pytest.mark.parametrize("seed", range(5), ids="seed {}".format)
+def test_no_grouping_by_length_has_fewer_tokens(count, micro_batches, most, a_pass, seed, monkeypatch):
+    """All are tried one by one; a micro-batch counts as PASS tokens more."""
+    monkeypatch.setattr(dealing, "PASS", a_pass)
+    rollouts = drawn(seed, count)
+    by_length = sorted(rollouts, key=lambda x: -x.tokens)
+
+    def tokens(groups):
+        return sum(padded_tokens(group) + a_pass for group in groups if group)
+
+    best = float("inf")
+    for parts in range(1, micro_batches + 1):
+        for cuts in itertools.combinations(range(1, count), parts - 1):
+            edges = [0, *cuts, count]
+            groups = [by_length[a:b] for a, b in itertools.pairwise(edges)]
+            if all(len(group) <= most for group in groups):
+                best = min(best, tokens(groups))
+    (share,) = deal(rollouts, micro_batches, 1, most)
+    assert tokens(share) == best
+    assert [x for part in share[::-1] for x in part] == by_length
+
+
+def test_short_rollouts_share_a_micro_batch_and_a_long_one_has_its_own():
+    short, long = [rollout(5, 9, 10, i) for i in range(10, 13)], rollout(5, 9, 900, 20)
+    (share,) = deal([*short, long], 4, 1, 4)
+    assert [len(part) for part in share] == [0, 0, 3, 1]
+    (share,) = deal(short, 4, 1, 4)
+    assert [len(part) for part in share] == [0, 0, 0, 3]
 
 
 def test_as_drawn():

@@ -23,7 +23,7 @@ ADAPTERS = {"scsdpo.trl": "trl", "scsdpo.verl": "verl", "scsdpo.head": "transfor
 class Block(NamedTuple):
     page: Path
     section: str
-    line: int  # of its first line of code, from 1
+    line: int  # its first line of code, from 1
     code: str
 
 
@@ -126,6 +126,7 @@ def tensors() -> dict[str, object]:
         "top_logp": torch.full(support.shape, -3.0),
         "micro_batches": torch.arange(ROLLOUTS).split(2),
         "advantages": normal(ROLLOUTS, RESPONSE),
+        "teacher_entropy": 2 * torch.rand(ROLLOUTS, RESPONSE, generator=generator),
     }
     for name in ("input_ids", "teacher_input_ids"):
         attention = torch.ones_like(given[name])
@@ -142,13 +143,6 @@ def models(folder: Path) -> dict[str, object]:
         for parameter in teacher.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     return {"model": model, "teacher": teacher, "optimizer": torch.optim.SGD(model.parameters(), lr=1e-3)}
-
-
-def columns(given: dict) -> dict[str, object]:
-    """What a trainer's dataset has."""
-    names = ("input_ids", "attention_mask", "teacher_input_ids", "teacher_attention_mask", "mask")
-    found = {name: given[name].tolist() for name in names}
-    return {**found, "question_weight": [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5]}
 
 
 def batch_of_sdpos_fork(given: dict) -> SimpleNamespace:
@@ -218,9 +212,6 @@ def test_blocks_run(section, request, tmp_path, monkeypatch):
         names |= models(request.getfixturevalue("saved"))
     if "scsdpo.trl" in modules:
         names |= for_trl(monkeypatch)
-    elif re.search(r"\bdataset\b", used):
-        datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-        names["dataset"] = datasets.Dataset.from_dict(columns(names))
     if re.search(r"\bbatch\b", used):
         names["batch"] = batch_of_sdpos_fork(names)
     if any(module.startswith("torch.distributed") for module in modules):
@@ -233,36 +224,6 @@ def test_blocks_run(section, request, tmp_path, monkeypatch):
     for name in ("loss", "weight"):
         if isinstance(names.get(name), torch.Tensor):
             assert names[name].isfinite().all(), name
-
-
-def trained(tmp_path, saved, **options) -> list[torch.Tensor]:
-    """Parameters after one optimiser step of the recipe in docs/trainers.md."""
-    from datasets import Dataset
-    from transformers import TrainingArguments
-
-    names: dict = {}
-    (recipe,) = (block.code for block in blocks(ROOT / "docs" / "trainers.md") if "(Trainer)" in block.code)
-    exec(recipe, names)
-    given, around = tensors(), models(saved)
-    given["mask"] = torch.ones_like(given["mask"])  # a mean over micro-batches is then the mean over the step
-    data = Dataset.from_dict({**columns(given), "labels": given["input_ids"].tolist()})
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant",
-        max_grad_norm=0, report_to="none", use_cpu=True, remove_unused_columns=False, save_strategy="no",
-        disable_tqdm=True, train_sampling_strategy="sequential", **options,
-    )  # fmt: skip
-    trainer = names["DistillationTrainer"](around["model"], arguments, train_dataset=data, teacher=around["teacher"])
-    trainer.train()
-    return [x.detach() for x in around["model"].parameters()]
-
-
-def test_the_trainer_recipe_accumulates_gradients_with_labels_too(tmp_path, saved):
-    """Trainer leaves the division to the loss where a model's forward takes keywords and the data has labels."""
-    pytest.importorskip("datasets", reason="datasets is not installed")
-    at_once = trained(tmp_path, saved, per_device_train_batch_size=8)
-    accumulated = trained(tmp_path, saved, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    for a, b in zip(at_once, accumulated, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 # What the pages say and show.

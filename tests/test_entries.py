@@ -27,7 +27,7 @@ def entry(tmp_path_factory):
     return module.entry_of
 
 
-def exact_entry(p, d, beta):
+def exact_entry(p, d, beta, divergence="jensen_shannon"):
     """(divergence, score, slope) in long double, of q = p e^d."""
     p, d, beta = (np.longdouble(x) for x in (p, d, beta))
     above = np.expm1(d)  # q / p - 1
@@ -36,28 +36,48 @@ def exact_entry(p, d, beta):
     if beta == 1:
         return p * (above - d), -d, p * -d
     a = np.log1p(beta * above)
+    if divergence == "jeffreys":
+        reverse = p * (above - d)
+        return (1 - beta) * p * (np.exp(d) * d - above) + beta * reverse, -d, -p * ((1 - beta) * above + beta * d)
+    if divergence == "skewed_forward":
+        b = np.log1p((1 - beta) * np.expm1(-d))  # log(m / q)
+        score = -above / (1 + beta * above)
+        return p * np.exp(d) * ((1 - beta) * np.expm1(-d) - b), score, p * score
+    if divergence == "skewed_reverse":
+        score = (1 - beta) * beta * above / (1 + beta * above) - a
+        return p * (beta * above - a), score, p * score
     return p * (beta * np.exp(d) * d - (1 + beta * above) * a), -a, p * -a
 
 
 DISTANCES = [0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 0.999, 1.001, 2, 3.9, 4.1, 10, 19, 21, 40, 80]
 
 
+CURVATURES = {  # of a divergence at d = 0, as of β
+    "jensen_shannon": lambda beta: beta * (1 - beta),
+    "jeffreys": lambda beta: 1,
+    "skewed_forward": lambda beta: (1 - beta) ** 2,
+    "skewed_reverse": lambda beta: beta**2,
+}
+
+
 @pytest.mark.parametrize("beta", [0, 1e-6, 1e-3, 0.1, 0.5, 0.7, 0.999, 1 - 1e-6, 1])
-def test_an_entry_against_long_double(entry, beta):
-    """To 6e-6 relative over the grid of p and d = log(q / p), and never negative."""
-    for p in (1e-37, 1e-20, 1e-7, 1e-3, 0.4, 1.0):
-        for d in (x for size in DISTANCES for x in (size, -size)):
-            p, d = np.float32(p), np.float32(d)
-            q = np.longdouble(p) * np.exp(np.longdouble(d))
-            if q > 1.0001 or 0 < q < 1.2e-38:
-                continue
-            got = entry(p, np.float32(q), d, beta)
-            expected = exact_entry(p, d, beta)
-            if 0 < abs(d) < 1e-3:  # where long double cancels: p d²/2 times both shares
-                expected = ((beta * (1 - beta) if 0 < beta < 1 else 1) * p * np.longdouble(d) ** 2 / 2, *expected[1:])
-            assert got[0] >= 0
-            for value, want in zip(got, expected, strict=True):
-                assert abs(value - want) <= 6e-6 * abs(want) + 1e-38, (p, d, got, expected)
+@pytest.mark.parametrize("p", [1e-37, 1e-20, 1e-7, 1e-3, 0.4, 1.0])
+@pytest.mark.parametrize("divergence", CURVATURES)
+def test_an_entry_against_long_double(entry, beta, p, divergence):
+    """To 6e-6 relative for every d = log(q / p), and never negative."""
+    for d in (x for size in DISTANCES for x in (size, -size)):
+        p, d = np.float32(p), np.float32(d)
+        q = np.longdouble(p) * np.exp(np.longdouble(d))
+        if q > 1.0001 or 0 < q < 1.2e-38:
+            continue
+        got = entry(p, np.float32(q), d, beta, divergence)
+        expected = exact_entry(p, d, beta, divergence)
+        if 0 < abs(d) < 1e-3:  # where long double cancels: p d²/2 times both shares
+            curvature = CURVATURES[divergence](beta) if 0 < beta < 1 else 1
+            expected = (curvature * p * np.longdouble(d) ** 2 / 2, *expected[1:])
+        assert got[0] >= 0
+        for value, want in zip(got, expected, strict=True):
+            assert abs(value - want) <= 6e-6 * abs(want) + 1e-38, (p, d, got, expected)
 
 
 @pytest.mark.parametrize("beta", [0, 1e-3, 0.5, 0.9, 1])

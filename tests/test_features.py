@@ -34,6 +34,7 @@ class Feature(NamedTuple):
     options: dict = {}  # noqa: RUF012 of linear_divergence
     head: dict = {}  # noqa: RUF012 what the student's Head has beside its weight, and so the teacher's
     per_token: bool = False
+    more_rows: int = 0  # the student's head has than the teacher's
 
 
 def _features() -> dict[str, Feature]:
@@ -47,6 +48,9 @@ def _features() -> dict[str, Feature]:
     target = {"target_ids": ids, "old_logp": torch.full((ROWS,), -4.0)}
     return {
         "KL and Jensen-Shannon divergences, `beta`, `temperature`": Feature({"temperature": 0.8}),
+        '`divergence="jeffreys"`': Feature({"divergence": "jeffreys", "beta": 0.4}),
+        '`divergence="skewed_forward"`, `"skewed_reverse"`': Feature({"divergence": "skewed_forward", "beta": 0.4}),
+        "`beta` of each token": Feature({"beta": torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0])}),
         "`token_weight`, tokens of weight 0 left out": Feature({"token_weight": weights}),
         "`target_ids`, `old_logp`, `importance_clip`": Feature({**target, "importance_clip": 1.5}),
         "`policy=PolicyGradient(...)`": Feature({**target, "policy": PolicyGradient(weights + 0.5)}),
@@ -60,6 +64,7 @@ def _features() -> dict[str, Feature]:
         "`Head(softcap=...)`": Feature(head={"softcap": 3.0}),
         "`Head(logit_scale=...)`": Feature(head={"logit_scale": 0.4}),
         "`Head(lora=...)`": Feature(head={"lora": LoRA(*lora)}),
+        "`shared_prefix`": Feature({"shared_prefix": True, "target_ids": ids % 60}, more_rows=7),
     }
 
 
@@ -74,7 +79,7 @@ COLUMNS = {  # schedule, device
 def gradients(feature: Feature, beta: float, schedule: str, device: str, dtype: torch.dtype) -> list[Tensor]:
     """The loss and all gradients of one call."""
     hidden, weight, teacher, _ = problem((ROWS,), WIDTH, VOCABULARY, 0.5)
-    options = tree_map_only(Tensor, lambda x: x.to(device), feature.options) | {"beta": beta, "schedule": schedule}
+    options = tree_map_only(Tensor, lambda x: x.to(device), {**feature.options, "beta": beta, "schedule": schedule})
     inputs: list[Tensor] = []
 
     def differentiable(x: Tensor) -> Tensor:
@@ -84,16 +89,17 @@ def gradients(feature: Feature, beta: float, schedule: str, device: str, dtype: 
     hidden = differentiable(hidden)
     head = Head(*tree_map_only(Tensor, differentiable, Head(weight, **feature.head)))
     given = None if isinstance(options.get("support"), TopLogprobs) else teacher.to(device, dtype)
+    other = weight[: -feature.more_rows].to(device, dtype) if feature.more_rows else None
     if feature.per_token:
-        loss = linear_divergence_per_token(hidden, head, given, **options).square().sum()
+        loss = linear_divergence_per_token(hidden, head, given, other, **options).square().sum()
     else:
-        loss = linear_divergence(hidden, head, given, **options).loss
+        loss = linear_divergence(hidden, head, given, other, **options).loss
     return [x.detach().double().cpu() for x in (loss, *torch.autograd.grad(loss, inputs))]
 
 
 def check(feature: Feature, schedule: str, device: str) -> None:
     """The gradients are the reference's in float64."""
-    for beta in {feature.options["beta"]} if "beta" in feature.options else {0.0, 0.5, 1.0}:
+    for beta in (feature.options["beta"],) if "beta" in feature.options else (0.0, 0.5, 1.0):
         exact = gradients(feature, beta, "reference", "cpu", torch.double)
         got = gradients(feature, beta, schedule, device, torch.float32)
         for x, y in zip(got, exact, strict=True):

@@ -38,23 +38,21 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, layout: str) -> torch.Te
 
 @pytest.mark.parametrize("instruction_set", native.instruction_sets())
 @pytest.mark.parametrize("left_dtype, right_dtype", [*zip(DTYPES, DTYPES, strict=True), *DTYPES_OF_GRADIENTS])
+@pytest.mark.parametrize(
+    "left_layout, right_layout",
+    [("rows", "rows"), ("rows", "transposed"), ("transposed", "rows"), ("strided", "strided")],
+)
 @pytest.mark.parametrize("rows, depth, columns", SHAPES)
-def test_is_torchs_product(instruction_set, left_dtype, right_dtype, rows, depth, columns):
+def test_is_torchs_product(instruction_set, left_dtype, right_dtype, left_layout, right_layout, rows, depth, columns):
     torch.manual_seed(0)
-    for left_layout, right_layout in (
-        ("rows", "rows"),
-        ("rows", "transposed"),
-        ("transposed", "rows"),
-        ("strided", "strided"),
-    ):
-        left, right = matrix(rows, depth, left_dtype, left_layout), matrix(depth, columns, right_dtype, right_layout)
-        exact, limit = stick(left, right)
-        got = torch.full((rows, columns + 5), torch.nan)
-        native.matmul(left, right, got[:, 2:-3], instruction_set=instruction_set)
-        assert ((got[:, 2:-3] - exact).abs() <= limit).all()
-        native.matmul(left, right, got[:, 2:-3], add=True, instruction_set=instruction_set)
-        assert ((got[:, 2:-3] - 2 * exact).abs() <= 2 * limit).all()
-        assert got[:, :2].isnan().all() and got[:, -3:].isnan().all()
+    left, right = matrix(rows, depth, left_dtype, left_layout), matrix(depth, columns, right_dtype, right_layout)
+    exact, limit = stick(left, right)
+    got = torch.full((rows, columns + 5), torch.nan)
+    native.matmul(left, right, got[:, 2:-3], instruction_set=instruction_set)
+    assert ((got[:, 2:-3] - exact).abs() <= limit).all()
+    native.matmul(left, right, got[:, 2:-3], add=True, instruction_set=instruction_set)
+    assert ((got[:, 2:-3] - 2 * exact).abs() <= 2 * limit).all()
+    assert got[:, :2].isnan().all() and got[:, -3:].isnan().all()
 
 
 @pytest.mark.parametrize("rows, depth, columns", SHAPES)
@@ -72,19 +70,16 @@ def test_bf16_with_its_instructions(rows, depth, columns):
 
 @pytest.mark.parametrize("instruction_set", [*native.instruction_sets(), None])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_entry_has_the_same_bits_whatever_stands_beside_it(instruction_set, dtype):
+@pytest.mark.parametrize("rows, columns", [((0, 1), (0, 170)), ((7, 33), (99, 131)), ((89, 90), (169, 170))])
+def test_an_entry_has_the_same_bits_whatever_stands_beside_it(instruction_set, dtype, rows, columns):
     torch.manual_seed(0)
     left, right = matrix(90, 1500, dtype, "rows"), matrix(1500, 170, dtype, "transposed")
     whole = torch.empty(90, 170)
     native.matmul(left, right, whole, instruction_set=instruction_set)
-    for rows, columns in (
-        (slice(0, 1), slice(0, 170)),
-        (slice(7, 33), slice(99, 131)),
-        (slice(89, 90), slice(169, 170)),
-    ):
-        part = torch.empty_like(whole[rows, columns])
-        native.matmul(left[rows], right[:, columns], part, instruction_set=instruction_set)
-        assert torch.equal(part, whole[rows, columns])
+    rows, columns = slice(*rows), slice(*columns)
+    part = torch.empty_like(whole[rows, columns])
+    native.matmul(left[rows], right[:, columns], part, instruction_set=instruction_set)
+    assert torch.equal(part, whole[rows, columns])
 
 
 def test_more_threads_than_blocks():

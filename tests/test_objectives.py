@@ -366,7 +366,8 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("name", EVERYTHING)
 @pytest.mark.parametrize("kind", ["plain", "all"])
-def test_objectives_and_heads_together(kernels, name, kind):
+@pytest.mark.parametrize("schedule", ["chunked", "reference"])
+def test_objectives_and_heads_together(kernels, schedule, name, kind):
     """Per token, with an importance ratio, through a softcap, twice."""
     given = problem((2, 6), D, V, 0.5, scale=2.0, head=kind)
     options = {**EVERYTHING[name], "target_ids": torch.randint(V, (2, 6)), "old_logp": torch.randn(2, 6) - 5}
@@ -378,14 +379,14 @@ def test_objectives_and_heads_together(kernels, name, kind):
         return (torch.sin(out) * upstream).sum()
 
     exact, *exact_gradients = oracle.expected(given, lambda result: above(oracle.per_token(result)), **options)
-    for dtype, schedule in ((torch.float32, "chunked"), (torch.float64, "reference")):
-        leaves = given.to(dtype).leaves()
-        out = leaves.call(linear_divergence_per_token, **options, schedule=schedule)
-        assert out.dtype == dtype
-        first, second = (torch.autograd.grad(above(out), leaves.trained, retain_graph=True) for _ in range(2))
-        torch.testing.assert_close(second, first)
-        for got, want in zip((out, *first), (oracle.per_token(exact), *exact_gradients), strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-6)
+    dtype = torch.float32 if schedule == "chunked" else torch.float64
+    leaves = given.to(dtype).leaves()
+    out = leaves.call(linear_divergence_per_token, **options, schedule=schedule)
+    assert out.dtype == dtype
+    first, second = (torch.autograd.grad(above(out), leaves.trained, retain_graph=True) for _ in range(2))
+    torch.testing.assert_close(second, first)
+    for got, want in zip((out, *first), (oracle.per_token(exact), *exact_gradients), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", EVERYTHING)

@@ -24,10 +24,17 @@ from scsdpo_kernels.schedules import chunked
 
 V, D = 307, 24
 BETAS = (0.0, 0.3, 1.0)
+SHARES = torch.tensor([[0.0, 0.3, 1.0, 0.0], [1.0, 0.5, 0.2, 1.0], [0.9, 0.0, 0.6, 1.0]])
 OBJECTIVES = {
     "forward KL": {"beta": 0.0},
     "Jensen-Shannon": {},
     "reverse KL": {"beta": 1.0},
+    "Jeffreys": {"divergence": "jeffreys", "beta": 0.3},
+    "skewed forward KL": {"divergence": "skewed_forward", "beta": 0.3},
+    "skewed reverse KL": {"divergence": "skewed_reverse", "beta": 0.3},
+    "Jensen-Shannon, beta of each token": {"beta": SHARES},
+    "Jeffreys, beta of each token": {"divergence": "jeffreys", "beta": SHARES},
+    "TopK, beta of each token": {"support": TopK(11), "beta": SHARES},
     "entry_clip": {"entry_clip": 0.02, "beta": 0.0},
     "TopK": {"support": TopK(11)},
     "TopK, renormalize": {"support": TopK(11, "renormalize")},
@@ -54,6 +61,10 @@ def kernels(request, monkeypatch):
 # Rows.
 
 TEMPERATURE, SOFTCAP = 0.75, 9.0
+ROW_OBJECTIVES = (
+    {"beta": 0.0}, {"beta": 0.4}, {"beta": 1.0}, {"beta": 0.0, "entry_clip": 0.05},
+    *({"beta": 0.4, "divergence": name} for name in ("jeffreys", "skewed_forward", "skewed_reverse")),
+)  # fmt: skip
 
 
 def row_problem(case, vocabulary, rows=6):
@@ -71,7 +82,7 @@ def row_problem(case, vocabulary, rows=6):
     return student, teacher, target
 
 
-def exact_rows(student, teacher, target, beta, entry_clip, weight, policy, softcap, dtype=torch.float64):
+def exact_rows(student, teacher, target, objective, weight, policy, softcap, dtype=torch.float64):
     """Value and gradient in PyTorch's own arithmetic."""
     z = student.to(dtype).clone().requires_grad_()
     logp = torch.log_softmax(z / TEMPERATURE, -1)
@@ -79,7 +90,7 @@ def exact_rows(student, teacher, target, beta, entry_clip, weight, policy, softc
     losses, clipped = oracle._policy(policy._replace(advantages=policy.advantages.to(dtype)), logp_y, None)
     (gradient,) = torch.autograd.grad((policy.coefficient * losses).sum(), z)
     if dtype == torch.float64:
-        of = oracle.rows(student, teacher, beta, TEMPERATURE, entry_clip)
+        of = oracle.rows(student, teacher, temperature=TEMPERATURE, **objective)
         gradient = gradient + weight[:, None] * torch.from_numpy(of.gradient.astype(float))
     if softcap:
         gradient = gradient * (1 - (student.to(dtype) / softcap) ** 2)
@@ -87,10 +98,10 @@ def exact_rows(student, teacher, target, beta, entry_clip, weight, policy, softc
 
 
 @every_kernel
-@pytest.mark.parametrize("beta, entry_clip", [(0.0, None), (0.4, None), (1.0, None), (0.0, 0.05)])
+@pytest.mark.parametrize("objective", ROW_OBJECTIVES, ids=str)
 @pytest.mark.parametrize("case", ["plain", "near", "peaked", "forbidden", "softcap"])
 @pytest.mark.parametrize("alone", [False, True], ids=["with a divergence", "alone"])
-def test_rows(kernel, beta, entry_clip, case, alone):
+def test_rows(kernel, objective, case, alone):
     """Values and gradients as near to float64 as three times PyTorch's own in fp32, and the divergence's contract."""
     for vocabulary in (17, 1021):
         student, teacher, target = row_problem(case, vocabulary)
@@ -100,9 +111,9 @@ def test_rows(kernel, beta, entry_clip, case, alone):
         coefficient = torch.linspace(-1, 2, rows)
         weight = torch.zeros(rows) if alone else torch.linspace(1, -1, rows)
         given = PolicyGradient(advantages, coefficient=coefficient, ratio=ratio, clip_low=0.3, clip_high=0.1)
-        losses, clipped, gradient = exact_rows(student, teacher, target, beta, entry_clip, weight, given, softcap)
-        *_, stick = exact_rows(student, teacher, target, beta, entry_clip, weight, given, softcap, torch.float32)
-        *_, own = exact_rows(student, teacher, target, beta, entry_clip, torch.zeros(rows), given, softcap)
+        losses, clipped, gradient = exact_rows(student, teacher, target, objective, weight, given, softcap)
+        *_, stick = exact_rows(student, teacher, target, objective, weight, given, softcap, torch.float32)
+        *_, own = exact_rows(student, teacher, target, objective, torch.zeros(rows), given, softcap)
         assert clipped.any() and not clipped.all()
         device = device_of(kernel)
         row_policy = RowPolicy(*(x.to(device) for x in (advantages, coefficient, ratio)), 0.7, 1.1)
@@ -110,7 +121,7 @@ def test_rows(kernel, beta, entry_clip, case, alone):
         for dtype in (torch.float32, torch.bfloat16):
             out = torch.full(student.shape, torch.nan, dtype=dtype, device=device)
             logits = Logits(student.to(device), teacher.to(device), False, softcap)
-            scalars = call(kernel, logits, per_row, objective_of(beta, TEMPERATURE, entry_clip or 0.0), out)
+            scalars = call(kernel, logits, per_row, objective_of(temperature=TEMPERATURE, **objective), out)
             torch.testing.assert_close(scalars.policy_loss.double(), losses, rtol=2e-7, atol=0)
             assert torch.equal(scalars.policy_clipped.double(), clipped)
             error = (out.double().cpu() - gradient).norm(dim=1)
@@ -233,7 +244,7 @@ def test_per_token(kernels, name, schedule):
         return (torch.sin(out) * upstream).sum()
 
     def expected(result):
-        return oracle.per_token(result) + coefficient * result.policy_loss
+        return oracle.per_token(result, policy)
 
     got = given.run(linear_divergence_per_token, above, **options, policy=policy, schedule=schedule)
     exact = oracle.expected(given, lambda result: above(expected(result)), **options, policy=policy)
@@ -264,6 +275,42 @@ def test_ids_of_a_server_are_looked_at_where_there_is_a_weight(kernels):
     ids[1], ids[2], logp[1] = 10**6, 7, torch.nan
     garbage = given.run(**options, support=TopLogprobs(ids, logp))
     torch.testing.assert_close(garbage[1:], plain[1:], rtol=1e-5, atol=1e-6)
+
+
+def test_a_beta_is_looked_at_where_there_is_a_weight(kernels):
+    """Of a token with an advantage alone it may be anything, and it is the divergence's where it is one."""
+    given = problem(4, D, V, 0.4)
+    options = {"target_ids": torch.arange(4), "token_weight": torch.tensor([1.0, 0.0, 0.0, 2.0]),
+               "policy": PolicyGradient(torch.tensor([1.0, -1.0, 2.0, 0.5]))}  # fmt: skip
+    beta = torch.tensor([0.0, 0.3, 1.0, 0.7])
+    plain, exact = given.run(**options, beta=beta), oracle.expected(given, **options, beta=beta)
+    assert_near(plain, exact)
+    torch.testing.assert_close(plain[0].divergence.double(), exact[0].divergence, rtol=1e-5, atol=1e-7)
+    beta[1], beta[2] = torch.nan, -3.0
+    garbage = given.run(**options, beta=beta)
+    torch.testing.assert_close(garbage[1:], plain[1:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(garbage[0].loss, plain[0].loss, rtol=1e-5, atol=1e-6)
+    beta[0] = torch.nan
+    with pytest.raises(ValueError, match=r"beta: expected numbers in \[0, 1\]"):
+        given.call(**options, beta=beta)
+
+
+@of_every_objective
+@pytest.mark.parametrize("longer", ["student", "teacher"])
+def test_heads_that_share_a_prefix(kernels, name, longer):
+    """The longer head's further tokens have none of the policy's probability, and no gradient."""
+    given, options, advantages = given_and_options(name)
+    shorter, further = given.head, torch.cat([given.head, 9 * torch.ones(5, D)])
+    sides = (further, shorter) if longer == "student" else (shorter, further)
+    given = given.but(head=sides[0], teacher_head=sides[1])
+    options |= {"policy": PolicyGradient(advantages, coefficient=0.7), "shared_prefix": True}
+    got, exact = given.run(**options), oracle.expected(given, **options)
+    assert_near(got, exact, limit=1e-5)
+    torch.testing.assert_close(got[0].policy_loss.double(), exact[0].policy_loss, rtol=2e-5, atol=2e-6)
+    assert (got[2][V:] == 0).all()
+    outside = options["target_ids"].index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(V))
+    with pytest.raises(ValueError, match="the prefix that both heads have"):
+        given.call(**options | {"target_ids": outside})
 
 
 def test_tokens_without_weight_and_advantage_are_not_computed(monkeypatch):

@@ -10,7 +10,7 @@ from problems import Problem, problem
 
 SEEDS = st.integers(0, 2**31)
 BETAS = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0.01, 0.99))
-EXPONENTS = st.floats(-5, 1)  # of ten: the distance between student and teacher
+EXPONENTS = st.floats(-5, 1)  # powers of ten: the distance between student and teacher
 PROBLEMS = st.builds(
     lambda rows, width, vocabulary, exponent, scale, seed: problem(
         rows, width=width, vocabulary=vocabulary, distance=10**exponent, scale=scale, seed=seed

@@ -1,13 +1,9 @@
-"""Question weights against a plain-Python reading of eq. 15-16, on one process and over process groups."""
+"""Question weights against a plain-Python reading of eq. 15-16."""
 
 import math
-import os
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,28 +92,33 @@ def kernel(rewards, ids, exponent=0.5, success_threshold=None):
     return question_weights_triton.question_weights(*tensors, exponent, success_threshold).cpu()
 
 
+QUESTIONS = {
+    "ids of any size": lambda count, generator: torch.randint(9, (count,), generator=generator) - 4 + 2**40,
+    "two in turn": lambda count, generator: torch.arange(count) % 2,
+    "one rollout each": lambda count, generator: torch.arange(count),
+}
+
+
+@pytest.mark.parametrize("questions", QUESTIONS)
 @pytest.mark.parametrize("count", [0, 1, 2, 63, 64, 65, 200])
 @pytest.mark.parametrize("exponent, threshold", [(0.5, None), (1.0, None), (0.25, 0.5), (0.0, 1.0)])
-def test_the_kernel_equals_the_definition(count, exponent, threshold):
-    """Degenerate questions, ids of any size, questions whose rollouts lie in several blocks, one rollout a question."""
+def test_the_kernel_equals_the_definition(count, exponent, threshold, questions):
+    """Degenerate questions, and questions whose rollouts lie in several blocks."""
     generator = torch.Generator().manual_seed(count)
     rewards = torch.randint(2, (count,), generator=generator).float()
-    for ids in (
-        torch.randint(9, (count,), generator=generator) - 4 + 2**40,
-        torch.arange(count) % 2,
-        torch.arange(count),
-    ):
-        expected = question_weights(rewards, ids, exponent=exponent, success_threshold=threshold)
-        torch.testing.assert_close(kernel(rewards, ids, exponent, threshold), expected, rtol=1e-6, atol=0)
+    ids = QUESTIONS[questions](count, generator)
+    expected = question_weights(rewards, ids, exponent=exponent, success_threshold=threshold)
+    torch.testing.assert_close(kernel(rewards, ids, exponent, threshold), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.float64])
-def test_the_kernels_thresholds_are_compared_as_torch_compares(dtype):
+@pytest.mark.parametrize("threshold", ["a reward", 0.3, 0.1, 5])
+def test_the_kernels_thresholds_are_compared_as_torch_compares(dtype, threshold):
     rewards = (torch.tensor([0.1, 0.3, 0.7, 0.9]) * (10 if not dtype.is_floating_point else 1)).to(dtype)
     ids = torch.zeros(4, dtype=torch.int32)
-    for threshold in (rewards[1].item(), 0.3, 0.1, 5):
-        expected = question_weights(rewards, ids, success_threshold=threshold)
-        assert torch.equal(kernel(rewards, ids, 0.5, threshold), expected)
+    threshold = rewards[1].item() if threshold == "a reward" else threshold
+    expected = question_weights(rewards, ids, success_threshold=threshold)
+    assert torch.equal(kernel(rewards, ids, 0.5, threshold), expected)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, -0.5, 1.5])
@@ -155,32 +156,3 @@ ZEROS = torch.zeros(2, dtype=torch.long)
 def test_bad_input_names_the_argument(match, error, rewards, ids, options):
     with pytest.raises(error, match=match):
         question_weights(rewards, ids, **options)
-
-
-def batch():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 2, (24,), generator=generator).float(), torch.randint(0, 5, (24,), generator=generator)
-
-
-def weights_of_rank(rank, world, splits, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    rewards, ids = batch()
-    for number, split in enumerate(splits):
-        own = slice(sum(split[:rank]), sum(split[: rank + 1]))
-        torch.save(question_weights(rewards[own], ids[own], group=dist.group.WORLD), f"{folder}/{number}-{rank}")
-    dist.destroy_process_group()
-
-
-def test_any_split_over_ranks_gives_the_same_bits(tmp_path):
-    """Questions straddle ranks, and one rank has no rollout at all."""
-    world, splits = 3, [(8, 8, 8), (1, 20, 3), (24, 0, 0), (0, 11, 13)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(weights_of_rank, (world, splits, port, str(tmp_path)), nprocs=world)
-    expected = question_weights(*batch())
-    for number in range(len(splits)):
-        parts = [torch.load(tmp_path / f"{number}-{rank}") for rank in range(world)]
-        assert tuple(map(len, parts)) == splits[number]
-        assert torch.equal(torch.cat(parts), expected)

@@ -45,7 +45,8 @@ def device_of(kernel):
 
 
 def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gradient="float32", difference=False,
-        kernel=INSTRUCTION_SETS[-1], old_logp=None, importance_clip=2.0, entry_clip=0.0, softcap=0.0):  # fmt: skip
+        kernel=INSTRUCTION_SETS[-1], old_logp=None, importance_clip=2.0, entry_clip=0.0, softcap=0.0,
+        divergence="jensen_shannon"):  # fmt: skip
     """Scalars and the gradient, from logits that stay as they are."""
     device = device_of(kernel)
     weight = torch.ones(len(student)) if weight is None else weight
@@ -60,7 +61,8 @@ def run(student, teacher, beta, *, temperature=1.0, weight=None, target=None, gr
     if gradient is not None:
         out = torch.full_like(student, torch.nan, dtype=getattr(torch, gradient))
     given = Logits(student, teacher, difference, softcap), PerRow(weight, target, old_logp, importance_clip)
-    scalars = call(kernel, *given, objective_of(beta, temperature, entry_clip), out)
+    beta = beta.to(device) if isinstance(beta, torch.Tensor) else beta
+    scalars = call(kernel, *given, objective_of(beta, temperature, entry_clip, divergence), out)
     return scalars, None if out is None else out.cpu()
 
 

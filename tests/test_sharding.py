@@ -3,16 +3,12 @@
 import copy
 import math
 import os
-import time
-import traceback
-import uuid
-from datetime import timedelta
-from multiprocessing.connection import wait
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from oracle import between
+from ranks import Ranks
 from torch import nn
 
 pytest.importorskip("transformers", reason="transformers: pip install '.[demo]'")
@@ -26,10 +22,9 @@ from scsdpo_kernels import Head, linear_divergence, question_weights
 
 WORLD, ROLLOUTS, TOKENS, BETA = 2, 6, 5, 0.3
 VOCABULARY = 101  # odd: shards of 51 and 50 rows
-SCALE = 20  # of the loss, for gradients between 0.1 and 1
+SCALE = 20  # multiplies the loss: gradients are between 0.1 and 1
 TOLERANCE = 2e-6  # absolute
 ENDS = ("model.embed_tokens.weight", "lm_head.weight")  # the last and the first to get a gradient
-SECONDS = 60  # after which a rank that has not answered waits for the other
 
 
 def tiny(seed: int, *, tied: bool = False, bias: bool = False, width: int = 32) -> Qwen3ForCausalLM:
@@ -135,10 +130,8 @@ def expected_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, torch
     with torch.no_grad():
         log_q = log_softmax(teacher, "teacher")
     log_p = log_softmax(student, "student")
-    log_m = torch.logaddexp(log_p + math.log(1 - BETA), log_q + math.log(BETA))
-    divergence = (1 - BETA) * log_p.exp() * (log_p - log_m) + BETA * log_q.exp() * (log_q - log_m)
     mask = batch["mask"].double()
-    return (batch["weight"].double()[:, None] * mask * divergence.sum(-1)).sum() / mask.sum()
+    return (batch["weight"].double()[:, None] * mask * between(log_p, log_q, BETA)).sum() / mask.sum()
 
 
 def doubled(student: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -295,67 +288,9 @@ def agrees(results: list[dict]) -> None:
         assert all(size > 0.1 for name, size in result["sizes"].items() if name in ENDS), result["sizes"]
 
 
-# Two processes that stay, since starting takes longer than a step.
-
-
-def serve(rank: int, rendezvous: str, pipe) -> None:
-    torch.set_num_threads(1)
-    timeout = timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD, timeout=timeout)
-    while (task := pipe.recv()) is not None:
-        case, arguments = task
-        try:
-            pipe.send((case(**arguments), None))
-        except Exception:
-            pipe.send((None, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
-class Ranks:
-    """Runs a function of this module in both processes; returns what rank 0 and rank 1 have returned."""
-
-    def __init__(self, folder):
-        self.folder, self.processes, self.pipes = folder, [], []
-
-    def start(self) -> None:
-        context, rendezvous = mp.get_context("spawn"), f"file://{self.folder}/{uuid.uuid4().hex}"
-        for rank in range(WORLD):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(rank, rendezvous, theirs), daemon=True)
-            process.start()
-            self.processes.append(process)
-            self.pipes.append(ours)
-
-    def __call__(self, case, **arguments) -> list:
-        if not self.processes:
-            self.start()
-        for pipe in self.pipes:
-            pipe.send((case, arguments))
-        answers, deadline = {}, time.monotonic() + SECONDS
-        while len(answers) < WORLD:
-            missing = [pipe for pipe in self.pipes if pipe not in answers]
-            for pipe in wait(missing, max(0, deadline - time.monotonic())):
-                answers[pipe], error = pipe.recv()
-                if error is not None:
-                    self.stop()  # the other rank may wait for this one
-                    raise RuntimeError(f"rank {missing.index(pipe)}:\n{error}")
-            if time.monotonic() > deadline:
-                self.stop()
-                raise TimeoutError(
-                    f"{WORLD - len(answers)} of {WORLD} ranks have not answered: one waits for the other"
-                )
-        return [answers[pipe] for pipe in self.pipes]
-
-    def stop(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.processes, self.pipes = [], []
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    ranks = Ranks(tmp_path_factory.mktemp("rendezvous"))
+    ranks = Ranks(tmp_path_factory.mktemp("rendezvous"), WORLD)
     yield ranks
     ranks.stop()
 
@@ -364,7 +299,7 @@ def ranks(tmp_path_factory):
 def ranks_with_deepspeed(tmp_path_factory):
     """Processes of its own: importing DeepSpeed changes torch."""
     pytest.importorskip("deepspeed", reason="deepspeed: pip install deepspeed")
-    ranks = Ranks(tmp_path_factory.mktemp("rendezvous"))
+    ranks = Ranks(tmp_path_factory.mktemp("rendezvous"), WORLD)
     yield ranks
     ranks.stop()
 

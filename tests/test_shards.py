@@ -1,27 +1,22 @@
-"""A vocabulary spread over processes: real process groups against the unsharded operator in one process.
+"""A vocabulary spread over processes: real process groups against the oracle, which sees all of it."""
 
-On gloo, and under `-m gpu` on NCCL where there are as many GPUs as processes. All cases of a number of processes run in
-one group; each is a test of its own afterwards.
-"""
+import functools
+from typing import Any, NamedTuple
 
-import itertools
-import os
-import traceback
-import uuid
-from datetime import timedelta
-
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch.distributed.device_mesh import init_device_mesh
+from problems import Problem, problem
+from ranks import over
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-import scsdpo_kernels
 from scsdpo_kernels import (
     Head,
-    LoRA,
     PolicyGradient,
     SampledToken,
     TopK,
@@ -29,545 +24,466 @@ from scsdpo_kernels import (
     VocabShard,
     linear_divergence,
     linear_divergence_per_token,
-    question_weights,
-    scsdpo_loss,
-    step_denominator,
 )
 from scsdpo_kernels.schedules import chunked
 
-VOCABULARY, WIDTH, ROWS = 67, 16, 37
+V, D, ROWS, OWN_WIDTH = 67, 16, 37, 12
 # Where the parts end: uneven, one entry, none.
-CUTS = {1: (67,), 2: (50, 67), 3: (10, 10, 67), 4: (1, 30, 67, 67)}
-FIELDS = ("divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp", "importance_ratio",
-          "policy_loss", "policy_clipped")  # fmt: skip
+ENDS = {1: (67,), 2: (50, 67), 3: (10, 10, 67), 4: (1, 30, 67, 67)}
 
 
 class Process:
-    """One of the group: its rank, its device, its part of the vocabulary."""
+    """One of a group: its rank, its device, its part of the vocabulary."""
 
-    def __init__(self, rank: int, world: int, backend: str):
-        self.rank, self.world = rank, world
-        self.device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", rank)
-        ends = (0, *CUTS[world])
-        self.start, self.stop = ends[rank], ends[rank + 1]
+    def __init__(self, group: dist.ProcessGroup, ends: tuple[int, ...] | None = None):
+        self.group, self.device = group, torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.start, self.stop = (0, *(ends or ENDS[self.world]))[self.rank : self.rank + 2]
 
     def shard(self, **options) -> VocabShard:
-        return VocabShard(self.start, self.stop, check=True, **options)
+        group = None if self.world == dist.get_world_size() else self.group  # None: all processes
+        return VocabShard(self.start, self.stop, group, check=True, **options)
 
-    def part(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach()[self.start : self.stop].clone().to(self.device)
+    def here(self, tree: Any, tokens: slice = slice(None)) -> Any:
+        """These tokens of it on the device."""
+        return tree_map_only(Tensor, lambda x: x[tokens].to(self.device), tree)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """This process's part of what has a row for each entry, on the device; all of anything else."""
+        return (tensor[self.start : self.stop] if len(tensor) == V else tensor).to(self.device)
+
+    def part(self, given: Problem, tokens: slice = slice(None), padding: int = 0) -> Problem:
+        """This process's part of a problem, with so many rows behind each of the heads' own."""
+
+        @functools.cache  # what both sides have stays one tensor
+        def own(x: Tensor) -> Tensor:
+            part = self.cut(x)
+            more = padding if len(x) == V else 0
+            return torch.cat([part, part.new_full((more, *x.shape[1:]), 9.0)]) if more else part
+
+        head, teacher_head = tree_map_only(Tensor, own, (given.head, given.teacher_head))
+        hidden, teacher, weight = self.here((given.hidden, given.teacher, given.token_weight), tokens)
+        return Problem(hidden, head, teacher, teacher_head, weight)
+
+    def assert_exact(self, got, exact, tokens=slice(None), padding=0, limit=2e-5, floor=2e-6, rounding=None) -> None:
+        """A result in every field and its gradients, none of them of padding. rounding: the gradients' limit."""
+        (result, *gradients), (expected, *exact_gradients) = got, exact
+        if isinstance(result, Tensor):
+            result, expected = (result,), (expected,)
+        for name, x, y in zip(getattr(result, "_fields", ["per token"]), result, expected, strict=True):
+            assert (x is None) == (y is None), name
+            if x is not None:
+                assert x.dtype == torch.float32, name
+                assert_near(name, x, y[tokens] if y.dim() else y, limit, floor)
+        exact_gradients[0] = exact_gradients[0][tokens]
+        for number, (x, y) in enumerate(zip(gradients, exact_gradients, strict=True)):
+            if len(y) == V:
+                y, size = y[self.start : self.stop], self.stop - self.start
+                assert len(x) == size + padding and (x[size:] == 0).all(), f"gradient {number} of padding"
+                x = x[:size]
+            assert_near(f"gradient {number}", x, y, rounding or limit, floor)
 
 
-def problem(dtype=torch.float32, distance=0.5, seed=0, rows=ROWS) -> dict[str, torch.Tensor]:
-    """The same in every process."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        return scale * torch.randn(*shape, generator=generator)
-
-    student, weight = normal(rows, WIDTH), normal(VOCABULARY, WIDTH)
-    teacher = student + normal(rows, WIDTH, scale=distance)
-    token_weight = normal(rows)
-    token_weight[::3] = 0
-    return {
-        "student_hidden": student.to(dtype),
-        "student_weight": weight.to(dtype),
-        "teacher_hidden": teacher.to(dtype),
-        "teacher_weight": (weight + normal(VOCABULARY, WIDTH, scale=distance)).to(dtype),
-        "token_weight": token_weight,
-        "target_ids": torch.randint(VOCABULARY, (rows,), generator=generator),
-        "old_logp": -1 - 4 * torch.rand(rows, generator=generator),
-        "student_bias": normal(VOCABULARY),
-        "teacher_bias": normal(VOCABULARY),
-        "lora_a": normal(3, WIDTH, scale=0.3),
-        "lora_b": normal(VOCABULARY, 3, scale=0.3),
-        "support_ids": torch.rand(rows, VOCABULARY, generator=generator).argsort(1)[:, :6],
-        "support_logp": normal(rows, 6) - 4,
-        "advantages": normal(rows),
-    }
+def assert_near(name: str, got: Tensor, exact: Tensor, limit: float = 2e-5, floor: float = 2e-6) -> None:
+    """In norm; equal where it is infinite."""
+    assert got.shape == exact.shape, (name, got.shape, exact.shape)
+    got, exact = got.detach().cpu().double(), exact.double()
+    apart = torch.where(got == exact, 0.0, got - exact).norm()
+    size = torch.where(exact.isinf(), 0.0, exact).norm()
+    assert apart <= limit * size + floor, f"{name}: {apart:.3g} apart, of {size:.3g}"
 
 
-PER_VOCABULARY = ("student_weight", "teacher_weight", "student_bias", "teacher_bias", "lora_b")
-DIFFERENTIABLE = ("student_hidden", "student_weight", "student_bias", "lora_a", "lora_b")
+class Case(NamedTuple):
+    """linear_divergence on parts of a problem: near the oracle, with the same bits on every process."""
+
+    given: Problem
+    options: dict
+    limits: dict
+    per_token: bool = False
+    own_tokens: bool = False  # sequence_parallel: as many as there are, the last process none
+    padding: int = 0
+    chunks: bool = False  # several, as many on every process, however uneven the parts are
+
+    def total(self, result: Any) -> Tensor:
+        """What gradients are taken of."""
+        if not self.per_token:
+            return result.loss
+        values = result if isinstance(result, Tensor) else oracle.per_token(result, self.options.get("policy"))
+        return (values * torch.linspace(-1, 1, ROWS, device=values.device)).sum()
+
+    def check(self, process: Process) -> None:
+        ends = [ROWS * r // max(1, process.world - 1) for r in range(process.world)] + [ROWS]
+        tokens = slice(*ends[process.rank : process.rank + 2]) if self.own_tokens else slice(None)
+        options = process.here(self.options, tokens) | {"shard": process.shard(sequence_parallel=self.own_tokens)}
+        op = linear_divergence_per_token if self.per_token else linear_divergence
+        with pytest.MonkeyPatch.context() as patch:
+            if self.chunks:
+                patch.setattr(chunked, "MIN_ROWS", 2)
+                patch.setattr(chunked, "BUFFER_BYTES", dict.fromkeys(chunked.BUFFER_BYTES, 4 * V * 8))
+            got = process.part(self.given, tokens, self.padding).run(op, self.total, **options)
+        seen = got[0].loss if self.own_tokens else got[:2]
+        own = torch.cat([x.detach().flatten().float() for x in tree_leaves(seen) if x is not None])
+        every = [torch.empty_like(own) for _ in range(process.world)]
+        dist.all_gather(every, own, group=process.group)
+        exact = oracle.expected(self.given, self.total, **self.options)
+        if self.per_token:
+            exact = oracle.per_token(exact[0], self.options.get("policy")), *exact[1:]
+        process.assert_exact(got, exact, tokens, self.padding, **self.limits)
+        assert all(torch.equal(x, own) for x in every), "not the same bits on every process"
 
 
-def arguments(given: dict, *, student=None, teacher=None, tail="bucket") -> dict:
-    """The operator's, of tensors as `problem` names them. student, teacher: the numbers of their heads."""
-    given = dict(given)
-    lora = LoRA(given.pop("lora_a"), given.pop("lora_b"), 0.7) if "lora_a" in given else None
-    head = Head(given.pop("student_weight"), given.pop("student_bias", None), lora, **(student or {}))
-    given["student_head"] = head
-    bias = given.pop("teacher_bias", None)
-    if "teacher_weight" in given:
-        given["teacher_head"] = Head(given.pop("teacher_weight"), bias, **(teacher or {}))
-    elif bias is not None:
-        given["teacher_head"] = head._replace(bias=bias)
-    if "advantages" in given:
-        given["policy"] = PolicyGradient(given.pop("advantages"), clip_high=0.3, coefficient=0.7)
-    if "support_ids" in given:
-        given["support"] = TopLogprobs(given.pop("support_ids"), given.pop("support_logp"), tail)
+def sides(own: bool = False, distance: float = 2.0, rows: int = ROWS, **kinds) -> Problem:
+    """Logits of ±4, and weights of either sign, of which a third are 0; own: a teacher with a head of its own."""
+    width = OWN_WIDTH if own else None
+    given = problem(rows, D, V, distance, scale=4.0, teacher_width=width, weighted=True, **kinds)
+    given.token_weight[::3] = 0
     return given
 
 
-def run(given: dict, op=linear_divergence, upstream=None, *, student=None, teacher=None, tail="bucket", **options):
-    """Result and gradients of what is differentiable."""
-    given = {name: x.clone() for name, x in given.items()}
-    leaves = {name: given[name].requires_grad_() for name in DIFFERENTIABLE if name in given}
-    result = op(**arguments(given, student=student, teacher=teacher, tail=tail), **options)
-    loss = result.loss if upstream is None else (result * upstream).sum()
-    loss.backward()
-    return result, {name: leaf.grad for name, leaf in leaves.items()}
+def case(given: Problem | None = None, limits: dict | None = None, **more) -> Case:
+    """With what is no field of a case among the operator's options."""
+    options = {name: more.pop(name) for name in list(more) if name not in Case._fields}
+    return Case(sides() if given is None else given, options, limits or {}, **more)
 
 
-def compare(process: Process, names: tuple[str, ...], *, share=2e-5, floor=2e-6, given=None, op=None, **options):
-    """The operator on parts beside the whole one, and the same bits on every process."""
-    given = {name: x for name, x in (given or problem()).items() if name in names}
-    device = process.device
-    whole = {name: x.to(device) for name, x in given.items()}
-    parts = {name: process.part(x) if name in PER_VOCABULARY else x.to(device) for name, x in given.items()}
-    more = {} if op is None else {"op": op, "upstream": torch.linspace(-1, 1, ROWS, device=device)}
-    expected, exact = run(whole, **more, **options)
-    got, gradients = run(parts, **more, **options, shard=process.shard())
-
-    def close(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        assert a.shape == b.shape and a.dtype == b.dtype, name
-        apart = torch.where(a == b, 0.0, a.double() - b.double())
-        size = torch.where(b.isinf(), 0.0, b.double()).norm()
-        assert apart.norm() <= share * size + floor, (name, apart.norm().item(), size.item())
-
-    if op is None:
-        for name in ("loss", *FIELDS):
-            a, b = getattr(got, name), getattr(expected, name)
-            assert (a is None) == (b is None), name
-            if a is not None:
-                close(name, a.detach(), b.detach())
-                same_everywhere(process, a.detach())
-    else:
-        close("per token", got.detach(), expected.detach())
-    for name, gradient in gradients.items():
-        close(name, gradient, process.part(exact[name]) if name in PER_VOCABULARY else exact[name])
-    same_everywhere(process, gradients["student_hidden"])
-    return got, gradients
+def peaked(at: int, distance: float) -> Problem:
+    given = sides(distance=distance)
+    given.head[at] = given.hidden[4] * 3 / 16
+    return given
 
 
-def same_everywhere(process: Process, tensor: torch.Tensor) -> None:
-    """To the bit."""
-    every = [torch.empty_like(tensor) for _ in range(process.world)]
-    dist.all_gather(every, tensor.contiguous())
-    assert all(torch.equal(x, tensor) or (x.isnan() & tensor.isnan()).any() for x in every)
+def sure_of(target: int) -> Problem:
+    """One token has almost all of its probability there."""
+    given = sides(own=True)
+    given.head[target] = given.hidden[4] * 3 / 16
+    return given
 
 
-PLAIN = ("student_hidden", "student_weight", "teacher_hidden", "token_weight")
-OWN_HEAD = (*PLAIN, "teacher_weight")
-TARGETS = ("target_ids", "old_logp")
-POLICY = (*TARGETS, "advantages")
-SERVER = ("student_hidden", "student_weight", "token_weight", "support_ids", "support_logp")
+def forbidding(*entries: slice) -> Problem:
+    """The student the first 12 entries, the teacher these."""
+    given = sides(own=True, head="bias", teacher_head="bias")
+    given.head.bias[:12] = -torch.inf
+    for some in entries:
+        given.teacher_head.bias[some] = -torch.inf
+    return given
 
 
-def betas(process):
-    for beta in (0.0, 0.3, 1.0):
-        compare(process, PLAIN, beta=beta)
-        compare(process, OWN_HEAD, beta=beta, temperature=0.7)
+GENERATOR = torch.Generator().manual_seed(1)
+IDS = torch.randint(V, (ROWS,), generator=GENERATOR)
+TARGETS = {"target_ids": IDS, "old_logp": -1 - 4 * torch.rand(ROWS, generator=GENERATOR)}
+POLICY = TARGETS | {"policy": PolicyGradient(torch.randn(ROWS, generator=GENERATOR), clip_high=0.3, coefficient=0.7)}
+ON_POLICY = {name: POLICY[name] for name in ("target_ids", "policy")}
+NAMED = torch.rand(ROWS, V, generator=GENERATOR).argsort(1)[:, :6]
+EMPTY_SLOTS = NAMED.clone()
+EMPTY_SLOTS[::2, 1:] = EMPTY_SLOTS[1] = -1
+LOGP = torch.randn(ROWS, 6, generator=GENERATOR) - 4
+SHARES = {
+    "jensen_shannon": torch.linspace(0, 1, ROWS),
+    "jeffreys": torch.linspace(0, 1, ROWS),
+    "skewed_forward": torch.linspace(0, 0.9, ROWS),
+    "skewed_reverse": torch.linspace(0.1, 1, ROWS),
+}
+FORBIDDEN = forbidding(slice(12), slice(40, 50))
+OWN, SHARED, EVERY = sides(own=True), sides(), sides(head="all")
+SERVER, UNWEIGHTED = SHARED.but(teacher=None), OWN.but(token_weight=None)
+CASES = {
+    **{f"beta {x}": case(beta=x) for x in (0.0, 0.3, 1.0)},
+    **{f"beta {x}, own head": case(OWN, beta=x, temperature=0.7) for x in (0.0, 0.3, 1.0)},
+    "targets": case(beta=0.0, target_ids=IDS),
+    "importance ratios": case(OWN, **TARGETS, importance_clip=1.5),
+    # Heads.
+    "all that a head has, on both sides": case(sides(own=True, head="all", teacher_head="all")),
+    "adapter in a linear head": case(EVERY.but(head=EVERY.head._replace(softcap=None)), **TARGETS, beta=1.0),
+    "teacher's bias": case(EVERY.but(teacher_head=EVERY.head._replace(bias=-EVERY.head.bias))),
+    "adapter and softcap, top 5": case(EVERY, support=TopK(5)),
+    "padding": case(OWN, padding=5),
+    "padding of all that a head has": case(EVERY, padding=5),
+    # Supports.
+    **{f"top {k}, {tail}": case(OWN, **TARGETS, support=TopK(k, tail))
+       for k in (1, 7, 60, 100) for tail in ("bucket", "renormalize")},
+    "top 9, shared head": case(support=TopK(9), beta=0.0),
+    "server": case(SERVER, support=TopLogprobs(NAMED, LOGP), beta=0.0),
+    "server, renormalize": case(SERVER, **TARGETS, support=TopLogprobs(NAMED, LOGP, "renormalize")),
+    "server, empty slots": case(SERVER, support=TopLogprobs(EMPTY_SLOTS, LOGP)),
+    "sampled token": case(**TARGETS, support=SampledToken(), beta=1.0),
+    "sampled token, own head": case(OWN, **TARGETS, support=SampledToken(), beta=1.0),
+    **{f"entries clipped at {x}": case(OWN, beta=0.0, entry_clip=x) for x in (1e-3, 0.05, 10.0)},
+    **{x: case(OWN, divergence=x, beta=0.3) for x in SHARES},
+    **{f"{x}, beta of each token": case(**TARGETS, divergence=x, beta=beta) for x, beta in SHARES.items()},
+    "jeffreys, beta of each token, top 9": case(OWN, divergence="jeffreys", beta=SHARES["jeffreys"], support=TopK(9)),
+    # A policy's loss.
+    **{f"policy, beta {x}": case(OWN, **POLICY, beta=x, temperature=0.7) for x in (0.0, 0.3, 1.0)},
+    **{f"policy, {x}": case(OWN, **POLICY, divergence=x, beta=0.3) for x in SHARES if x != "jensen_shannon"},
+    **{f"policy, {x}, beta of each token": case(**POLICY, divergence=x, beta=beta) for x, beta in SHARES.items()},
+    "policy, on-policy, all that a head has": case(EVERY, **ON_POLICY),
+    "policy, entries clipped": case(OWN, **POLICY, beta=0.0, entry_clip=0.05),
+    "policy, top 5": case(OWN, **POLICY, support=TopK(5)),
+    "policy, server": case(SERVER, **POLICY, support=TopLogprobs(NAMED, LOGP, "renormalize")),
+    "policy, sampled token": case(**POLICY, support=SampledToken(), beta=1.0),
+    "policy alone": case(OWN.but(token_weight=torch.zeros(ROWS)), **POLICY),
+    **{f"policy of a sure token, {x}": case(sure_of(x), {"limit": 1e-4, "floor": 1e-12},
+                                            **POLICY | {"target_ids": torch.full((ROWS,), x)})
+       for x in (0, 20, 66)},
+    "policy, padding": case(OWN, **POLICY, padding=5),
+    "policy, chunks": case(OWN, **POLICY, chunks=True),
+    "policy per token": case(UNWEIGHTED, **POLICY, per_token=True),
+    "policy, own tokens": case(OWN, **POLICY, own_tokens=True),
+    "policy, own tokens, jeffreys, beta of each token":
+        case(OWN, **POLICY, own_tokens=True, divergence="jeffreys", beta=SHARES["jeffreys"]),
+    "policy, own tokens, top 4": case(OWN, **POLICY, own_tokens=True, support=TopK(4)),
+    # Numbers.
+    **{f"{x} apart, beta {beta}": case(sides(distance=x), {"limit": 1e-4, "floor": 1e-30}, beta=beta)
+       for x in (4e-3, 4e-5) for beta in (0.0, 0.5, 1.0)},
+    **{f"peak at {at}, {x} apart": case(peaked(at, x), {"limit": 1e-4, "floor": 1e-12})
+       for at in (0, 20, 66) for x in (4.0, 4e-4)},
+    **{f"forbidden tokens, beta {x}": case(FORBIDDEN, target_ids=IDS, beta=x) for x in (0.0, 0.5)},
+    "forbidden to the student": case(forbidding(slice(40, 50)), target_ids=IDS),
+    "weights of 0": case(SHARED.but(token_weight=torch.zeros(ROWS)), {"floor": 0.0}),
+    "negative weights": case(SHARED.but(token_weight=torch.full((ROWS,), -3.0)), {"floor": 1e-30}),
+    "huge weights": case(SHARED.but(token_weight=torch.linspace(-1e6, 1e6, ROWS)), {"floor": 1e-30}),
+    "bf16": case(sides(own=True, dtype=torch.bfloat16), {"rounding": 1e-2}, **TARGETS),
+    "bf16, top 9": case(sides(dtype=torch.bfloat16), {"rounding": 1e-2}, support=TopK(9)),
+    # Tokens.
+    "no tokens": case(sides(rows=0), **{name: x[:0] for name, x in TARGETS.items()}),
+    "chunks": case(OWN, **TARGETS, chunks=True),
+    "chunks, adapter, top 5": case(sides(head="lora"), support=TopK(5), chunks=True),
+    "per token": case(UNWEIGHTED, per_token=True, beta=0.4),
+    "per token, top 5": case(UNWEIGHTED, **TARGETS, per_token=True, support=TopK(5)),
+    "own tokens": case(OWN, **TARGETS, own_tokens=True),
+    "own tokens, top 4": case(OWN, **TARGETS, own_tokens=True, support=TopK(4)),
+    "own tokens, server": case(SERVER, own_tokens=True, support=TopLogprobs(NAMED, LOGP)),
+}  # fmt: skip
 
 
-def targets(process):
-    compare(process, (*OWN_HEAD, *TARGETS), importance_clip=1.5)
-    compare(process, (*PLAIN, "target_ids"), beta=0.0)
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("name", CASES)
+def test_parts_are_the_whole(group, name):
+    CASES[name].check(Process(group))
 
 
-def heads(process):
-    compare(process, (*OWN_HEAD, "student_bias", "teacher_bias"), student={"softcap": 2.0}, teacher={"softcap": 3.0})
-    compare(process, (*PLAIN, "student_bias", "lora_a", "lora_b", *TARGETS), student={"logit_scale": 0.4}, beta=1.0)
-    compare(process, (*PLAIN, "student_bias", "teacher_bias", "lora_a", "lora_b"), student={"softcap": 2.0})
-    compare(process, (*PLAIN, "lora_a", "lora_b"), student={"softcap": 2.0}, support=TopK(5))
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("trained", ["hidden", "head"])
+def test_the_other_is_frozen(group, trained):
+    process = Process(group)
+    mine = process.part(SHARED)
+    leaf = getattr(mine, trained).clone().requires_grad_()
+    mine.but(**{trained: leaf}).call(shard=process.shard()).loss.backward()
+    _, of_hidden, of_head = oracle.expected(SHARED)
+    assert_near("gradient", leaf.grad, of_hidden if trained == "hidden" else process.cut(of_head).cpu())
 
 
-def supports(process):
-    for k, tail in itertools.product((1, 7, 60, 100), ("bucket", "renormalize")):
-        compare(process, (*OWN_HEAD, *TARGETS), support=TopK(k, tail))
-    compare(process, PLAIN, support=TopK(9), beta=0.0)
-    compare(process, SERVER, beta=0.0)
-    compare(process, (*SERVER, *TARGETS), tail="renormalize")
-    given = problem()
-    given["support_ids"][::2, 1:] = -1
-    given["support_ids"][1] = -1
-    compare(process, SERVER, given=given)
+@over(1, 2, 3, 4)
+def test_overflow_of_one_process(group):
+    """Its infinite upstream gradient reaches every part of the head."""
+    process = Process(group)
+    mine = process.part(SHARED.but(token_weight=None)).leaves()
+    out = mine.call(linear_divergence_per_token, shard=process.shard(sequence_parallel=True))
+    out.backward(torch.full_like(out, torch.inf if process.rank == 0 else 1.0))
+    assert mine.head.grad.isnan().all()
 
 
-def sampled_token(process):
-    compare(process, (*OWN_HEAD, *TARGETS), support=SampledToken(), beta=1.0)
-    compare(process, (*PLAIN, *TARGETS), support=SampledToken(), beta=1.0)
+# DTensors, as PyTorch's tensor parallelism has a head: equal parts, the last one smaller.
 
 
-def policies(process):
-    """On-policy, off-policy, through a softcap, for tokens that have nothing else, on supports."""
-    names = (*OWN_HEAD, *POLICY)
-    for beta in (0.0, 0.3, 1.0):
-        compare(process, names, beta=beta, temperature=0.7)
-    compare(process, (*PLAIN, "target_ids", "advantages", "student_bias"), student={"softcap": 2.0})
-    compare(process, names, support=TopK(5))
-    compare(process, (*SERVER, *POLICY), tail="renormalize")
-    compare(process, (*PLAIN, *POLICY), support=SampledToken(), beta=1.0)
-    given = problem()
-    given["token_weight"] = torch.zeros(ROWS)
-    given["advantages"][1::2] = 0
-    compare(process, names, given=given)
-    for at in (0, 20, 66):  # a token that is almost sure
-        given = problem()
-        given["student_weight"][at] = given["student_hidden"][4] * 3
-        given["target_ids"][:] = at
-        compare(process, names, given=given, floor=1e-12, share=1e-4)
+def spread(group: dist.ProcessGroup, dim: int = 0) -> tuple[Process, Problem, Problem]:
+    """The process with such a part, a problem, and that with heads that are DTensors."""
+    given, world = sides(own=True, head="bias"), dist.get_world_size(group)
+    process = Process(group, tuple(min(V, -(-V // world) * r) for r in range(1, world + 1)))
+    mesh = DeviceMesh.from_group(group, process.device.type)
+    mine = Problem(*process.here(tuple(given)), process.here(given.token_weight))
+
+    def distributed(x: Tensor) -> Tensor:
+        return distribute_tensor(x, mesh, [Shard(min(dim, x.dim() - 1))])
+
+    head, teacher_head = tree_map_only(Tensor, distributed, (mine.head, mine.teacher_head))
+    return process, given, mine.but(head=head, teacher_head=teacher_head)
 
 
-def clipped_entries(process):
-    for clip in (1e-3, 0.05, 10.0):
-        compare(process, OWN_HEAD, beta=0.0, entry_clip=clip)
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("replicated", [False, True], ids=["", "replicated hidden states"])
+def test_dtensors(group, replicated):
+    process, given, mine = spread(group)
+    if replicated:
+        mine = mine.but(hidden=distribute_tensor(mine.hidden, mine.head.weight.device_mesh, [Replicate()]))
+    result, *gradients = mine.run()
+    placements = [x.placements for x in gradients if isinstance(x, DTensor)]
+    assert placements == [(Replicate(),)] * replicated + [(Shard(0),)] * 2
+    local = [x.to_local() if isinstance(x, DTensor) else x for x in gradients]
+    process.assert_exact((result, *local), oracle.expected(given))
 
 
-def near_equal(process):
-    """Self-distillation's normal state: as precise as the whole operator, against float64."""
-    for distance, beta in itertools.product((1e-3, 1e-5), (0.0, 0.5, 1.0)):
-        given = problem(distance=distance)
-        got, gradients = compare(process, PLAIN, given=given, beta=beta, floor=1e-30)
-        exact = {name: given[name].double() for name in PLAIN}
-        result, expected = run(exact, beta=beta, schedule="reference")
-        assert abs(got.loss.item() - result.loss.item()) <= 1e-4 * abs(result.loss.item())
-        apart = gradients["student_hidden"].cpu().double() - expected["student_hidden"]
-        assert apart.norm() <= 1e-4 * expected["student_hidden"].norm()
+@over(1, 2, 3, 4)
+def test_whole_tensors_beside_a_dtensor(group):
+    process, given, mine = spread(group)
+    bias, teacher_head = process.here((given.head.bias, given.teacher_head))
+    got = mine.but(head=mine.head._replace(bias=bias), teacher_head=teacher_head).call()
+    assert_near("loss", got.loss, oracle.expected(given)[0].loss)
 
 
-def peaked(process):
-    for at, distance in itertools.product((0, 20, 66), (1.0, 1e-4)):
-        given = problem(distance=distance)
-        given["student_weight"][at] = given["student_hidden"][4] * 3
-        compare(process, PLAIN, given=given, beta=0.5, floor=1e-12, share=1e-4)
+@over(2, 3, 4)
+def test_a_parameter_of_fsdp2(group):
+    """Outside of its forward, with tokens of each process's own."""
+    process, _, mine = spread(group)
+    with pytest.raises(ValueError, match=r"they differ\. A parameter of FSDP2"):
+        mine.but(hidden=mine.hidden + process.rank).call()
 
 
-def forbidden_tokens(process):
-    given = problem()
-    given["student_bias"][:12] = -torch.inf
-    given["teacher_bias"][:12] = -torch.inf
-    given["teacher_bias"][40:50] = -torch.inf
-    for beta in (0.0, 0.5):
-        compare(process, (*OWN_HEAD, "student_bias", "teacher_bias", *TARGETS[:1]), given=given, beta=beta)
-
-
-def odd_weights(process):
-    given = problem()
-    for weight in (torch.zeros(ROWS), torch.full((ROWS,), -3.0), torch.linspace(-1e6, 1e6, ROWS)):
-        given["token_weight"] = weight
-        compare(process, PLAIN, given=given, floor=1e-30 if weight.any() else 0.0)
-
-
-def no_rows(process):
-    compare(process, (*PLAIN, *TARGETS), given=problem(rows=0))
-
-
-def chunks(process):
-    """Several, as many on every process, however uneven the parts are."""
-    kept = chunked.BUFFER_BYTES, chunked.MIN_ROWS
-    chunked.BUFFER_BYTES, chunked.MIN_ROWS = {"cpu": 4 * 67 * 8, "gpu": 4 * 67 * 8}, 2
-    try:
-        compare(process, (*OWN_HEAD, *TARGETS))
-        compare(process, (*PLAIN, "lora_a", "lora_b"), support=TopK(5))
-    finally:
-        chunked.BUFFER_BYTES, chunked.MIN_ROWS = kept
-
-
-def bf16(process):
-    given = problem(torch.bfloat16)
-    compare(process, (*OWN_HEAD, *TARGETS), given=given, share=1e-2)
-    compare(process, PLAIN, given=given, share=1e-2, support=TopK(9))
-
-
-def per_token(process):
-    names = tuple(name for name in OWN_HEAD if name != "token_weight")
-    compare(process, names, op=linear_divergence_per_token, beta=0.4)
-    compare(process, (*names, *TARGETS), op=linear_divergence_per_token, support=TopK(5))
-    compare(process, (*names, *POLICY), op=linear_divergence_per_token)
-
-
-def frozen(process):
-    """A head, or hidden states, without gradient."""
-    given = problem()
-    for name in ("student_hidden", "student_weight"):
-        whole = {k: x.to(process.device) for k, x in given.items() if k in PLAIN}
-        parts = {k: process.part(x) if k in PER_VOCABULARY else x for k, x in whole.items()}
-        results = []
-        for inputs, options in ((whole, {}), (parts, {"shard": process.shard()})):
-            inputs[name] = inputs[name].clone().requires_grad_()
-            linear_divergence(**arguments(inputs), **options).loss.backward()
-            results.append(inputs[name].grad)
-        exact = process.part(results[0]) if name in PER_VOCABULARY else results[0]
-        torch.testing.assert_close(results[1], exact, rtol=1e-4, atol=1e-6)
-
-
-def padded_heads(process):
-    """Rows beyond stop - start do not count, and have no gradient."""
-    given = {name: x.to(process.device) for name, x in problem().items() if name in OWN_HEAD}
-    _, exact = run(given)
-    for name in ("student_weight", "teacher_weight"):
-        given[name] = torch.cat([process.part(given[name]), torch.full((5, WIDTH), 9.0, device=process.device)])
-    _, got = run(given, shard=process.shard())
-    expected = process.part(exact["student_weight"])
-    torch.testing.assert_close(got["student_weight"][:-5], expected, rtol=1e-4, atol=1e-6)
-    assert (got["student_weight"][-5:] == 0).all()
-
-
-def dtensors(process):
-    """A head as PyTorch's tensor parallelism has it: equal parts, the last ones smaller or empty."""
-    mesh = init_device_mesh(process.device.type, (process.world,))
-    given = {name: x.to(process.device) for name, x in problem().items() if name in (*OWN_HEAD, "student_bias")}
-    expected, exact = run(given)
-    for name in ("student_weight", "teacher_weight", "student_bias"):
-        given[name] = distribute_tensor(given[name], mesh, [Shard(0)])
-    got, gradients = run(given)
-    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        if isinstance(gradient, DTensor):
-            assert gradient.placements == (Shard(0),)
-            gradient = gradient.full_tensor()
-        torch.testing.assert_close(gradient, exact[name], rtol=1e-4, atol=1e-6)
-    given["student_hidden"] = distribute_tensor(given["student_hidden"], mesh, [Replicate()])
-    torch.testing.assert_close(linear_divergence(**arguments(given)).loss, expected.loss, rtol=1e-5, atol=1e-6)
-    given["student_hidden"] = given["student_hidden"].to_local()
-    whole = {name: problem()[name].to(process.device) for name in ("teacher_weight", "student_bias")}
-    loss = linear_divergence(**arguments({**given, **whole})).loss
-    torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-6)
-    if process.world > 1:  # as a parameter of FSDP2 outside of its forward, with rows of each process's own
-        other = {**given, "student_hidden": given["student_hidden"] + process.rank}
-        with pytest.raises(ValueError, match=r"they differ\. A parameter of FSDP2"):
-            linear_divergence(**arguments(other))
-    given["student_weight"] = distribute_tensor(problem()["student_weight"].to(process.device), mesh, [Shard(1)])
+@over(1, 2, 3, 4)
+def test_dtensors_of_columns(group):
+    _, _, mine = spread(group, dim=1)
     with pytest.raises(ValueError, match="student_head: expected a DTensor with placements"):
-        linear_divergence(**arguments(given))
+        mine.call()
 
 
-def sequence_parallel(process):
-    """Each process has its own rows, as many as it has; the last has none."""
-    given = problem()
-    ends = [ROWS * r // max(1, process.world - 1) for r in range(process.world)] + [ROWS]
-    own = slice(ends[process.rank], ends[process.rank + 1])
-    for options in ({}, {"support": TopK(4)}):
-        whole, exact = run(
-            {name: x.to(process.device) for name, x in given.items() if name in (*OWN_HEAD, *POLICY)}, **options
-        )
-        parts = {
-            name: process.part(x) if name in PER_VOCABULARY else x[own].to(process.device)
-            for name, x in given.items()
-            if name in (*OWN_HEAD, *POLICY)
-        }
-        got, gradients = run(parts, **options, shard=process.shard(sequence_parallel=True))
-        torch.testing.assert_close(got.loss, whole.loss, rtol=1e-5, atol=1e-6)
-        same_everywhere(process, got.loss.detach())
-        for name in FIELDS:
-            torch.testing.assert_close(getattr(got, name), getattr(whole, name)[own], rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(gradients["student_hidden"], exact["student_hidden"][own], rtol=1e-4, atol=1e-6)
-        part = process.part(exact["student_weight"])
-        torch.testing.assert_close(gradients["student_weight"], part, rtol=1e-4, atol=1e-6)
+# Heads of unequal length, of which the shorter one's tokens are shared.
 
 
-def data_and_vocabulary(process):
+def unequal(given: Problem, longer: str, student: slice, teacher: slice) -> Problem:
+    """These rows of the heads; the longer one has five tokens more."""
+
+    def rows(head: Head, some: slice, further: int) -> Head:
+        weight = torch.cat([head.weight, torch.full((further, head.weight.shape[1]), 9.0)])
+        return Head(weight[some], bias=torch.cat([head.bias, torch.full((further,), 9.0)])[some])
+
+    head = rows(given.head, student, 5 * (longer == "student"))
+    return given.but(head=head, teacher_head=rows(given.teacher_head, teacher, 5 * (longer == "teacher")))
+
+
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("longer", ["student", "teacher"])
+@pytest.mark.parametrize("support", [None, TopK(9)], ids=["whole", "top 9"])
+def test_unequal_vocabularies(group, longer, support):
+    """The last part of one head has rows of tokens that the other side has not."""
+    process, given = Process(group), sides(own=True, head="bias", teacher_head="bias")
+    exact = unequal(given, longer, slice(None), slice(None)).run(support=support, shared_prefix=True)
+    further = 5 * (process.stop == V)
+    parts = {side: slice(process.start, process.stop + further * (side == longer)) for side in ("student", "teacher")}
+    mine = process.here(tuple(unequal(given, longer, **parts)))
+    mine, shard = Problem(*mine, process.here(given.token_weight)), process.shard()
+    got = mine.run(support=support, shard=shard, shared_prefix=True)
+    assert_near("divergence", got[0].divergence, exact[0].divergence)
+    assert_near("hidden", got[1], exact[1])
+    for part, whole in zip(got[2:], exact[2:], strict=True):
+        assert_near("head", part, whole[process.start :][: len(part)])
+    with pytest.raises(ValueError, match=r"shared_prefix=True|refused on other processes"):
+        mine.call(support=support, shard=shard)
+
+
+@over(2, 3, 4)
+def test_parts_of_heads_that_were_each_spread_over_its_own_length(group):
+    process, given = Process(group), sides(own=True, head="bias", teacher_head="bias")
+    parts = slice(process.start, process.stop + 1), slice(process.start, process.stop)
+    mine = Problem(*process.here(tuple(unequal(given, "student", *parts))))
+    with pytest.raises(ValueError, match=r"only the part that ends a shared prefix may be longer|refused on"):
+        mine.call(shard=process.shard(), shared_prefix=True)
+
+
+@over(1, 2, 3, 4)
+@pytest.mark.parametrize("student, teacher", [(V, V - 3), (V - 3, V)], ids=["longer student", "longer teacher"])
+def test_unequal_dtensors(group, student, teacher):
+    """Beside a DTensor of either length, a plain teacher's head is taken apart as it is."""
+    process, given = Process(group), sides(own=True, head="bias", teacher_head="bias")
+    given = given.but(
+        head=Head(given.head.weight[:student], bias=given.head.bias[:student]),
+        teacher_head=Head(given.teacher_head.weight[:teacher], bias=given.teacher_head.bias[:teacher]),
+    )
+    exact, *exact_gradients = given.run(shared_prefix=True)
+    mesh = DeviceMesh.from_group(group, process.device.type)
+    mine = Problem(*process.here(tuple(given)), process.here(given.token_weight))
+    mine = mine.but(head=tree_map_only(Tensor, lambda x: distribute_tensor(x, mesh, [Shard(0)]), mine.head))
+    got, *gradients = mine.run(shared_prefix=True)
+    assert_near("loss", got.loss, exact.loss)
+    for gradient, want in zip(gradients, exact_gradients, strict=True):
+        assert_near("gradient", gradient.full_tensor() if isinstance(gradient, DTensor) else gradient, want)
+    with pytest.raises(ValueError, match=f"expected the {student} rows .* shared_prefix=True, .* got {teacher} rows"):
+        mine.call()
+    if process.world > 1:  # parts of 67 and of 64 entries begin at other tokens
+        teacher_head = tree_map_only(Tensor, lambda x: distribute_tensor(x, mesh, [Shard(0)]), mine.teacher_head)
+        with pytest.raises(ValueError, match="teacher_head: expected a DTensor with entries"):
+            mine.but(teacher_head=teacher_head).call(shared_prefix=True)
+
+
+# Refusals: on every process, with the difference, and nobody waits.
+
+# What is given, which may differ on the last process, and the message.
+REFUSED = {
+    "beta": (lambda x, last: (x, {"beta": 0.25 if last else 0.5}), "beta: 0.5 on process 0, 0.25 on process"),
+    "support": (lambda x, last: (x, {"support": TopK(5) if last else None}), "support"),
+    "weights of 0": (lambda x, last: (x.but(token_weight=1.0 - last * (x.token_weight != 0).float()), {}),
+                     "token_weight's rows"),
+    "gradients": (lambda x, last: (x.but(hidden=x.hidden.clone().requires_grad_(last)), {}), "student_hidden"),
+    "temperature of one": (lambda x, last: (x, {"temperature": -1.0 if last else 1.0}),
+                           r"^(shard: arguments were refused on other processes, process \d: )?temperature: expected"),
+    "tokens": (lambda x, last: (x.tokens(slice(ROWS - last)), {}), r"student_hidden: .*37.* on process 0, .*36"),
+    "whole head": (lambda x, last: (x.but(head=SHARED.head.to(x.hidden.device)), {}),
+                   "student_head: expected this process's"),
+    "reference": (lambda x, last: (x, {"schedule": "reference"}), "schedule='reference': it does not have shard"),
+    "rows": (lambda x, last: (x, {"rows": torch.arange(ROWS).to(x.hidden.device)}), "rows: expected None"),
+}  # fmt: skip
+
+
+@over(2, 3, 4)
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(group, name):
+    process, (change, message) = Process(group), REFUSED[name]
+    mine, shard = process.part(SHARED), process.shard(sequence_parallel=name == "rows")
+    changed, options = change(mine, process.rank == process.world - 1)
+    with pytest.raises(ValueError, match=message):
+        changed.call(**options, shard=shard)
+    mine.call(shard=shard)  # and they go on
+
+
+EMPTY = ((0, 30), (40, 40), (40, 67), (67, 67))  # in the gap, which it does not fill
+PARTS = {
+    "overlap": (lambda x: (x.start, x.stop + 1), "expected parts that cover a vocabulary"),
+    "an empty one in a gap": (lambda x: EMPTY[x.rank - x.world], "expected parts that cover a vocabulary"),
+    "bounds of others": (lambda x: (x.start, x.stop, x.group, False, False, ((0, 68),) * 4), "bounds: expected"),
+}
+
+
+@over(2, 3, 4)
+@pytest.mark.parametrize("name", PARTS)
+def test_wrong_parts(group, name):
+    parts, message = PARTS[name]
+    start, stop, *more = parts(Process(group))
+    with pytest.raises(ValueError, match=message):
+        VocabShard(start, stop, *(more or [group]))
+
+
+# Beside what else a trainer has.
+
+
+@over(1, 2, 3, 4)
+def test_compiled(group):
+    """torch.compile takes the group with it."""
+    process = Process(group)
+    mine, shard = process.part(SHARED), VocabShard(process.start, process.stop, group)
+    step = torch.compile(lambda *x: Problem(*x).call(shard=shard).loss, fullgraph=True, backend="eager")
+    assert torch.equal(step(*mine, mine.token_weight), mine.call(shard=shard).loss)
+
+
+@over(4)
+def test_data_and_vocabulary(group):
     """A 2 × 2 mesh: DDP over the batch, the vocabulary spread within each of its processes."""
-    if process.world != 4:
-        return
-    mesh = init_device_mesh(process.device.type, (2, 2), mesh_dim_names=("data", "vocabulary"))
-    given = {name: x.to(process.device) for name, x in problem(rows=36).items() if name in PLAIN}
-    batch = {name: x for name, x in given.items() if name not in PER_VOCABULARY}
-    expected, exact = run(given)
-    cut = (40, VOCABULARY)[mesh.get_local_rank("vocabulary")]
-    start = 0 if cut == 40 else 40
-    shard = VocabShard(start, cut, group=mesh.get_group("vocabulary"), check=True)
+    mesh = init_device_mesh(Process(group).device.type, (2, 2), mesh_dim_names=("data", "vocabulary"))
+    data, process, given = mesh.get_group("data"), Process(mesh.get_group("vocabulary")), sides(rows=36)
+    tokens = slice(18 * dist.get_rank(data), 18 * dist.get_rank(data) + 18)
+    mine, shard = process.part(given, tokens).leaves(), process.shard()
 
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(given["student_weight"][start:cut].clone())
+            self.weight = torch.nn.Parameter(mine.head.detach().clone())
 
-        def forward(self, hidden, **options):
-            return linear_divergence(hidden, self.weight, shard=shard, **options).loss
+        def forward(self, hidden: Tensor) -> Tensor:
+            return mine.but(hidden=hidden, head=self.weight).call(shard=shard).loss
 
-    head = DistributedDataParallel(Layer(), process_group=mesh.get_group("data"))
-    rows = slice(18 * mesh.get_local_rank("data"), 18 * mesh.get_local_rank("data") + 18)
-    own = {name: x[rows].clone() for name, x in batch.items()}
-    hidden = own.pop("student_hidden").requires_grad_()
-    loss = 2 * head(hidden, **own)  # DDP takes the mean over its two processes
+    layer = DistributedDataParallel(Layer(), process_group=data)
+    loss = 2 * layer(mine.hidden)  # DDP takes the mean over its two processes
     loss.backward()
     total = loss.detach() / 2
-    dist.all_reduce(total, group=mesh.get_group("data"))
-    torch.testing.assert_close(total, expected.loss.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(head.module.weight.grad, exact["student_weight"][start:cut], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(hidden.grad / 2, exact["student_hidden"][rows], rtol=1e-4, atol=1e-6)
-
-
-def disagreement(process):
-    """Raises on every process, with the difference, and nobody waits."""
-    if process.world == 1:
-        return
-    given = {name: x.to(process.device) for name, x in problem().items() if name in PLAIN}
-    given["student_head"] = process.part(given.pop("student_weight"))
-    shard, last = process.shard(), process.rank == process.world - 1
-
-    def raises(message: str, **options):
-        with pytest.raises((ValueError, TypeError), match=message):
-            linear_divergence(**{**given, "shard": shard, **options})
-
-    raises("beta: 0.5 on process 0, 0.25 on process", beta=0.25 if last else 0.5)
-    raises("support", support=TopK(5) if last else None)
-    weight = given["token_weight"].clone()
-    weight[-1] = float(not last)
-    raises("token_weight's rows", token_weight=weight)
-    raises("student_hidden", student_hidden=given["student_hidden"].clone().requires_grad_(last))
-    if last:
-        raises("temperature: expected", temperature=-1.0)
-    else:
-        raises(f"refused on other processes, process {process.world - 1}: temperature: expected")
-    short = {name: x[: ROWS - last] for name, x in given.items() if name != "student_head"}
-    raises(r"student_hidden: .*37.* on process 0, .*36", **short)
-    with pytest.raises(ValueError, match="expected parts that cover a vocabulary"):
-        VocabShard(process.start, process.stop + 1)
-    with pytest.raises(ValueError, match="expected parts that cover a vocabulary"):  # an empty part covers nothing
-        VocabShard(*((0, 30), (40, 40), (40, 67), (67, 67))[process.rank]) if process.world > 2 else VocabShard(0, 5)
-    with pytest.raises(ValueError, match="bounds: expected"):
-        VocabShard(process.start, process.stop, bounds=((0, 68),) * process.world)
-    raises("student_head: expected this process's", student_head=problem()["student_weight"].to(process.device))
-    with pytest.raises(ValueError, match="rows: expected None"):
-        rows = torch.arange(ROWS, device=process.device)
-        linear_divergence(**given, rows=rows, shard=process.shard(sequence_parallel=True))
-    raises("schedule='reference': it does not have shard", schedule="reference")
-    linear_divergence(**given, shard=shard)  # and goes on
-
-
-def compiled(process):
-    """torch.compile takes the group with it."""
-    given = {name: x.to(process.device) for name, x in problem().items() if name in PLAIN}
-    given["student_head"] = process.part(given.pop("student_weight"))
-    shard = VocabShard(process.start, process.stop)
-    expected = linear_divergence(**given, shard=shard).loss
-    loss = torch.compile(lambda **x: linear_divergence(**x, shard=shard).loss, fullgraph=True, backend="eager")
-    torch.testing.assert_close(loss(**given), expected, rtol=0, atol=0)
-
-
-def losses_over_own_rows(process):
-    """scsdpo_loss where each process has its own tokens: one denominator for all; and one overflow for all."""
-    generator = torch.Generator().manual_seed(2)
-    hidden, teacher = (torch.randn(6, 4, WIDTH, generator=generator) for _ in "st")
-    head = torch.randn(VOCABULARY, WIDTH, generator=generator)
-    mask = (torch.rand(6, 4, generator=generator) < 0.7).float()
-    weight = torch.tensor([0.5, 0, 1.5, 1, 0, 2])
-    hidden, teacher, head, mask, weight = (x.to(process.device) for x in (hidden, teacher, head, mask, weight))
-    own, shard = slice(process.rank, None, process.world), process.shard(sequence_parallel=True)
-    for reduction in ("token-mean", "weighted-token-mean", "sum"):
-        options = {"reduction": reduction}
-        whole = scsdpo_loss(hidden, head, teacher, mask=mask, question_weight=weight, **options).loss
-        parts = hidden[own], process.part(head), teacher[own]
-        got = scsdpo_loss(*parts, mask=mask[own], question_weight=weight[own], shard=shard, **options).loss
-        torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="sequence-mean"):
-        scsdpo_loss(*parts, mask=mask[own], question_weight=weight[own], shard=shard, reduction="sequence-mean")
-    leaf = process.part(head).requires_grad_()
-    divergence = linear_divergence_per_token(hidden[own], leaf, teacher[own], shard=shard)
-    divergence.backward(torch.full_like(divergence, torch.inf if process.rank == 0 else 1.0))
-    assert leaf.numel() == 0 or leaf.grad.isnan().all()
-
-
-# The global batch.
-
-
-def splits_of_a_batch(process):
-    """Weights to the bit, and gradients to rounding, whichever way a batch is spread over processes and micro-batches.
-
-    Questions straddle processes; one process may have no rollout, or degenerate questions only.
-    """
-    rollouts, tokens = 12, 5
-    generator = torch.Generator().manual_seed(1)
-    rewards = torch.tensor([1, 0, 1, 0, 0, 0, 1, 0, 0, 1, 1, 1.0])
-    question = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3])
-    mask = (torch.rand(rollouts, tokens, generator=generator) < 0.7).float()
-    hidden, teacher = (torch.randn(rollouts, tokens, WIDTH, generator=generator) for _ in "st")
-    head = torch.randn(VOCABULARY, WIDTH, generator=generator)
-    tensors = [x.to(process.device) for x in (rewards, question, mask, hidden, teacher, head)]
-    rewards, question, mask, hidden, teacher, head = tensors
-    expected = question_weights(rewards, question)
-    for reduction in ("token-mean", "weighted-token-mean", "sequence-mean"):
-        leaf = head.clone().requires_grad_()
-        scsdpo_loss(hidden, leaf, teacher, question_weight=expected, mask=mask, reduction=reduction).loss.backward()
-        whole = leaf.grad
-        even = [rollouts * r // process.world for r in range(process.world + 1)]
-        first = [0, *[rollouts] * process.world]
-        uneven = [0, *[min(rollouts, 7 + r) for r in range(process.world - 1)], rollouts]
-        for ends, micro in itertools.product((even, first, uneven), (1, 3, 12)):
-            own = torch.arange(ends[process.rank], ends[process.rank + 1], device=process.device)
-            weight = question_weights(rewards[own], question[own], group=dist.group.WORLD)
-            assert torch.equal(weight, expected[own])
-            total = step_denominator(mask[own], weight, reduction=reduction, group=dist.group.WORLD)
-            leaf = head.clone().requires_grad_()
-            for part in own.split(micro) if len(own) else (own,):
-                given = {"question_weight": weight[torch.searchsorted(own, part)], "mask": mask[part]}
-                given |= {"reduction": reduction, "denominator": total}
-                loss = scsdpo_loss(hidden[part], leaf, teacher[part], **given).loss
-                loss.backward()
-            dist.all_reduce(leaf.grad)
-            torch.testing.assert_close(leaf.grad, whole, rtol=1e-4, atol=1e-6 * whole.abs().max().item())
-
-
-CASES = {
-    function.__name__: function
-    for function in (betas, targets, heads, supports, sampled_token, policies, clipped_entries, near_equal, peaked,
-                     forbidden_tokens, odd_weights, no_rows, chunks, bf16, per_token, frozen, padded_heads, dtensors,
-                     sequence_parallel, losses_over_own_rows, data_and_vocabulary, disagreement, compiled,
-                     splits_of_a_batch)
-}  # fmt: skip
-
-
-def work(rank: int, world: int, backend: str, results: str) -> None:
-    torch.set_num_threads(1)
-    process = Process(rank, world, backend)
-    if process.device.type == "cuda":
-        torch.cuda.set_device(process.device)
-    dist.init_process_group(
-        backend, init_method=f"file://{results}.rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    failures = {}
-    for name, case in CASES.items():
-        if failures:  # the processes may be apart now
-            failures[name] = "not run after a failure"
-            continue
-        try:
-            case(process)
-        except BaseException:
-            failures[name] = traceback.format_exc()
-    torch.save(failures, f"{results}.{rank}")
-    if not failures:
-        dist.barrier()
-        dist.destroy_process_group()
-    os._exit(0)  # whatever the others wait for
-
-
-GROUPS = [(backend, world) for backend in ("gloo", "nccl") for world in CUTS]
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(x, marks=pytest.mark.gpu) if x[0] == "nccl" else x for x in GROUPS],
-    ids=[f"{backend}, {world}" for backend, world in GROUPS],
-)
-def failures(request, tmp_path_factory) -> list[dict[str, str]]:
-    """Of every case, by process."""
-    backend, world = request.param
-    if backend == "nccl" and torch.cuda.device_count() < world:
-        pytest.skip(f"needs {world} GPUs")
-    results = str(tmp_path_factory.mktemp("results") / uuid.uuid4().hex)
-    mp.spawn(work, (world, backend, results), nprocs=world)
-    return [torch.load(f"{results}.{rank}") for rank in range(world)]
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_parts_are_the_whole(failures, case):
-    for rank, failed in enumerate(failures):
-        if case in failed:
-            pytest.fail(f"process {rank}: {failed[case]}")
-
-
-def test_the_public_name():
-    assert scsdpo_kernels.VocabShard is VocabShard
+    dist.all_reduce(total, group=data)
+    exact, of_hidden, of_head = oracle.expected(given)
+    assert_near("loss", total, exact.loss)
+    assert_near("gradient of hidden states", mine.hidden.grad / 2, of_hidden[tokens])
+    assert_near("gradient of the head", layer.module.weight.grad, process.cut(of_head).cpu())

@@ -1,16 +1,12 @@
-"""scsdpo.head on Hugging Face models: every part of a head, and the recipe for transformers.Trainer."""
+"""scsdpo.head on Hugging Face models: every part of a head."""
 
-import ast
 import copy
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import nn
 from transformers import (
     CohereConfig,
@@ -27,12 +23,10 @@ from transformers import (
     PhiForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    TrainingArguments,
 )
 
 from scsdpo.head import distill, head_of, hidden_states, patch_lm_head, unpatch_lm_head
 
-TRAINERS = Path(__file__).parents[1] / "docs" / "trainers.md"
 SIZES = {"vocab_size": 151, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}  # fmt: skip
@@ -221,77 +215,3 @@ def test_lora_on_the_head_goes_the_operators_way():
     with torch.no_grad():
         own = hidden_states(model, ids, attention, 5)
     assert (distill(model, ids, attention, 5, mask=None, teacher_hidden=own).divergence == 0).all()
-
-
-def recipe():
-    """The Trainer of docs/trainers.md, as it stands there."""
-    snippets = re.findall(r"```python\n(.*?)```", TRAINERS.read_text(), re.DOTALL)
-    (code,) = [x for x in snippets if "(Trainer)" in x]
-    names: dict = {}
-    exec(compile(ast.parse(code), str(TRAINERS), "exec"), names)
-    return names["DistillationTrainer"]
-
-
-def data_for_recipe(labels=False):
-    rows = 8
-    generator = torch.Generator().manual_seed(0)
-    ids, teacher_ids = (torch.randint(3, 151, (rows, n), generator=generator) for n in (12, 15))
-    teacher_ids[:, -5:] = ids[:, -5:]
-    columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "teacher_input_ids": teacher_ids,
-               "teacher_attention_mask": torch.ones_like(teacher_ids),
-               "mask": (torch.rand(rows, 5, generator=generator) < 0.7).long(),
-               "question_weight": torch.rand(rows, generator=generator)}  # fmt: skip
-    return columns | ({"labels": ids} if labels else {})
-
-
-def trainer_of_recipe(folder, columns, model, teacher, **options):
-    data = Dataset.from_dict({name: x.tolist() for name, x in columns.items()})
-    arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2,
-        learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, report_to="none", use_cpu=True,
-        remove_unused_columns=False, save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
-        **options,
-    )  # fmt: skip
-    return recipe()(model, arguments, train_dataset=data, eval_dataset=data, teacher=teacher)
-
-
-def loss_on_full_logits(model, teacher, columns, rows):
-    given = {name: x[rows] for name, x in columns.items()}
-    log_p = model(given["input_ids"]).logits[:, -6:-1].log_softmax(-1)
-    with torch.no_grad():
-        log_q = teacher(given["teacher_input_ids"]).logits[:, -6:-1].log_softmax(-1)
-    log_m = torch.logaddexp(log_p, log_q) - torch.tensor(2.0).log()
-    divergence = 0.5 * (kl(log_p, log_m) + kl(log_q, log_m))
-    return (divergence * given["mask"] * given["question_weight"][:, None]).sum() / given["mask"].sum()
-
-
-def test_the_recipe_for_transformers_trainer(tmp_path):
-    """Two optimiser steps of two micro-batches each have the parameters of a loop on full logits."""
-    columns = data_for_recipe()
-    model, teacher, other = build("qwen3"), build("qwen3", seed=1), build("qwen3")
-    trainer_of_recipe(tmp_path, columns, model, teacher).train()
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    for step in range(2):
-        optimizer.zero_grad()
-        for start in (4 * step, 4 * step + 2):
-            (loss_on_full_logits(other, teacher, columns, slice(start, start + 2)) / 2).backward()
-        optimizer.step()
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("labels", [False, True])
-def test_the_recipe_evaluates(tmp_path, labels):
-    columns = data_for_recipe(labels)
-    model, teacher = build("qwen3"), build("qwen3", seed=1)
-    trainer = trainer_of_recipe(tmp_path, columns, model, teacher, per_device_eval_batch_size=8)
-    loss = loss_on_full_logits(model, teacher, columns, slice(None)).item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-4)
-
-
-def test_the_recipe_computes_in_bf16_where_it_is_told_to(tmp_path):
-    model, dtypes = build("qwen3"), set()
-    trainer = trainer_of_recipe(tmp_path, data_for_recipe(), model, build("qwen3", seed=1), bf16=True)
-    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, output: dtypes.add(output.dtype))
-    trainer.train()
-    assert dtypes == {torch.bfloat16}

@@ -71,7 +71,7 @@ def test_every_configuration_compiles_without_spills(compiled, version, target):
 
 
 # SASS instructions an entry of a row, all loops together, by objective: what was counted, and a little.
-INSTRUCTIONS = {"0": 78, "1": 67, "2": 150, "3": 113}
+INSTRUCTIONS = {"0": 78, "1": 67, "2": 150, "3": 113, "4": 142, "5": 148, "6": 172}
 
 
 @pytest.mark.timeout(1800)
@@ -85,6 +85,8 @@ def test_instructions_of_a_rows_entry(compiled, version):
         constants, bf16 = line["constants"], "bfloat16" in line["elements"]
         if line["kernel"] != "row_divergence_kernel" or "float64" in line["elements"]:
             continue
+        if constants["own_shares"] == "True":  # the loops of three objectives
+            continue
         if constants["softcap"] == "True" or bf16 == (constants["difference"] == "True"):
             continue
         instructions, mufu = (sum(counts) for counts in zip(*line["loops"], strict=True))
@@ -93,4 +95,4 @@ def test_instructions_of_a_rows_entry(compiled, version):
         # A policy's gradient is a product and a sum more.
         assert instructions <= INSTRUCTIONS[constants["objective"]] + 2 * ("policy" in constants), label(line)
         seen.add((constants["objective"], constants["difference"], constants["multiple"]))
-    assert len(seen) == 4 * 2 * 2
+    assert len(seen) == len(INSTRUCTIONS) * 2 * 2

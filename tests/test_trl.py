@@ -353,10 +353,14 @@ def test_tokens_at_12_percent_with_a_weight(folder, size, steps, monkeypatch):
 @pytest.mark.parametrize("kind", ["live", "base"])
 def test_a_head_that_both_share_is_not_gathered(folder, kind):
     heads = []
-    options = {"teacher_model_kind": kind, "max_steps": 1}
-    train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", lambda run: heads.append(run._head_of_teacher()), **options)
-    (head,) = heads
-    assert head is None if kind == "live" else head.weight.shape == (len(WORDS), SIZES["hidden_size"])
+
+    def watch(run):
+        gather = run._head_of_teacher
+        run._head_of_teacher = lambda: heads.append(gather()) or heads[-1]
+
+    train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", watch, teacher_model_kind=kind, max_steps=1)
+    assert (heads == []) == (kind == "live")
+    assert all(head.weight.shape == (len(WORDS), SIZES["hidden_size"]) for head in heads)
 
 
 def test_evaluation_and_generation_are_untouched(folder):
@@ -520,9 +524,15 @@ def test_what_it_does_not_have_raises(folder, options, message):
         train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", **options)
 
 
-@pytest.mark.parametrize("teacher", ["live", "base", "ema"])
-def test_lora_on_other_modules(folder, teacher):
+ADAPTED = [(teacher, adapted) for teacher in ("live", "base") for adapted in ("others", "head", "copy of the head")]
+
+
+@pytest.mark.parametrize("teacher, adapted", [*ADAPTED, ("ema", "others")])
+def test_adapters(folder, teacher, adapted):
+    """A teacher that is the student without its adapter has the head that goes with it."""
     peft = pytest.importorskip("peft")
+    modules = ["q_proj", "v_proj", *(["lm_head"] if adapted == "head" else [])]
+    options = {"modules_to_save": ["lm_head"]} if adapted == "copy of the head" else {}
     results = []
     for trainer, config, extra in (
         (SDPOTrainer, SDPOConfig, {}),
@@ -530,14 +540,28 @@ def test_lora_on_other_modules(folder, teacher):
     ):
         torch.manual_seed(5)
         loaded = Qwen3ForCausalLM.from_pretrained(folder / "qwen3", dtype=torch.float32)
-        arguments = config(output_dir=str(folder / "out"), **{**BASE, "teacher_model_kind": teacher, **extra})
+        arguments = config(
+            output_dir=str(folder / "out"),
+            **{**BASE, "teacher_model_kind": teacher, "teacher_update_rate": 0.5, "learning_rate": 1e-2, **extra},
+        )
         run = trainer(model=loaded, reward_funcs=reward, args=arguments, train_dataset=QUESTIONS,
                       processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "qwen3"),
-                      peft_config=peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))  # fmt: skip
+                      peft_config=peft.LoraConfig(r=4, target_modules=modules, **options))  # fmt: skip
         run.train()
         results.append([line for line in run.state.log_history if "loss" in line])
     assert_same(*reversed(results))
     assert_same_metric(*reversed(results))
+
+
+def test_lora_on_the_head_with_a_moving_average_raises(folder):
+    """TRL's own trainer then goes on with a head of zeros."""
+    peft = pytest.importorskip("peft")
+    options = {"teacher_model_kind": "ema", "max_steps": 1}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    _, stock = train(SDPOTrainer, SDPOConfig, folder, "qwen3", peft_config=config, **options)
+    assert not stock.lm_head.base_layer.weight.any()
+    with pytest.raises(ValueError, match="teacher_model_kind: expected 'live' or 'base'"):
+        train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", peft_config=config, **options)
 
 
 @functools.cache

@@ -6,11 +6,16 @@ Rollouts are kept without padding. A micro-batch is as wide as the longest of th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+# A micro-batch costs as many tokens more, about: its passes read all weights and add to all gradients, which takes as
+# long as a few hundred tokens' matmuls do.
+PASS = 512
 
 
 class Rollout(NamedTuple):
@@ -20,12 +25,12 @@ class Rollout(NamedTuple):
     teacher_prompt: Tensor  # (Q,)
     completion: Tensor  # (T,) of both
     mask: Tensor  # (T,) 1 at tokens that have a loss
-    weight: float  # of its question
+    weight: float  # its question's
     process: int
     micro_batch: int
     old_logp: Tensor | None = None  # (T,) fp32
-    advantage: float = 0.0  # of a policy's loss
-    policy_weight: float = 0.0  # of the mean of that over the completion
+    advantage: float = 0.0  # in a policy's loss
+    policy_weight: float = 0.0  # multiplies that loss's mean over the completion
 
     @property
     def tokens(self) -> int:
@@ -37,7 +42,7 @@ def with_weight(
     batch: dict[str, Tensor],
     mask: Tensor,  # (B, T) 1 at tokens that have a loss
     process: int,
-    micro_batches: int,  # of equal sizes, one after the other
+    micro_batches: int,  # equal sizes, one after the other
 ) -> list[Rollout]:
     """The rollouts of this process that have a weight and a token with a loss, or an advantage, without their padding.
 
@@ -91,17 +96,23 @@ def deal(
     processes: int,
     most: int,  # rollouts in a micro-batch
 ) -> list[list[list[Rollout]]]:  # by process and micro-batch
-    """The longest first, each to the process with the fewest tokens; then even micro-batches of similar lengths.
+    """The longest first, each to the process with the fewest tokens; then micro-batches of similar lengths.
 
-    No other grouping by length has a smaller largest micro-batch. Empty ones come first, the largest comes last.
+    No other grouping by length has fewer tokens, padding included, with PASS more for every micro-batch that is not
+    empty. None is larger than `most` of the longest. Empty ones come first, the longest rollouts come last.
     """
-    shares: list[list[Rollout]] = [[] for _ in range(processes)]
-    loads = [0] * processes
+    return [_micro_batches(share, micro_batches, most) for share in shares(rollouts, processes, micro_batches * most)]
+
+
+def shares(rollouts: Sequence[Any], count: int, most: int) -> list[list[Any]]:
+    """The longest first (by `tokens`), each to the share that has the fewest; no share has more than `most`."""
+    dealt: list[list[Any]] = [[] for _ in range(count)]
+    loads = [0] * count
     for rollout in sorted(rollouts, key=lambda x: -x.tokens):
-        process = min((i for i in range(processes) if len(shares[i]) < micro_batches * most), key=loads.__getitem__)
-        shares[process].append(rollout)
-        loads[process] += rollout.tokens
-    return [_micro_batches(share, micro_batches, most) for share in shares]
+        share = min((i for i in range(count) if len(dealt[i]) < most), key=loads.__getitem__)
+        dealt[share].append(rollout)
+        loads[share] += rollout.tokens
+    return dealt
 
 
 def as_drawn(rollouts: Sequence[Rollout], micro_batches: int, processes: int) -> list[list[list[Rollout]]]:
@@ -146,22 +157,29 @@ def collate(rollouts: Sequence[Rollout], padding: int, device: torch.device | st
 
 
 def _micro_batches(share: list[Rollout], count: int, most: int) -> list[list[Rollout]]:
-    """Of rollouts from the longest to the shortest; the bound on tokens is the smallest that `count` can hold."""
-    low, high = max((x.tokens for x in share), default=0), padded_tokens(share)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_filled(share, middle, most)) <= count else (middle + 1, high)
-    filled = _filled(share, low, most)
+    """Rollouts come from the longest to the shortest."""
+    cost = {
+        (start, end): PASS + padded_tokens(share[start:end])
+        for end in range(1, len(share) + 1)
+        for start in range(max(0, end - most), end)
+    }
+    cheapest: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # the first so many: tokens, and where groups end
+    found = [] if share else [cheapest[0]]
+    own = sum(x.tokens for x in share)
+    for groups in range(1, min(count, len(share)) + 1):
+        if found and groups * PASS + own >= min(found)[0]:  # no padding at all would cost as much
+            break
+        longer: dict[int, tuple[int, list[int]]] = {}
+        for (start, end), tokens in cost.items():
+            if start in cheapest:
+                total = cheapest[start][0] + tokens
+                if end not in longer or total < longer[end][0]:
+                    longer[end] = (total, [*cheapest[start][1], end])
+        cheapest = longer
+        found += [cheapest[len(share)]] if len(share) in cheapest else []
+    _, ends = min(found)
+    filled = [share[start:end] for start, end in pairwise([0, *ends])]
     return [[] for _ in range(count - len(filled))] + filled[::-1]
 
 
-def _filled(share: list[Rollout], bound: int, most: int) -> list[list[Rollout]]:
-    filled: list[list[Rollout]] = []
-    for rollout in share:
-        if not filled or len(filled[-1]) == most or padded_tokens([*filled[-1], rollout]) > bound:
-            filled.append([])
-        filled[-1].append(rollout)
-    return filled
-
-
-__all__ = ["Rollout", "as_drawn", "collate", "deal", "padded_tokens", "stand_in", "with_weight"]
+__all__ = ["Rollout", "as_drawn", "collate", "deal", "padded_tokens", "shares", "stand_in", "with_weight"]

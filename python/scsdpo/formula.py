@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from scsdpo_kernels import Head
 
 TILE = 2**24  # entries of the head that are compared at a time
-SAMPLE = 4096  # of the vocabulary, in float64
+SAMPLE = 4096  # entries looked at, in float64
 FACTOR = 4  # times the error that the formula itself has in the model's precision
 
 

@@ -31,7 +31,7 @@ from .forward import (
 )
 from .layers import read, refuse
 
-TOKENS = 8  # of the probe
+TOKENS = 8  # the probe's length
 STATES = 32  # that are remembered of a head
 
 
@@ -78,11 +78,11 @@ def is_whole(model: nn.Module) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The state that a measurement is of.
+# What a measurement depends on.
 
 
 def state_of(base: nn.Module) -> tuple[tuple, tuple]:
-    """Of the head, and of what may stand behind it: classes, hooks and plain attributes, numbers of the config.
+    """What describes the head and what may stand behind it: classes, hooks, plain attributes, numbers of the config.
 
     Tensors are not in it, since training changes them: they are read anew each time.
     """

@@ -20,8 +20,8 @@ from scsdpo_kernels import Head, LinearDivergence, PolicyGradient, SampledToken,
 from . import dealing
 from .dealing import Rollout
 from .ema_teacher import EMATeacher
-from .head import base_model, distill, head_of, hidden_states, patch_lm_head
-from .measured import is_whole
+from .head import distill, head_of, hidden_states, patch_lm_head
+from .measured import is_whole, measured
 from .step_metrics import StepMetrics
 
 SEAMS = ("_prepare_training_batch", "_prepare_inputs", "_compute_rollout_logps", "_log_self_distillation_metric",
@@ -65,20 +65,20 @@ class FusedSelfDistillation:
             self._check_policy()
         head = patch_lm_head(self.model)
         patch_lm_head(self.teacher_model)
-        if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind != "live":
+        if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind == "ema":
             raise ValueError(
-                "teacher_model_kind: expected 'live' where LoRA adapts the head, got "
-                f"{self.args.teacher_model_kind!r}; or leave 'lm_head' out of target_modules"
+                "teacher_model_kind: expected 'live' or 'base' where LoRA adapts the head, got 'ema', with which TRL "
+                "sets the head's own weight to 0; or leave 'lm_head' out of target_modules"
             )
         self._teacher_head: tuple[int, Head | None] = (-1, None)
-        self._rollouts: list[Rollout] = []  # of the generation batch, of all processes
+        self._rollouts: list[Rollout] = []  # all processes' generation batch
         self._first: int | None = None  # micro-batch of the optimiser step, counted as TRL's _step
-        self._micro_batches = 0  # of the optimiser step
+        self._micro_batches = 0  # this optimiser step's
         self._dealt: dict[int, list[Rollout]] = {}  # this process's, by micro-batch
         self._has_weight = False  # a rollout of the optimiser step, on any process
         self._runs_empty = True
         self._step_metrics = StepMetrics(self.accelerator)
-        self._policy_loss: Tensor | float = 0.0  # of this optimiser step's micro-batches
+        self._policy_loss: Tensor | float = 0.0  # this optimiser step's so far
         if self.args.teacher_model_kind == "ema":
             self.callback_handler.callbacks = [
                 EMATeacher(x, self) if EMATeacher.is_for(x) else x for x in self.callback_handler.callbacks
@@ -306,11 +306,13 @@ class FusedSelfDistillation:
         tokens, objective = inputs["completion_ids"].shape[1], self._objective(inputs)
         with self.accelerator.autocast():
             if self._distillation_weight != 0:
+                own = measured(model).state[0]
                 with torch.no_grad(), self._get_teacher_context_for_self_distillation():
                     objective["teacher_hidden"] = hidden_states(
                         self.teacher_model, inputs["teacher_input_ids"], inputs["teacher_attention_mask"], tokens
                     )
-                objective["teacher_head"] = self._head_of_teacher()
+                    shares = measured(self.teacher_model).state[0] == own
+                    objective["teacher_head"] = None if shares else self._head_of_teacher()
             return distill(
                 model,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
@@ -348,12 +350,10 @@ class FusedSelfDistillation:
             objective |= {"old_logp": old_logp, "importance_clip": self.args.distillation_is_clip}
         return objective
 
-    def _head_of_teacher(self) -> Head | None:
-        """Gathered once an optimiser step; None of a teacher whose head is the student's own."""
+    def _head_of_teacher(self) -> Head:
+        """Gathered once an optimiser step, where the teacher's adapter is at work; it follows the teacher's weights."""
         if self._teacher_head[0] != self.state.global_step:
-            own, other = (base_model(x).get_output_embeddings() for x in (self.model, self.teacher_model))
-            head = None if other is own else head_of(self.teacher_model)
-            self._teacher_head = (self.state.global_step, head)
+            self._teacher_head = (self.state.global_step, head_of(self.teacher_model))
         return self._teacher_head[1]
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ MEANS = ("divergence", "student_entropy", "teacher_entropy")
 
 
 class StepMetrics:
-    """Of training and evaluation apart; a mode is "train" or "eval".
+    """Training and evaluation have sums of their own; a mode is "train" or "eval".
 
     Columns of the sums: tokens that have a weight, their loss, the fields of MEANS, all positions that were drawn.
     """

@@ -12,8 +12,9 @@ A first walk over the vocabulary sums, with e = e^((s - max s)/τ) and φ(y) = e
 which has nothing left to cancel when c is the mean of t - s under p. Each set of entries takes a centre of its own;
 merging two sets moves both to the mean of all, as the parallel variance does. A row whose student has more than half
 of its mass in one entry takes that entry's own t - s instead: its y is then exactly 0, and so does not round what the
-gradient of a peaked row is made of. The Jensen-Shannon divergence needs both normalisers before its value: its first
-walk sums S = Σ e (e^y - 1), of which η = log(1 + S/Z), and a second one the terms.
+gradient of a peaked row is made of. Divergences from a mixture of both sides need both normalisers before their value:
+their first walk sums S = Σ e (e^y - 1), of which η = log(1 + S/Z), and a second one the terms. Jeffreys' first walk is
+that of KL(p‖q), and its second one sums the terms too.
 
 KL(q‖p) is KL(p‖q) with the sides exchanged. So formulas speak of an own side, under which means are taken, and the
 other one: of KL(q‖p) the own side is the teacher, of all else the student.
@@ -32,6 +33,7 @@ from .elementary_triton import (
     LN_2,
     LOG2_E,
     above_linear,
+    below_linear,
     excess,
     exponential,
     is_small,
@@ -40,6 +42,7 @@ from .elementary_triton import (
     phi,
     polynomial,
     product,
+    reciprocal,
     summed_excess,
     times,
 )
@@ -50,13 +53,32 @@ FORWARD = tl.constexpr(KINDS.index("forward"))
 REVERSE = tl.constexpr(KINDS.index("reverse"))
 JENSEN_SHANNON = tl.constexpr(KINDS.index("jensen_shannon"))
 CLIPPED = tl.constexpr(KINDS.index("clipped"))  # its first walk is Jensen-Shannon's
+JEFFREYS = tl.constexpr(KINDS.index("jeffreys"))
+SKEWED_FORWARD = tl.constexpr(KINDS.index("skewed_forward"))  # first walks as Jensen-Shannon's
+SKEWED_REVERSE = tl.constexpr(KINDS.index("skewed_reverse"))
 
 _INFINITY = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234e38)
 # A set whose largest logit is below it is as good as forbidden: the rounding of larger exponents might overflow e.
 _FORBIDDEN = tl.constexpr(-1e8)
-# What x is compared with before log(1 + x) is trusted; beyond it the logarithms of both Z are far apart.
+# log(1 + x) is trusted below; beyond, the logarithms of both Z are far apart.
 _TRUSTED = tl.constexpr(1e4)
+
+
+@triton.constexpr_function
+def has_mixture(objective):
+    return KINDS[objective] in ("jensen_shannon", "skewed_forward", "skewed_reverse")
+
+
+@triton.constexpr_function
+def has_terms(objective):
+    """Whether a second walk sums what the gradient needs."""
+    return KINDS[objective] not in ("forward", "reverse")
+
+
+def first_walk(kind: str) -> str:
+    """The kind whose moments a row's first walk sums."""
+    return kind if kind in ("forward", "reverse", "jeffreys") else "jensen_shannon"
 
 
 class Numbers(NamedTuple):
@@ -95,7 +117,7 @@ class Moments(NamedTuple):
 class Values(NamedTuple):
     """What the first walk knows of a row's values."""
 
-    divergence: tl.tensor  # KL. Of the other objectives, 0, or NaN in a row with NaN
+    divergence: tl.tensor  # KL; the other objectives have 0, or NaN in a row with NaN
     own_entropy: tl.tensor
     other_entropy: tl.tensor
     log_own: tl.tensor  # log Σ e^((s - base)/τ)
@@ -117,7 +139,7 @@ class Mean(NamedTuple):
     """What a row's scores are counted from."""
 
     reference: tl.tensor
-    score: tl.tensor  # their mean, counted from there. Of clipped entries Q, or 1 - Q where most are
+    score: tl.tensor  # their mean, counted from there; clipped: Q, or 1 - Q where that is less
     mostly_clipped: tl.tensor
 
 
@@ -125,7 +147,7 @@ class Terms(NamedTuple):
     """Second walk's sums."""
 
     divergence: tl.tensor
-    score: tl.tensor  # of Jensen-Shannon, counted from the row's reference; of clipped entries Q
+    score: tl.tensor  # counted from the row's reference; clipped: Q
     unclipped: tl.tensor  # 1 - Q
     plain: tl.tensor  # the divergence to take where Q is large
 
@@ -363,10 +385,10 @@ def row_of_lse(lse_own, lse_other, centre, log_ratio, by: Numbers):
 
 
 @triton.jit
-def reference_score(row: Row, at_top, by: Numbers):
+def reference_score(row: Row, at_top, by: Numbers, objective: tl.constexpr):
     """The score of the student's likeliest entry. Counted from there, the mean score of a peaked row is a sum of small
     terms, where nothing cancels."""
-    score = mixture_score((at_top - row.centre) * by.inverse_temperature - row.log_ratio, by.mixture)
+    score = score_of((at_top - row.centre) * by.inverse_temperature - row.log_ratio, by.mixture, objective)
     return tl.where(tl.abs(score) < _INFINITY, score, 0.0)
 
 
@@ -387,53 +409,92 @@ def _probabilities(at: Entries, row: Row, by: Numbers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Second walk, and the scores, of the Jensen-Shannon divergence D = (1-β) KL(p‖m) + β KL(q‖m), m = (1-β) p + β q.
+# Second walk, and the scores, of divergences from a mixture m = (1-β) p + β q, and of Jeffreys. With a = log(m/p) and
+# y(u) = u - 1 - log(u) ≥ 0, an entry's term and score, of which ∂D/∂s = f p (score - mean score)/τ, are
 #
-# With a = log(m/p), an entry's term is β q d - m a, and its score -a. Where |d| < 1 both are polynomials of d. Beyond,
-# the ratio of q and p is counted from the side that has most of the mixture, so that neither overflows nor cancels.
+#     Jensen-Shannon   (1-β) KL(p‖m) + β KL(q‖m)   f = 1-β      β q d - m a                   -a
+#     skewed forward   KL(q‖m)                     f = (1-β)²   q y(m/q)                      (p - q)/m
+#     skewed reverse   KL(p‖m)                     f = 1        p y(m/p)                      -a - (1-β)(p/m - 1)
+#     Jeffreys         (1-β) KL(q‖p) + β KL(p‖q)   f = β        (1-β) q φ(-d) + β p φ(d)      -d, with (1-β)(p - q)/τ
+#
+# Where |d| < 1, a mixture's are polynomials of d. Beyond, the ratio of q and p is counted from the side that has most
+# of the mixture, so that neither overflows nor cancels.
 
 
 @triton.jit
-def _far_mixture(d, mixture: Mixture):
+def _far_mixture(d, mixture: Mixture, objective: tl.constexpr):
     """An entry's term over p or q, whether it is over q, and its score. Also where d is infinite or NaN."""
     turned = d > mixture.turn
     x = tl.maximum(tl.where(turned, -d, d), -120.0)
     share = tl.where(turned, mixture.student, mixture.teacher)
     rest = tl.where(turned, mixture.teacher, mixture.student)
-    part = exponential(x) * share
+    ratio = exponential(x)
+    part = ratio * share
     u = part + rest
     log_u = log_one_plus(u, part - share)
-    return part * x - u * log_u, turned, tl.where(turned, x, 0.0) - log_u
+    if objective == JENSEN_SHANNON:
+        term, score = part * x - u * log_u, tl.where(turned, x, 0.0) - log_u
+    else:
+        below = below_linear(u, part - share)
+        other = rest * (1.0 - ratio) + ratio * (x - log_u)  # of the side that u is not counted from
+        if objective == SKEWED_FORWARD:
+            term = tl.where(turned, below, other)
+            score = tl.where(turned, ratio - 1.0, 1.0 - ratio) * reciprocal(u)
+        else:
+            term = tl.where(turned, other, below)
+            step = (part - share) * reciprocal(u)
+            score = tl.where(turned, x - log_u - step * rest, below - step * part)
+    return term, turned, score
 
 
 @triton.jit
-def mixture_score(d, mixture: Mixture):
-    """-log(m/p)"""
-    _, _, far = _far_mixture(d, mixture)
-    return tl.where(tl.abs(d) < 1, -d * polynomial(mixture.score, d), far)
+def _near_score(d, mixture: Mixture, objective: tl.constexpr):
+    score = -d * polynomial(mixture.score, d)
+    if objective == SKEWED_REVERSE:  # whose polynomials are over q / p
+        score *= exponential(d)
+    return score
 
 
 @triton.jit
-def _mixture_entry(p, q, d, mixture: Mixture):
+def score_of(d, mixture: Mixture, objective: tl.constexpr):
+    if objective == JEFFREYS:
+        score = -d
+    else:
+        _, _, far = _far_mixture(d, mixture, objective)
+        score = tl.where(tl.abs(d) < 1, _near_score(d, mixture, objective), far)
+    return score
+
+
+@triton.jit
+def _mixture_entry(p, q, d, mixture: Mixture, objective: tl.constexpr):
     """An entry's term and score."""
-    far, turned, far_score = _far_mixture(d, mixture)
+    far, turned, far_score = _far_mixture(d, mixture, objective)
     near = tl.abs(d) < 1
     term = tl.where(near, d * d * polynomial(mixture.divergence, d), far)
-    score = tl.where(near, -d * polynomial(mixture.score, d), far_score)
-    return tl.where(turned & ~near, q, p) * term, score
+    score = tl.where(near, _near_score(d, mixture, objective), far_score)
+    over_q = turned | near if objective == SKEWED_REVERSE else turned & ~near
+    return tl.where(over_q, q, p) * term, score
 
 
 @triton.jit
 def added_terms(sums: Terms, at: Entries, row: Row, reference, by: Numbers, objective: tl.constexpr):
-    """`Terms` with more entries. Jensen-Shannon's lack a factor: see `finished_terms`."""
-    if objective == JENSEN_SHANNON:
+    """`Terms` with more entries. A mixture's lack a factor: see `finished_terms`."""
+    if has_mixture(objective):
         e, e_other, d = _factors(at, row, by)
-        term, score = _mixture_entry(e, e_other * _spread(row.inverse_other / row.inverse_own), d, by.mixture)
+        q = e_other * _spread(row.inverse_other / row.inverse_own)
+        term, score = _mixture_entry(e, q, d, by.mixture, objective)
         score = e * (score - _spread(reference))
         new = Terms(sums.divergence + total(term), sums.score + total(score), sums.unclipped, sums.plain)
     elif objective == CLIPPED:
         p, q, d = _probabilities(at, row, by)
         new = _added_clipped_terms(sums, p, q, d, by.entry_clip)
+    elif objective == JEFFREYS:
+        p, q, d = _probabilities(at, row, by)
+        # q φ(-d), which is p (d e^d - (e^d - 1))
+        forward = tl.where(tl.abs(d) < 1, q * phi(-d), p - q + times(q, d))
+        term = forward * by.mixture.student + above_linear(p, q, d) * by.mixture.teacher
+        score = times(p, -d - _spread(reference))
+        new = Terms(sums.divergence + total(term), sums.score + total(score), sums.unclipped, sums.plain)
     else:
         own, other, d = _probabilities(at, row, by)
         term = above_linear(own, other, d)
@@ -463,7 +524,7 @@ def _added_clipped_terms(sums: Terms, p, q, d, entry_clip):
 def finished_terms(sums: Terms, row: Row, objective: tl.constexpr):
     """(1,) sums over lanes, with all their factors. A row's that is NaN are NaN throughout."""
     poison = tl.where(row.log_ratio == row.log_ratio, 0.0, row.log_ratio)
-    factor = row.inverse_own if objective == JENSEN_SHANNON else poison + 1.0
+    factor = row.inverse_own if has_mixture(objective) else poison + 1.0
     return Terms(
         _sum_lanes(sums.divergence) * factor + poison, _sum_lanes(sums.score) * factor + poison,
         _sum_lanes(sums.unclipped) + poison, _sum_lanes(sums.plain) + poison,
@@ -529,15 +590,19 @@ def minus_other(log_p):
 def gradient_scale(weight, by: Numbers, objective: tl.constexpr):
     """(1,) what multiplies a row's `logit_gradient`."""
     scale = weight * by.inverse_temperature
-    return scale * by.mixture.student if objective == JENSEN_SHANNON else scale
+    if objective == JENSEN_SHANNON:
+        scale *= by.mixture.student
+    elif objective == SKEWED_FORWARD:
+        scale *= by.mixture.student * by.mixture.student
+    return scale
 
 
 @triton.jit
 def logit_gradient(at: Entries, row: Row, mean: Mean, scale, pull, by: Numbers, objective: tl.constexpr):
     """weight · ∂D/∂s of entries. And `pull` · p, where it is there."""
-    if objective == JENSEN_SHANNON:
+    if has_mixture(objective):
         e, _, d = _factors(at, row, by)
-        score = mixture_score(d, by.mixture) - _spread(mean.reference) - _spread(mean.score)
+        score = score_of(d, by.mixture, objective) - _spread(mean.reference) - _spread(mean.score)
         slope, scale = e * score, row.inverse_own * scale
         p = e
         if pull is not None:
@@ -549,7 +614,10 @@ def logit_gradient(at: Entries, row: Row, mean: Mean, scale, pull, by: Numbers, 
             slope = excess(own, other, d)
         elif objective == REVERSE:
             slope = times(own, -d - _spread(mean.score))
-        else:  # p (1 - Q), and of an entry that is not clipped -q
+        elif objective == JEFFREYS:
+            slope = times(own, -d - _spread(mean.reference) - _spread(mean.score)) * by.mixture.teacher
+            slope -= excess(own, other, d) * by.mixture.student
+        else:  # p (1 - Q), less q where an entry is not clipped
             clipped = times(other, d) > by.entry_clip
             share = own * _spread(mean.score)
             few = tl.where(clipped, own, -excess(own, other, d)) - share

@@ -82,6 +82,15 @@ def log_one_plus(u, x):
 
 
 @triton.jit
+def below_linear(u, x):
+    """x - log(u), alike: nothing cancels where x is small."""
+    z = x * reciprocal(x * 0.5 + 1.0)
+    w = z * z
+    series = w * ((w * 2.3109775e-3 + 1.2496489e-2) * w + 8.3333358e-2)
+    return tl.where(tl.abs(x) < 0.29, z * (x * 0.5 - series), x - log2(u) * LN_2)
+
+
+@triton.jit
 def polynomial(c, x):
     y = x * c[7] + c[6]
     for i in tl.static_range(6):

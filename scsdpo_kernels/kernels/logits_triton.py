@@ -57,7 +57,7 @@ def tail_gradient_kernel(
         g = exponential((z - base) * inverse_temperature) * factor
         if has_softcap:
             g *= softcap_slope(z, inverse_softcap)
-        g = tl.where(factor == 0, 0.0, g)  # whatever the row holds
+        g = tl.where(factor == 0, 0.0, g)  # the row may hold anything
         tl.store(gradient_out + columns, g.to(gradient_out.dtype.element_ty), inside)
 
 

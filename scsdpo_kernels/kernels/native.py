@@ -56,7 +56,7 @@ def multiplies_bf16() -> bool:
 
 
 def row_divergence(
-    logits: Logits,  # fp32, bf16 or float64 (that without `difference`)
+    logits: Logits,  # fp32, bf16 or, without `difference`, float64
     rows: PerRow,
     objective: Objective,
     gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over the student, row by row. None: values only
@@ -100,7 +100,7 @@ def row_statistics(logits: Logits, temperature: float, *, instruction_set: str |
 def row_terms(
     logits: Logits,  # fp32, some entries of each row
     objective: Objective,
-    statistics: RowStatistics,  # of the whole rows
+    statistics: RowStatistics,  # whole rows'
     *,
     instruction_set: str | None = None,
 ) -> Tensor:
@@ -114,9 +114,9 @@ def row_terms(
 def row_gradient(
     logits: Logits,  # fp32, some entries of each row
     objective: Objective,
-    statistics: RowStatistics,  # of the whole rows
-    terms: Tensor,  # (4, C) float64, of the whole rows
-    rows: PerRow,  # the weight, and of a policy the coefficient and the target: csrc/row_divergence.h
+    statistics: RowStatistics,  # whole rows'
+    terms: Tensor,  # (4, C) float64, whole rows'
+    rows: PerRow,  # the weight, and a policy's coefficient and target: csrc/row_divergence.h
     gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over the student, row by row. None: values only
     *,
     instruction_set: str | None = None,
@@ -150,8 +150,9 @@ def _logits(logits: Logits) -> _C.Logits:
 
 
 def _objective(objective: Objective) -> _C.Objective:
-    kind, *numbers = objective
-    return _C.Objective(_C.Kind.__members__[kind], *numbers)
+    kind, *numbers, token_beta = objective
+    assert token_beta is None or (token_beta.dtype == torch.float64 and token_beta.is_contiguous())
+    return _C.Objective(_C.Kind.__members__[kind], *numbers, _address(token_beta))
 
 
 def _per_row(rows: PerRow) -> _C.PerRow:
@@ -164,7 +165,7 @@ def _per_row(rows: PerRow) -> _C.PerRow:
 
 
 def _statistics(statistics: RowStatistics) -> _C.Statistics:
-    for name in ("student_lse", "teacher_lse", "centre", "log_ratio"):  # what is read; the others are written alone
+    for name in ("student_lse", "teacher_lse", "centre", "log_ratio"):  # the others are only written
         tensor = getattr(statistics, name)
         assert tensor.is_contiguous() and tensor.dtype == (torch.float64 if "lse" in name else torch.float32), name
     return _C.Statistics(*map(_address, statistics))

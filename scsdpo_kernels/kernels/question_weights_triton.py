@@ -80,6 +80,6 @@ def question_weights(
         success_threshold = torch.tensor(success_threshold, dtype=rewards.dtype).item()
     question_weights_kernel[1,](
         rewards, question_ids.contiguous(), raw, weights, len(rewards),
-        exponent=float(exponent), threshold=success_threshold, BLOCK=BLOCK, num_warps=WARPS,
+        exponent=float(exponent), threshold=success_threshold, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return weights

@@ -2,7 +2,7 @@
 
     pass     reads            writes
     1        s, t (8 bytes)                  moments, online: maxima, normalisers, entropies; KL at beta 0 and 1
-    2        s, t (8 bytes)                  Jensen-Shannon: its terms and the mean score; clipped KL alike
+    2        s, t (8 bytes)                  Jensen-Shannon: its terms and the mean score; others but the KLs alike
     3        s, t (8 bytes)   G (2 or 4)     weight · ∂D/∂s
 
 18 bytes of a pair of logits at beta 0 and 1, 26 between, with a bf16 gradient. Jensen-Shannon's two more reads cannot
@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import KINDS, Objective
+from ..problem import ENDS, KINDS, Objective
 from .contract import Logits, PerRow, RowStatistics, Scalars
 from .divergence_triton import (
     CLIPPED,
     FORWARD,
-    JENSEN_SHANNON,
     Entries,
     Mean,
     Moments,
@@ -42,7 +41,10 @@ from .divergence_triton import (
     extended,
     finished_terms,
     first_moments,
+    first_walk,
     gradient_scale,
+    has_mixture,
+    has_terms,
     importance_ratio,
     largest,
     logit_gradient,
@@ -53,7 +55,7 @@ from .divergence_triton import (
     row_of_lse,
 )
 from .elementary_triton import softcap_slope
-from .mixture import mixture
+from .mixture import SIZE, Mixture, mixture, mixtures
 
 # Entries of a row at a time, warps, and, in the passes that only read, stages of the loads' pipeline.
 #
@@ -64,16 +66,19 @@ from .mixture import mixture
 # rate. There are 75 and 64 at beta 0 and 1, and 108 with clipped entries; copying the bytes above leaves an H200 room
 # for about 180 and 124. Registers leave room for four programs on a multiprocessor of sm_90 where the vocabulary is a
 # multiple of 16, and for three else; for two on sm_80. Caps that would fit more make some kernels spill.
+# Jeffreys has 131 to 138 instructions an entry, the skewed KLs 138 to 171, and both leave room for three programs or
+# four; rows with a β of their own, for two or three.
 BLOCK, WARPS = 2048, 4
 STAGES = tl.constexpr(3)
 # Lanes of a program, one a thread, and how many neighbouring entries a lane takes with one access.
 MAX_LANES, PACK = 128, tl.constexpr(4)
+_SIZE = tl.constexpr(SIZE)
 
 
 def options(device_type: str) -> dict[str, int | bool]:
     """Compiler options of the launch."""
     if device_type == "hip" or torch.version.hip is not None:
-        return {"num_warps": WARPS // 2, "enable_fp_fusion": True}  # of 64 lanes
+        return {"num_warps": WARPS // 2, "enable_fp_fusion": True}  # a warp has 64 lanes
     registers = {"maxnreg": 208} if device_type == "cuda" else {}
     return {"num_warps": WARPS, "enable_fp_fusion": True, **registers}
 
@@ -128,11 +133,18 @@ class Known(NamedTuple):
 class Form(NamedTuple):
     """What a kernel is compiled for."""
 
-    objective: int  # of problem.KINDS; of statistics Jensen-Shannon
+    objective: int  # its place in problem.KINDS; statistics take Jensen-Shannon
     difference: bool  # the second logits are teacher - student
     softcap: bool
     block: int  # entries at a time
     lanes: int
+
+
+class Ends(NamedTuple):
+    """Rows of β 0 and 1, where each row has its own."""
+
+    at_0: Form
+    at_1: Form
 
 
 class Pair(NamedTuple):
@@ -186,7 +198,7 @@ def _entries(s, t, form: tl.constexpr):
         else:
             s, t = s.to(tl.float32), t.to(tl.float32)
             d = t - s
-        if form.objective != JENSEN_SHANNON:  # a token forbidden by the lowest number, as by -inf
+        if not has_mixture(form.objective):  # a token forbidden by the lowest number, as by -inf
             d = tl.where(tl.abs(d) < 1e30, d, d * float("inf"))
     return Entries(t, s, -d) if form.objective == FORWARD else Entries(s, t, d)
 
@@ -328,13 +340,45 @@ def _load_row(known: Known, one, by: Numbers, form: tl.constexpr):
     else:
         row = row_of_lse(student_lse, teacher_lse, centre, log_ratio, by)
     reference = tl.zeros_like(centre)
-    if form.objective == JENSEN_SHANNON:
-        reference = reference_score(row, centre, by)
+    if has_terms(form.objective) and form.objective != CLIPPED:
+        reference = reference_score(row, centre, by, form.objective)
     return row, reference
 
 
 @triton.jit
-def row_terms_kernel(chunk, known, terms, by, form: tl.constexpr):
+def _own_numbers(by: Numbers, shares):
+    """A row's, of a table of `mixtures`."""
+    at = shares + tl.program_id(0).to(tl.int64) * _SIZE
+    score = (
+        tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7), tl.load(at + 8),
+        tl.load(at + 9), tl.load(at + 10),
+    )  # fmt: skip
+    divergence = (
+        tl.load(at + 11), tl.load(at + 12), tl.load(at + 13), tl.load(at + 14), tl.load(at + 15), tl.load(at + 16),
+        tl.load(at + 17), tl.load(at + 18),
+    )  # fmt: skip
+    own = Mixture(tl.load(at), tl.load(at + 1), tl.load(at + 2), score, divergence)
+    return Numbers(by.inverse_temperature, by.entry_clip, by.importance_clip, by.inverse_softcap, own)
+
+
+@triton.jit
+def row_terms_kernel(chunk, known, terms, by, shares, form: tl.constexpr, ends: tl.constexpr):
+    if shares is None:
+        _row_terms_of(chunk, known, terms, by, form)
+    else:
+        at_0: tl.constexpr = ends.at_0
+        at_1: tl.constexpr = ends.at_1
+        own = _own_numbers(by, shares)
+        if own.mixture.teacher == 0:
+            _row_terms_of(chunk, known, terms, own, at_0)
+        elif own.mixture.student == 0:
+            _row_terms_of(chunk, known, terms, own, at_1)
+        else:
+            _row_terms_of(chunk, known, terms, own, form)
+
+
+@triton.jit
+def _row_terms_of(chunk, known, terms, by: Numbers, form: tl.constexpr):
     one, pair = _row_of(chunk)
     row, reference = _load_row(known, one, by, form)
     sums = _row_terms(pair, row, reference, by, form)
@@ -345,7 +389,24 @@ def row_terms_kernel(chunk, known, terms, by, form: tl.constexpr):
 
 
 @triton.jit
-def row_gradient_kernel(chunk, known, terms, given, divergence_out, out, by, form: tl.constexpr):
+def row_gradient_kernel(chunk, known, terms, given, divergence_out, out, by, shares, form: tl.constexpr,
+                        ends: tl.constexpr):  # fmt: skip
+    if shares is None:
+        _row_gradient_of(chunk, known, terms, given, divergence_out, out, by, form)
+    else:
+        at_0: tl.constexpr = ends.at_0
+        at_1: tl.constexpr = ends.at_1
+        own = _own_numbers(by, shares)
+        if own.mixture.teacher == 0:
+            _row_gradient_of(chunk, known, terms, given, divergence_out, out, own, at_0)
+        elif own.mixture.student == 0:
+            _row_gradient_of(chunk, known, terms, given, divergence_out, out, own, at_1)
+        else:
+            _row_gradient_of(chunk, known, terms, given, divergence_out, out, own, form)
+
+
+@triton.jit
+def _row_gradient_of(chunk, known, terms, given, divergence_out, out, by: Numbers, form: tl.constexpr):
     one, pair = _row_of(chunk)
     row, reference = _load_row(known, one, by, form)
     sums = Terms(
@@ -408,16 +469,33 @@ def _store_target(pair: Pair, column, scalars, rows, one, s_zero, t_zero, by: Nu
 
 
 @triton.jit
-def row_divergence_kernel(chunk, given, scalars, out, by, form: tl.constexpr, walk: tl.constexpr):
-    """`walk`: the form of the first walk."""
+def row_divergence_kernel(chunk, given, scalars, out, by, shares, form: tl.constexpr, walk: tl.constexpr,
+                          ends: tl.constexpr):  # fmt: skip
+    """`walk`: the form of the first walk. `shares`: a table of `mixtures`, one of each row, or None; `ends` then."""
+    if shares is None:
+        _whole_row(chunk, given, scalars, out, by, form, walk)
+    else:
+        at_0: tl.constexpr = ends.at_0
+        at_1: tl.constexpr = ends.at_1
+        own = _own_numbers(by, shares)
+        if own.mixture.teacher == 0:
+            _whole_row(chunk, given, scalars, out, own, at_0, at_0)
+        elif own.mixture.student == 0:
+            _whole_row(chunk, given, scalars, out, own, at_1, at_1)
+        else:
+            _whole_row(chunk, given, scalars, out, own, form, walk)
+
+
+@triton.jit
+def _whole_row(chunk, given, scalars, out, by: Numbers, form: tl.constexpr, walk: tl.constexpr):
     one, pair = _row_of(chunk)
     m = _row_moments(pair, by, walk)
     values, row, mean = concluded(m, by, walk.objective)
     divergence = values.divergence
-    if form.objective == JENSEN_SHANNON or form.objective == CLIPPED:
+    if has_terms(form.objective):
         reference = mean.reference
-        if form.objective == JENSEN_SHANNON:
-            reference = reference_score(row, m.at_top, by)
+        if form.objective != CLIPPED:
+            reference = reference_score(row, m.at_top, by, form.objective)
         sums = _row_terms(pair, row, reference, by, form)
         divergence, mean = concluded_terms(sums, reference, form.objective)
 
@@ -468,8 +546,19 @@ def _chunk(logits: Logits) -> Chunk:
 
 def _numbers(objective: Objective, importance_clip: float, softcap: float) -> Numbers:
     inverse_softcap = 1.0 / softcap if softcap else 0.0
-    constants = mixture(objective.beta)
+    constants = mixture(objective.kind, objective.beta)
     return Numbers(1.0 / objective.temperature, objective.entry_clip, importance_clip, inverse_softcap, constants)
+
+
+def _shares(objective: Objective) -> Tensor | None:
+    return None if objective.token_beta is None else mixtures(objective.kind, objective.token_beta)
+
+
+def _ends(logits: Logits, objective: Objective) -> Ends | None:
+    """An end that the objective does not have is the objective itself, which no row takes it for."""
+    if objective.token_beta is None:
+        return None
+    return Ends(*(_form(logits, kind or objective.kind) for kind in ENDS[objective.kind]))
 
 
 def _form(logits: Logits, kind: str) -> Form:
@@ -493,11 +582,10 @@ def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient:
     assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
     assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
     scalars = torch.empty(rows.scalars, len(weight), dtype=torch.float32, device=student.device)
-    first_walk = "jensen_shannon" if objective.kind == "clipped" else objective.kind
     row_divergence_kernel[(len(weight),)](
         _chunk(logits), _given(rows), scalars, _output(gradient),
-        _numbers(objective, importance_clip, logits.softcap), form=_form(logits, objective.kind),
-        walk=_form(logits, first_walk), **options(student.device.type),
+        _numbers(objective, importance_clip, logits.softcap), _shares(objective), form=_form(logits, objective.kind),
+        walk=_form(logits, first_walk(objective.kind)), ends=_ends(logits, objective), **options(student.device.type),
     )  # fmt: skip
     return Scalars(*scalars.unbind(), *[None] * (len(Scalars._fields) - len(scalars)))
 
@@ -523,8 +611,8 @@ def row_terms(logits: Logits, objective: Objective, statistics: RowStatistics) -
     student = logits.student
     terms = torch.empty(4, len(student), dtype=torch.float64, device=student.device)
     row_terms_kernel[(len(student),)](
-        _chunk(logits), _known(statistics), terms, _numbers(objective, 0.0, 0.0), form=_form(logits, objective.kind),
-        **options(student.device.type),
+        _chunk(logits), _known(statistics), terms, _numbers(objective, 0.0, 0.0), _shares(objective),
+        form=_form(logits, objective.kind), ends=_ends(logits, objective), **options(student.device.type),
     )  # fmt: skip
     return terms
 
@@ -542,6 +630,7 @@ def row_gradient(
     divergence = torch.empty(len(student), dtype=torch.float32, device=student.device)
     row_gradient_kernel[(len(student),)](
         _chunk(logits), _known(statistics), terms, _given(rows), divergence, _output(gradient),
-        _numbers(objective, 0.0, logits.softcap), form=_form(logits, objective.kind), **options(student.device.type),
+        _numbers(objective, 0.0, logits.softcap), _shares(objective), form=_form(logits, objective.kind),
+        ends=_ends(logits, objective), **options(student.device.type),
     )  # fmt: skip
     return divergence

@@ -29,5 +29,5 @@ def multiply(gradient: Tensor, by: Tensor) -> Tensor:
     count = gradient.numel()
     if count:
         programs = min(PROGRAMS, triton.cdiv(count, BLOCK))
-        multiply_kernel[programs,](gradient, by, count, BLOCK=BLOCK, num_warps=WARPS)
+        multiply_kernel[programs,](gradient, by, count, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
     return gradient

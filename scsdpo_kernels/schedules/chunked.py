@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import Kernels, kernels_of, native
+from ..kernels import Kernels, kernels_of
 from ..kernels.contract import Logits, PerRow
 from ..problem import Gradients
 from . import products
@@ -52,13 +52,13 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
     if head.logit_scale != 1.0:
         rows = rows._replace(given=_scaled(rows.given, head.logit_scale))
     on_cpu = products.on_cpu(plan.student.hidden)
-    fast = not on_cpu or native.multiplies_bf16()
-    dtype = torch.bfloat16 if head.weight.dtype == torch.bfloat16 and fast else torch.float32
+    in_bf16 = head.weight.dtype == torch.bfloat16 and products.multiplies_bf16(plan.student.hidden)
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
     most = _chunk_rows(plan.shard.longest, device)  # the same on every process
     keeps = plan.wanted.weight is not None and dtype.itemsize == 2
     groups = _split(slice(0, count), _group_rows(count, head.weight.shape[1]) if keeps else most)
     scalars = torch.empty(rows.given.scalars, count, dtype=torch.float32, device=device)
-    sums = products.head_sums(head, plan.wanted, plan.grad_hidden, len(groups))
+    sums = products.head_sums(plan.whole_head, plan.wanted, plan.grad_hidden, len(groups), plan.shard.size)
     buffers = _buffers(plan, groups, most, dtype)
     for group in groups:
         chosen = rows.chunk(group)

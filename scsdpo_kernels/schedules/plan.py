@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import PerRow, RowPolicy, Scalars
-from ..problem import Gradients, Head, Objective, Problem, Side, Support
+from ..problem import Gradients, Head, Objective, Problem, Side, Support, cut
 from . import rows as row_choice
 from .rows import Rows, as_matrix, complete, valid_support
 from .shards import Shard
@@ -20,12 +20,13 @@ class Plan(NamedTuple):
     objective: Objective
     support: Support | None
     shard: Shard
+    whole_head: Head  # the student's with rows that do not count, whose gradient is 0
     difference: bool  # one fp32 head, which is applied to the difference of hidden states in place of the teacher's
     grad_hidden: Tensor | None  # out: rows.kept of it are written. None: not wanted
     wanted: Gradients  # dtype of each gradient, None where it is not wanted
 
 
-# (scalars, K) fp32 of the kept rows, and the gradients of Σ weight · importance ratio · divergence + policy's.
+# A schedule returns (scalars, K) fp32 and the gradients of Σ weight · importance ratio · divergence + policy's.
 Schedule = Callable[[Plan], tuple[Tensor, Gradients]]
 
 
@@ -45,10 +46,11 @@ class Kept(NamedTuple):
 
 def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
     """What the operator returns, by the `run` of a schedule's module."""
+    whole_head, is_prefix = problem.student.head, problem.vocabulary is not None and problem.part is None
+    problem = _with_shared_head(cut(problem))
     shard = Shard(problem.part, problem.student.head.weight.shape[0])
-    problem = _with_shared_head(problem)
     may_subtract = _may_subtract(problem)
-    kept = _keep(problem, shard, may_subtract)
+    kept = _keep(problem, shard, may_subtract, is_prefix)
     student, teacher, rows = _sides(problem, kept, shard)
     counts = None
     if problem.part is not None and problem.part.sequence_parallel:
@@ -62,7 +64,7 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
     partial, computed = grad_hidden, rows
     if partial is not None and shard.group is None:
         partial = partial.view(-1, hidden.shape[-1])
-    elif partial is not None:  # of the computed rows, in fp32: what is summed over processes
+    elif partial is not None:  # processes add these up, in fp32
         partial = torch.zeros(len(rows.given.weight), hidden.shape[-1], device=hidden.device)
         computed = rows._replace(kept=torch.arange(len(partial), device=hidden.device))
     plan = Plan(
@@ -72,6 +74,7 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
         objective=problem.objective,
         support=problem.support,
         shard=shard,
+        whole_head=whole_head,
         difference=may_subtract and kept.head_is_finite,
         grad_hidden=partial,
         wanted=wanted,
@@ -116,12 +119,13 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
-def _keep(problem: Problem, shard: Shard, may_subtract: bool) -> Kept:
+def _keep(problem: Problem, shard: Shard, may_subtract: bool, is_prefix: bool) -> Kept:
     """Chooses and checks the rows to compute: the one wait for a GPU, and none with the caller's own list."""
     unchecked = problem.rows is not None and problem.token_weight.device.type != "cpu"
     index, head_is_finite = row_choice.kept_rows(
         problem,
         vocabulary=shard.vocabulary,
+        is_prefix=is_prefix,
         # An infinite entry, which forbids a token, would meet a difference of 0: 0 · inf is no logit.
         summed_head=problem.student.head.weight.sum() if may_subtract and not unchecked else None,
     )
@@ -156,6 +160,7 @@ def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | Non
         support_ids=support_ids,
         support_logp=support_logp,
         are_all=problem.rows is None and len(kept.index) == problem.token_weight.numel(),
+        beta=row_choice.shares(problem.objective, kept.index, weight),
     )
     return problem.student._replace(hidden=student_states), teacher, rows
 
@@ -188,10 +193,10 @@ def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) 
     own = student.hidden[rows.student], None if teacher is None else teacher.hidden[rows.teacher]
     weight, target, old_logp, importance_clip, policy = rows.given
     of_policy = () if policy is None else policy[:3]
-    carried = weight, target, old_logp, rows.support_ids, rows.support_logp, *of_policy
+    carried = weight, target, old_logp, rows.support_ids, rows.support_logp, rows.beta, *of_policy
     (states, teacher_states, *carried), counts = shard.gather_rows((*own, *carried))
     index = torch.arange(len(states), device=states.device)
-    weight, target, old_logp, support_ids, support_logp, *of_policy = carried
+    weight, target, old_logp, support_ids, support_logp, beta, *of_policy = carried
     if policy is not None:
         policy = RowPolicy(*of_policy, *policy[3:])
     rows = Rows(
@@ -202,6 +207,7 @@ def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) 
         support_ids=support_ids,
         support_logp=support_logp,
         are_all=True,
+        beta=beta,
     )
     teacher = None if teacher is None else teacher._replace(hidden=teacher_states)
     return student._replace(hidden=states), teacher, rows, counts

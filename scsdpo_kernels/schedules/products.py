@@ -2,20 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..kernels import Kernels, native
+from ..kernels import Kernels
 from ..problem import Gradients, Head
 
-# Rows of a head at a time where it has to be copied into another dtype, or its gradient out of one.
+# A head, or its gradient, is copied into another dtype so many rows at a time.
 SLAB_ROWS = 8192
-# Tokens of a group at a time whose hidden gradient is made in fp32.
+# The hidden gradient of a group is made in fp32 for so many tokens at a time.
 HIDDEN_ROWS = 1024
-# Of the sizes of matrices, what the fast kernels of GPU libraries divide.
+# The fast kernels of GPU libraries take matrices whose sizes are multiples of this.
 EVEN = 64
-# Entries of a gradient up to which it is summed in fp32 whatever its dtype.
+# A gradient with no more entries is summed in fp32, whatever its dtype.
 SMALL = 2**24
 
 
@@ -23,9 +24,25 @@ def on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def _native() -> ModuleType:
+    """The compiled module's side, which a GPU does without: some builds have Triton's kernels only."""
+    from ..kernels import native
+
+    return native
+
+
+def multiplies_bf16(tensor: Tensor) -> bool:
+    """Whether there are fast products of bf16 numbers where the tensor is."""
+    return not on_cpu(tensor) or _native().multiplies_bf16()
+
+
+def cpu_matmul(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    _native().matmul(left, right, out, add=add)
+
+
 def empty(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu":
-        return native.empty(*shape, dtype=dtype)
+        return _native().empty(*shape, dtype=dtype)
     return torch.empty(shape, dtype=dtype, device=device)
 
 
@@ -42,7 +59,7 @@ def project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
     if len(weight) == 0:  # a process without a part of the vocabulary
         return
     if on_cpu(hidden):
-        native.matmul(hidden, weight.t(), logits)
+        cpu_matmul(hidden, weight.t(), logits)
     elif hidden.dtype == weight.dtype == torch.float32:
         torch.mm(hidden, weight.t(), out=logits)
     elif hidden.dtype == weight.dtype:
@@ -54,7 +71,7 @@ def project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
             torch.mm(hidden, weight_slab.t(), out=logits[:, slab])
 
 
-# The accelerators' products of 16-bit numbers with an fp32 result.
+# Accelerators multiply 16-bit numbers to an fp32 result.
 mm_fp32 = partial(torch.mm, out_dtype=torch.float32)
 addmm_fp32 = partial(torch.addmm, out_dtype=torch.float32)
 
@@ -84,7 +101,7 @@ def back_project(logit_gradient: Tensor, weight: Tensor) -> Tensor:
         return grad_hidden
     if on_cpu(logit_gradient):
         grad_hidden = logit_gradient.new_empty(logit_gradient.shape[0], weight.shape[1])
-        native.matmul(logit_gradient, weight, grad_hidden)
+        cpu_matmul(logit_gradient, weight, grad_hidden)
         return grad_hidden
     grad_hidden = logit_gradient.new_zeros(logit_gradient.shape[0], weight.shape[1])
     for slab, weight_slab in slabs(weight):
@@ -99,7 +116,7 @@ def apply_head(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> 
         adapted = torch.empty(len(hidden), len(head.lora.a), dtype=torch.float32, device=hidden.device)
         project(hidden, head.lora.a, adapted)
         if on_cpu(hidden):
-            native.matmul(adapted * head.lora.scale, head.lora.b.t(), logits, add=True)
+            cpu_matmul(adapted * head.lora.scale, head.lora.b.t(), logits, add=True)
         else:
             for slab, lora_b in slabs(head.lora.b):
                 logits[:, slab].addmm_(adapted, lora_b.t(), alpha=head.lora.scale)
@@ -112,10 +129,10 @@ def apply_head(hidden: Tensor, head: Head, logits: Tensor, kernels: Kernels) -> 
 def add_gradients(
     logit_gradient: Tensor,  # (R, V)
     hidden: Tensor,  # (R, D)
-    adapted: Tensor | None,  # (R, r) of apply_head
+    adapted: Tensor | None,  # (R, r) from apply_head
     head: Head,
     kept: Tensor,  # (R,) where sums.hidden has these tokens
-    sums: Gradients,  # of head_sums
+    sums: Gradients,  # from head_sums
 ) -> None:
     """Adds a group's gradients to those of its hidden states and of the head."""
     grad_adapted = None
@@ -135,36 +152,46 @@ def add_gradients(
     if sums.lora_a is not None:
         sums.lora_a.add(grad_adapted, hidden)
     if sums.lora_b is not None:
-        # In two parts, so that a bf16 product keeps the 16 bits of them that count.
         scaled = adapted * head.lora.scale
+        if on_cpu(scaled):
+            sums.lora_b.add(logit_gradient, scaled)
+            return
+        # Two parts, so that a product of 16-bit numbers keeps the 16 bits of them that count.
         upper = scaled.to(logit_gradient.dtype)
         sums.lora_b.add(logit_gradient, upper)
         if upper.dtype != scaled.dtype:
             sums.lora_b.add(logit_gradient, scaled - upper)
 
 
-def head_sums(head: Head, wanted: Gradients, grad_hidden: Tensor | None, groups: int) -> Gradients:
+def head_sums(
+    head: Head,  # as the caller has it
+    wanted: Gradients,
+    grad_hidden: Tensor | None,
+    groups: int,
+    vocabulary: int | None = None,  # its first rows, which alone count; None: all
+) -> Gradients:
     """Where gradients are summed over groups: grad_hidden, and a sum of each wanted dtype for a part of the head."""
     lora_a, lora_b = (None, None) if head.lora is None else head.lora[:2]
 
-    def sum_of(kind: type, tensor: Tensor | None, dtype: torch.dtype | None, terms: int = groups):
-        return None if dtype is None else kind(tensor, dtype, terms)
+    def sum_of(kind: type, tensor: Tensor | None, dtype: torch.dtype | None, rows: int | None, terms: int = groups):
+        return None if dtype is None else kind(tensor, dtype, terms, rows)
 
     return Gradients(
         hidden=grad_hidden,
-        weight=sum_of(HeadGradient, head.weight, wanted.weight),
-        bias=sum_of(BiasGradient, head.bias, wanted.bias),
-        lora_a=sum_of(HeadGradient, lora_a, wanted.lora_a),
-        lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b, 2 * groups),
+        weight=sum_of(HeadGradient, head.weight, wanted.weight, vocabulary),
+        bias=sum_of(BiasGradient, head.bias, wanted.bias, vocabulary),
+        lora_a=sum_of(HeadGradient, lora_a, wanted.lora_a, None),
+        lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b, vocabulary, 2 * groups),
     )
 
 
 class BiasGradient:
     """Σ over rows of G, in fp32, rounded at the end."""
 
-    def __init__(self, bias: Tensor, dtype: torch.dtype, terms: int):
+    def __init__(self, bias: Tensor, dtype: torch.dtype, terms: int, rows: int | None):
         self.dtype = dtype
-        self.sum = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        self.whole = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        self.sum = self.whole[:rows]
 
     def add(self, logit_gradient: Tensor) -> None:
         for start in range(0, len(self.sum), SLAB_ROWS):  # a sum in fp32 copies what it sums
@@ -172,32 +199,39 @@ class BiasGradient:
             self.sum[slab] += logit_gradient[:, slab].sum(0, dtype=torch.float32)
 
     def result(self) -> Tensor:
-        return self.sum.to(self.dtype)
+        return self.whole.to(self.dtype)
 
 
 class HeadGradient:
-    """Σ over groups of Gᵀ h. More than one group's are summed in fp32 and rounded at the end."""
+    """Σ over groups of Gᵀ h. More than one group's are summed in fp32 and rounded at the end.
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, terms: int):
+    Rows of `weight` beyond the first `rows` do not count: their gradient is 0, and lies behind the sum.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, terms: int, rows: int | None):
         self.dtype = dtype
         self.terms = 0
         if terms == 0:
-            self.sum = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            self.whole = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         else:
             # A GPU's library may add up parts of a sum in the result's dtype where the result has few tiles.
             alone = terms == 1 and dtype != torch.float64 and (on_cpu(weight) or weight.numel() > SMALL)
-            self.sum = empty(*weight.shape, dtype=dtype if alone else torch.float32, device=weight.device)
+            self.whole = empty(*weight.shape, dtype=dtype if alone else torch.float32, device=weight.device)
+        self.sum = self.whole[:rows]
+        if rows is not None:
+            self.whole[rows:] = 0
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
         beta = min(self.terms, 1)
         self.terms += 1
-        widened = on_cpu(hidden) and hidden.dtype != logit_gradient.dtype == torch.float32
-        if widened and self.sum.dtype == torch.float32:
-            native.matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
-            return
-        if not widened:
+        mixed = on_cpu(hidden) and hidden.dtype != logit_gradient.dtype
+        if not mixed:
             hidden = hidden.to(logit_gradient.dtype)
-        if self.sum.dtype == logit_gradient.dtype:
+        if mixed and self.sum.dtype == torch.float32:
+            cpu_matmul(logit_gradient.t(), hidden, self.sum, add=beta > 0)
+        elif mixed:
+            self._add_slabs(logit_gradient, hidden, beta, cpu_matmul, torch.float32)
+        elif self.sum.dtype == logit_gradient.dtype:
             for part in _parts(logit_gradient.t()):
                 self.sum[part].addmm_(logit_gradient[:, part].t(), hidden, beta=beta)
         elif not on_cpu(hidden) and logit_gradient.dtype != torch.float32:
@@ -205,13 +239,15 @@ class HeadGradient:
                 total = self.sum[part]
                 addmm_fp32(total, logit_gradient[:, part].t(), hidden, beta=beta, out=total)
         else:
-            self._add_slabs(logit_gradient, hidden, beta, native.matmul if widened else _mm)
+            self._add_slabs(logit_gradient, hidden, beta, _mm, logit_gradient.dtype)
 
-    def _add_slabs(self, logit_gradient: Tensor, hidden: Tensor, beta: int, matmul: Callable) -> None:
+    def _add_slabs(
+        self, logit_gradient: Tensor, hidden: Tensor, beta: int, matmul: Callable, dtype: torch.dtype
+    ) -> None:
         """What is added in another dtype exists a slab at a time."""
         for start in range(0, self.sum.shape[0], SLAB_ROWS):
             slab = slice(start, start + SLAB_ROWS)
-            product = logit_gradient.new_empty(len(self.sum[slab]), hidden.shape[1])
+            product = torch.empty(len(self.sum[slab]), hidden.shape[1], dtype=dtype, device=hidden.device)
             matmul(logit_gradient[:, slab].t(), hidden, product)
             if beta == 0:
                 self.sum[slab] = product
@@ -219,7 +255,7 @@ class HeadGradient:
                 self.sum[slab] += product
 
     def result(self) -> Tensor:
-        return self.sum.to(self.dtype)
+        return self.whole.to(self.dtype)
 
 
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:

@@ -4,14 +4,12 @@ It shares no formula with the kernels, takes any floating dtype and differentiat
 arithmetic is float64, whatever the inputs: its divergence is exact to about 1e-15 of the terms that it sums.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..kernels.contract import Scalars
-from ..problem import Head, Problem, Support
-from .rows import as_matrix, complete, kept_rows, valid_support
+from ..problem import ENDS, Head, Objective, Problem, Support, cut
+from .rows import as_matrix, complete, kept_rows, shares, valid_support
 
 
 def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
@@ -19,9 +17,10 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
 
     All are fp32, or float64 for float64 hidden states.
     """
+    is_prefix, problem = problem.vocabulary is not None, cut(problem)
     student, teacher, target, support = problem.student, problem.teacher, problem.target, problem.support
     token_weight, temperature = problem.token_weight, problem.objective.temperature
-    kept, _ = kept_rows(problem, vocabulary=student.head.weight.shape[0], summed_head=None)
+    kept, _ = kept_rows(problem, vocabulary=student.head.weight.shape[0], summed_head=None, is_prefix=is_prefix)
     weight, counts = token_weight.reshape(-1)[kept].double(), problem.counts.reshape(-1)
     weight = torch.where(complete(kept, counts), weight, torch.nan)
     log_p = _log_probabilities(_rows(student.hidden, kept), student.head, temperature)
@@ -38,7 +37,8 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
         terms = log_q.exp() * torch.where(log_q > -torch.inf, log_q - log_p, 0.0)
         divergence = terms.clamp(max=problem.objective.entry_clip).sum(-1)
     else:
-        divergence = _divergence(*_on_support(log_p, log_q, support, token_weight, kept), problem.objective.beta)
+        seen = _on_support(log_p, log_q, support, token_weight, kept)
+        divergence = _divergence(*seen, problem.objective, kept, weight)
     dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
     ratio = None
     if target is not None and target.old_logp is not None:
@@ -125,17 +125,40 @@ def _log_tail(log: Tensor) -> Tensor:  # (R, K) to (R, 1)
     return torch.log(-torch.expm1(inside))
 
 
-def _divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    if beta == 0:
-        return _expectation(log_q, log_q) - _expectation(log_q, log_p)
-    if beta == 1:
-        return _expectation(log_p, log_p) - _expectation(log_p, log_q)
+def _divergence(log_p: Tensor, log_q: Tensor, objective: Objective, kept: Tensor, weight: Tensor) -> Tensor:  # (R,)
+    if objective.token_beta is None:
+        return _of_kind(objective.kind, log_p, log_q, objective.beta)
+    beta = shares(objective, kept, weight)
+    at_0, at_1 = ENDS[objective.kind]
+    result = torch.zeros_like(beta)
+    for kind, which in ((at_0, beta == 0), (at_1, beta == 1), (objective.kind, (beta != 0) & (beta != 1))):
+        rows = which.nonzero().squeeze(1)
+        if len(rows):
+            result = result.index_copy(0, rows, _of_kind(kind, log_p[rows], log_q[rows], beta[rows, None]))
+    return result
+
+
+def _of_kind(kind: str, log_p: Tensor, log_q: Tensor, beta: float | Tensor) -> Tensor:  # beta: (R, 1), or of all rows
+    if kind == "forward":
+        return _kl(log_q, log_p)
+    if kind == "reverse":
+        return _kl(log_p, log_q)
+    share = torch.as_tensor(beta, dtype=torch.float64, device=log_p.device)
+    own, other = 1 - share.squeeze(-1), share.squeeze(-1)
+    if kind == "jeffreys":
+        return own * _kl(log_q, log_p) + other * _kl(log_p, log_q)
     allowed = (log_p > -torch.inf) | (log_q > -torch.inf)  # logaddexp has no gradient where both are -inf
     log_p_or_0, log_q_or_0 = (torch.where(allowed, log, 0.0) for log in (log_p, log_q))
-    log_m = torch.logaddexp(log_p_or_0 + math.log1p(-beta), log_q_or_0 + math.log(beta))
-    return (1 - beta) * (_expectation(log_p, log_p) - _expectation(log_p, log_m)) + beta * (
-        _expectation(log_q, log_q) - _expectation(log_q, log_m)
-    )
+    log_m = torch.logaddexp(log_p_or_0 + torch.log1p(-share), log_q_or_0 + torch.log(share))
+    if kind == "skewed_forward":
+        return _kl(log_q, log_m)
+    if kind == "skewed_reverse":
+        return _kl(log_p, log_m)
+    return own * _kl(log_p, log_m) + other * _kl(log_q, log_m)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return _expectation(log_p, log_p) - _expectation(log_p, log_q)
 
 
 def _expectation(log_p: Tensor, of: Tensor) -> Tensor:  # Σ p · of, where p = 0 wins over an infinite value

@@ -13,13 +13,15 @@ from .support import divergence_on_support
 
 def row_values(
     logits: Logits,  # changed
-    rows: Rows,  # of the chunk; their weights are the gradient's
+    rows: Rows,  # the chunk's; their weights are the gradient's
     objective: Objective,
     support: Support | None,
     kernels: Kernels,
     shard: Shard,
     gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over logits.student. None: values only
 ) -> tuple[Tensor, ...]:  # `rows.given.scalars` × (C,) fp32, in the order of Scalars
+    if rows.beta is not None:
+        objective = objective._replace(token_beta=rows.beta)
     if support is not None:
         return divergence_on_support(logits, rows, objective, support, kernels, shard, gradient)
     if shard.group is not None:

@@ -7,19 +7,20 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import PerRow
-from ..problem import Problem, mapped
+from ..problem import ENDS, Objective, Problem, mapped, share_range
 
 
 class Rows(NamedTuple):
     """The K rows to compute: indices into the outputs and both sides' hidden states, and what is given per row."""
 
-    kept: Tensor  # (K,) int64 among all rows: of the outputs and of the hidden gradient
-    student: Tensor  # (K,) int64 of the student's hidden states
-    teacher: Tensor | None  # (K,) int64 of the teacher's; None: it has said support_logp
+    kept: Tensor  # (K,) int64: where they are among all rows
+    student: Tensor  # (K,) int64: where the student's hidden states have them
+    teacher: Tensor | None  # (K,) int64: where the teacher's have them. None: support_logp is known instead
     given: PerRow  # (K,)
     support_ids: Tensor | None  # (K, S) int64, -1: an empty slot
     support_logp: Tensor | None  # (K, S)
     are_all: bool  # the rows are all rows, in order
+    beta: Tensor | None = None  # (K,) float64 in place of the objective's; NaN: out of range
 
     def chunk(self, which: slice) -> "Rows":
         whole = which.start == 0 and which.stop == len(self.kept)
@@ -47,6 +48,7 @@ def kept_rows(
     problem: Problem,
     vocabulary: int,
     summed_head: Tensor | None,  # () the sum of a head that must not have infinite entries
+    is_prefix: bool,  # a longer head has more tokens, which the message then says
 ) -> tuple[Tensor, bool]:  # (K,) int64, whether summed_head is finite
     """The rows to compute, checked.
 
@@ -54,6 +56,7 @@ def kept_rows(
     (`complete` answers for the list) and the head is taken to be finite.
     """
     weight, rows, policy = problem.token_weight.reshape(-1), problem.rows, problem.policy
+    objective = problem.objective
     if rows is not None and weight.device.type != "cpu":
         return rows.clamp(0, max(0, weight.numel() - 1)), True
     keep = problem.counts.reshape(-1)
@@ -71,24 +74,26 @@ def kept_rows(
         asked["support"] = (valid | (weight == 0)).all()
     if summed_head is not None:
         asked["head"] = summed_head
+    if objective.token_beta is not None:
+        beta = objective.token_beta.reshape(-1)
+        asked["shares"] = (_in_range(beta, objective.kind) | (weight == 0)).all()
+        asked["least share"], asked["largest share"] = torch.where(weight == 0, 0.5, beta).aminmax()
     numbers = torch.stack([x.double() for x in asked.values()]).tolist()  # waits for the device
-    told = {
-        "lowest": 0,
-        "highest": 0,
-        "support": True,
-        "head": 0.0,
-        "policy": 0.0,
-        **dict(zip(asked, numbers, strict=True)),
-    }
+    told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, "policy": 0.0, "shares": True}
+    told |= dict(zip(asked, numbers, strict=True))
     if not math.isfinite(told["largest"]):
         raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
     if not math.isfinite(told["policy"]):
         raise ValueError("policy: expected advantages and coefficients that are finite in fp32, got NaN, inf or larger")
     lowest, highest = int(told["lowest"]), int(told["highest"])
     if not 0 <= lowest <= highest < vocabulary:
-        raise ValueError(f"target_ids: expected ids in [0, {vocabulary}), got {lowest} to {highest}")
+        which = ", the prefix that both heads have" if is_prefix else ""
+        raise ValueError(f"target_ids: expected ids in [0, {vocabulary}){which}, got {lowest} to {highest}")
     if not told["support"]:
         raise ValueError(f"support.ids: expected ids in [0, {vocabulary}), each once in a row, or -1 for an empty slot")
+    if not told["shares"]:
+        least, most, expected = told["least share"], told["largest share"], share_range(objective.kind)
+        raise ValueError(f"beta: expected numbers in {expected}, got {least:.9g} to {most:.9g}")
     head_is_finite = math.isfinite(told["head"])
     if rows is not None:
         if not complete(rows, keep):
@@ -109,6 +114,23 @@ def valid_support(
     ids = ids.long().sort(dim=-1).values
     repeated = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
     return ((ids >= -1) & (ids < vocabulary)).all(-1) & ~repeated.any(-1)
+
+
+def shares(
+    objective: Objective,
+    kept: Tensor,  # (K,) int64
+    weight: Tensor,  # (K,) of these rows
+) -> Tensor | None:  # (K,) float64
+    """The kept rows' β, if each has its own: NaN out of range, unless the row does not count."""
+    if objective.token_beta is None:
+        return None
+    beta = objective.token_beta.reshape(-1)[kept].double()
+    return torch.where(_in_range(beta, objective.kind), beta, torch.where(weight == 0, 0.5, torch.nan))
+
+
+def _in_range(beta: Tensor, divergence: str) -> Tensor:
+    at_0, at_1 = ENDS[divergence]
+    return ((beta > 0) & (beta < 1)) | ((beta == 0) & (at_0 is not None)) | ((beta == 1) & (at_1 is not None))
 
 
 def _listed(rows: Tensor, keep: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def merge_statistics(parts: Tensor, temperature: float) -> RowStatistics:  # (pr
     student, teacher, largest, centre, log_ratio, entropy_s, entropy_t = parts.unbind(1)
     inverse = (1 / torch.tensor(temperature, dtype=torch.float32)).item()  # as the kernels have it
     lse_s, lse_t = student.logsumexp(0), teacher.logsumexp(0)
-    comparable = log_ratio.isfinite() & (centre.abs() < 1e30)  # not where a side has nothing
+    comparable = log_ratio.isfinite() & (centre.abs() < 1e30)  # false where a side has nothing
     best = torch.where(comparable, largest, -torch.inf).argmax(0, keepdim=True)
     own = torch.where(comparable.any(0), centre.gather(0, best).squeeze(0), 0.0)
     share = _share(student, lse_s)

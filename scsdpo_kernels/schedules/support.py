@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..kernels import Kernels
 from ..kernels.contract import Logits, PerRow
-from ..problem import Objective, Support, objective_of
+from ..problem import Objective, Support
 from .rows import Rows
 from .shards import Shard, importance_ratio, logits_at, policy_terms
 
@@ -33,11 +33,11 @@ LEAST_LOG_TAIL = math.log(-math.expm1(-1e-7))
 
 def divergence_on_support(
     logits: Logits,  # changed
-    rows: Rows,  # of the chunk; their weights are the gradient's
+    rows: Rows,  # the chunk's; their weights are the gradient's
     objective: Objective,
     support: Support,
     kernels: Kernels,
-    shard: Shard,  # the part of the vocabulary that the logits are of
+    shard: Shard,  # the logits' part of the vocabulary
     gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over logits.student. None: values only
 ) -> tuple[Tensor, ...]:  # `rows.given.scalars` × (C,) fp32, as the row kernels'
     """Row scalars on a support and the dense weighted gradient. What is not known of the teacher is 0."""
@@ -73,18 +73,16 @@ def divergence_on_support(
         policy_loss, clipped, slope = policy_terms(logp, rows.given)
         fields += [*([] if rows.given.old_logp is not None else [torch.ones_like(logp)]), policy_loss, clipped]
 
-    # g: of the logits in A, and of the tail's log-sum-exp
+    # g is the gradient of the logits in A, and of the tail's log-sum-exp.
     if support.sampled:
-        ratio = log_p - log_q + 0.0 * target[:, None]  # NaN for a target that is none
+        ratio = log_p - log_q + 0.0 * target[:, None]  # a wrong target gives NaN
         divergence = (ratio * log_p).squeeze(-1)
         g = weight[:, None] * ratio * log_tail.exp()
         g = torch.cat([g, -g], dim=-1)
     else:
-        divergence, g = _few_entries(
-            log_p, log_tail, log_q, log_tail_t, exists, weight, objective.beta, support, kernels
-        )
+        divergence, g = _few_entries(log_p, log_tail, log_q, log_tail_t, exists, weight, objective, support, kernels)
     if gradient is not None:
-        g = torch.where(weight[:, None] == 0, 0.0, g)  # whatever the row holds
+        g = torch.where(weight[:, None] == 0, 0.0, g)  # the row may hold anything
         bounded = (log_tail < LEAST_LOG_TAIL).squeeze(-1) & (not support.sampled)
         g, g_tail = g[:, :-1], g[:, -1]
         g = g + (bounded * g_tail)[:, None] * log_p.exp()
@@ -134,14 +132,14 @@ def _likeliest(logits: Logits, k: int, shard: Shard) -> tuple[Tensor, Tensor]:
     sides, most = 1 if logits.teacher is None else 2, min(k, shard.longest)
     values, columns = logits.student.topk(min(most, shard.size), sorted=False)
     candidates = torch.full((1 + sides, len(values), most), -torch.inf, dtype=torch.float64, device=values.device)
-    candidates[0] = -1  # a slot that a part has nothing for
+    candidates[0] = -1  # an empty slot
     found = torch.cat([(columns + shard.start).double().unsqueeze(0), logits_at(logits, columns)])
     candidates[:, :, : columns.shape[1]] = found
     candidates = shard.gather(candidates).movedim(0, 2).flatten(2)  # (1 + sides, C, parts · most)
     ids, student = candidates[0], candidates[1]
     order = torch.where(ids < 0, -torch.inf, student.clamp(min=torch.finfo(torch.float64).min))
     best = order.topk(min(k, shard.vocabulary), sorted=False).indices
-    best = best.gather(1, ids.gather(1, best).argsort(1))  # one order, whichever the part
+    best = best.gather(1, ids.gather(1, best).argsort(1))  # every part has one order
     return ids.gather(1, best).long(), candidates[1:].gather(2, best.expand(sides, -1, -1))
 
 
@@ -176,19 +174,19 @@ def _entropy(log_p: Tensor, log_tail: Tensor, tail_entropy: Tensor) -> Tensor:  
 
 
 def _few_entries(
-    log_p, log_tail, log_q, log_tail_t, exists, weight, beta: float, support: Support, kernels: Kernels
+    log_p, log_tail, log_q, log_tail_t, exists, weight, objective: Objective, support: Support, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
     """(C,) divergence and (C, K + 1) its weighted gradient, by the row kernel."""
     if support.renormalize:
         student, teacher = log_p, log_q
-        some = exists.any(1, keepdim=True)  # a row without any has the divergence of nothing from nothing
+        some = exists.any(1, keepdim=True)  # an empty row diverges from nothing
         student, teacher = (torch.where(some, x, 0.0) for x in (student, teacher))
     else:
         student = torch.cat([log_p, log_tail.clamp(min=LEAST_LOG_TAIL)], dim=-1)
         teacher = torch.cat([log_q, log_tail_t.clamp(min=LEAST_LOG_TAIL)], dim=-1)
     g = torch.empty_like(student, dtype=torch.float32)
     few = Logits(student.contiguous(), teacher.contiguous(), difference=False, softcap=0.0)
-    scalars = kernels.row_divergence(few, PerRow(weight), objective_of(beta), g)
-    if support.renormalize:  # nothing outside of A; but a NaN row is NaN throughout
+    scalars = kernels.row_divergence(few, PerRow(weight), objective._replace(temperature=1.0), g)
+    if support.renormalize:  # nothing lies outside of A, but a NaN row is NaN throughout
         g = torch.cat([g, 0.0 * scalars[0][:, None]], dim=-1)
     return scalars[0], g
