@@ -220,7 +220,7 @@ def _described(problem: Problem, schedule: str) -> dict[str, Any]:
     own_rows = problem.part.sequence_parallel
     described: dict[str, Any] = {"schedule": schedule, "grad mode": torch.is_grad_enabled()}
     for path, value in zip(PATHS, flatten(problem), strict=True):
-        if path in (("part", "start"), ("vocabulary",)):  # of each process's own part
+        if path in (("part", "start"), ("vocabulary",)):  # each process has its own
             continue
         if not isinstance(value, Tensor):
             described[name_of(path)] = value
