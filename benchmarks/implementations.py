@@ -144,7 +144,7 @@ def trl_chunked(hidden, weight, teacher, beta=0.5, token_weight=None, top_k=None
 
 @functools.cache
 def _unsloth_fused() -> Callable[..., Tensor]:
-    """Of the one file that has it, which needs PyTorch alone: the package wants Unsloth, and that a GPU."""
+    """Read from the one file that has it, which needs PyTorch alone: the package wants Unsloth, and that a GPU."""
     if (name := "_fused_linear_of_unsloth_zoo") not in sys.modules:
         (folder,) = importlib.util.find_spec("unsloth_zoo").submodule_search_locations
         spec = importlib.util.spec_from_file_location(name, os.path.join(folder, "fused_losses", "fused_linear.py"))

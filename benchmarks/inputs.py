@@ -51,7 +51,7 @@ def reasoning(
     margin = _margins(rows, vocabulary, at_random)
     stretch = torch.zeros(rows, device=device)
     towards = weight[own]
-    for _ in range(20):  # of the others' log-sum-exp, which moves a little with the own logit's stretch
+    for _ in range(20):  # the others' log-sum-exp moves a little with the own logit's stretch
         state = hidden + stretch[:, None] * towards
         variance = state.square().sum(1) * DEVIATION**2 / width
         wanted = margin + math.log(vocabulary) + variance / 2

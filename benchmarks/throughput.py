@@ -113,7 +113,7 @@ def cases(device: str) -> list[Case]:
         steps = [step(layout=layout, zeros=zeros) for layout, zeros in steps]
         real = [Case(SMOLLM2, dtype, 256) for dtype in ERROR_LIMIT] if is_there() else []
         wide = [Case(head, "bfloat16", 256) for head in ("Qwen3-1.7B", "Qwen3-8B", "OLMo-3-7B")]
-        return dense + wide + real + objectives + steps[:-1]  # of padding one: peers project it, whatever its weight
+        return dense + wide + real + objectives + steps[:-1]  # one has padding, which peers project whatever its weight
     own = {"dtype": "bfloat16"}
     steps = [Case("Qwen3-8B", layout=layout, zeros=zeros, **own) for layout, zeros in steps]
     first = [Case("Qwen3-8B", rows=8192, **own), Case("Qwen3-8B", rows=256, **own), *steps[:-1]]

@@ -42,7 +42,7 @@ from smollm2 import Problem, folder, model, problems, tokenizer
 
 MARK = "RECORDS "  # begins the line in which a process hands over its records
 TRAINERS = ("stock", "hand-filtered", "ours")
-ROLLOUTS = 2  # of a question
+ROLLOUTS = 2  # a question's
 SETTINGS = {
     "distillation_mode": "full_logits", "distillation_alpha": 0.5, "dont_reprompt_on_self_success": False,
     "num_generations": ROLLOUTS, "max_completion_length": 64, "gradient_checkpointing": False, "learning_rate": 1e-6,

@@ -222,7 +222,7 @@ SCSDPO_INLINE Entry<F> mixture_far(F p, F q, F d, const Mixture& mix) {  // |d| 
   if constexpr (kind != Kind::kJensenShannon) {
     F y = (ratio - 1.0f) * share, u = ratio * share + rest;
     auto of = logarithm(u, y);
-    F term = rest * (1.0f - ratio) + ratio * (x - of.log);  // of the side that u is not counted from, over the other
+    F term = rest * (1.0f - ratio) + ratio * (x - of.log);  // the other side's, over this one
     if constexpr (kind == Kind::kSkewedForward)
       return {turned ? q * of.below : p * term, (turned ? ratio - 1.0f : 1.0f - ratio) / u};
     F step = y / u;

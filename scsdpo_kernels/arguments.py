@@ -98,7 +98,7 @@ def _problem(
     token_weight: Tensor | None,
     options: DivergenceOptions,
 ) -> Problem:
-    """Of arguments of the right types."""
+    """Checks the arguments' types, and puts them together."""
     check_tensor("student_hidden", student_hidden)
     head = as_head("student_head", student_head)
     support, target_ids, old_logp = options["support"], options["target_ids"], options["old_logp"]

@@ -19,7 +19,7 @@ from .schedules import plan
 from .schedules.plan import Outcome, gradient_dtype
 from .schedules.shards import Shard
 
-NAMESPACE = "scsdpo_kernels"  # of the operators: torch.ops.scsdpo_kernels.divergence
+NAMESPACE = "scsdpo_kernels"  # torch.ops.scsdpo_kernels.divergence
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _RESULTS = 1 + len(Scalars._fields) + len(Gradients._fields)
 

@@ -158,7 +158,7 @@ def step_denominator(
 def _denominator(
     reduction: str, mask: Tensor, weight: Tensor, given: float | Tensor | None, over: "dist.ProcessGroup | None"
 ) -> float | Tensor:
-    """Of this call, and of all of `over`. Never 0: a batch without tokens has a loss of 0, not NaN."""
+    """Counts this call, and all of `over`. It is never 0: a batch without tokens has a loss of 0, not NaN."""
     if given is not None:
         return given if not isinstance(given, Tensor) else given.reshape(()).to(mask.device)
     if reduction == "sequence-mean":

@@ -84,23 +84,9 @@ def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) 
             allow.
     """
     weight = problem.student.head.weight
-    apart = _is_dtensor(weight)
-    whole = {}  # rows of each side's head where they are of the whole vocabulary
+    apart, whole = _is_dtensor(weight), {}
     if apart:
-        _expect_placement("student_head", weight, 0)
-        processes = weight.device_mesh.size()
-        size = -(-len(weight) // processes)
-        whole = {"student": len(weight), "teacher": _whole_length(problem, size, processes)}
-        check_lengths(*whole.values(), shared_prefix)
-        own, bounds = _bounds(weight, min(whole.values()))
-        if shard is None:
-            shard = VocabShard(*own, group=weight.device_mesh.get_group(), bounds=bounds)
-            _expect_same_rows(problem.student.hidden, shard)
-        elif (shard.start, shard.stop) != own:
-            raise ValueError(
-                f"shard: expected entries {own[0]} to {own[1]} as student_head, a DTensor, has them, got "
-                f"{shard.start} to {shard.stop}"
-            )
+        shard, whole = _shard_of_dtensor(problem, shard, shared_prefix)
     if shard is None:
         return problem, None
 
@@ -134,17 +120,44 @@ def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) 
     if problem.teacher is not None and problem.teacher.head.weight is weight:
         head = parts.teacher.head._replace(weight=parts.student.head.weight)
         parts = parts._replace(teacher=parts.teacher._replace(head=head))
-    weights = [side.head.weight for side in (parts.student, parts.teacher) if side is not None]
-    lengths = [len(x) for x in weights if x.dim() > 0]
+    lengths = [len(x.head.weight) for x in (parts.student, parts.teacher) if x is not None and x.head.weight.dim() > 0]
+    if not apart:
+        _check_own_lengths(lengths, shard, shared_prefix)
     size = shard.stop - shard.start
-    if len(lengths) == 2 and not apart:
-        check_lengths(*lengths, shared_prefix)
-        if len(set(lengths)) > 1 and shard.stop != shard.part.vocabulary:  # rows of other tokens, most likely
-            raise ValueError(
-                f"teacher_head: expected as many rows of {shard.start} to {shard.stop} as student_head has, "
-                f"{lengths[0]}, since only the part that ends a shared prefix may be longer, got {lengths[1]}"
-            )
     return parts._replace(vocabulary=size if any(x > size for x in lengths) else None), shard
+
+
+def _shard_of_dtensor(
+    problem: Problem, shard: VocabShard | None, shared_prefix: bool
+) -> tuple[VocabShard, dict[str, int]]:
+    """Which part of the vocabulary a student's head, a DTensor, has here, and the rows of both sides' whole heads."""
+    weight = problem.student.head.weight
+    _expect_placement("student_head", weight, 0)
+    processes = weight.device_mesh.size()
+    whole = {"student": len(weight), "teacher": _whole_length(problem, -(-len(weight) // processes), processes)}
+    check_lengths(*whole.values(), shared_prefix)
+    own, bounds = _bounds(weight, min(whole.values()))
+    if shard is None:
+        shard = VocabShard(*own, group=weight.device_mesh.get_group(), bounds=bounds)
+        _expect_same_rows(problem.student.hidden, shard)
+    elif (shard.start, shard.stop) != own:
+        raise ValueError(
+            f"shard: expected entries {own[0]} to {own[1]} as student_head, a DTensor, has them, got "
+            f"{shard.start} to {shard.stop}"
+        )
+    return shard, whole
+
+
+def _check_own_lengths(lengths: list[int], shard: VocabShard, shared_prefix: bool) -> None:
+    """ValueError where this process's parts of two heads have not as many rows as each other, and should have."""
+    if len(lengths) < 2:
+        return
+    check_lengths(*lengths, shared_prefix)
+    if len(set(lengths)) > 1 and shard.stop != shard.part.vocabulary:  # rows of other tokens, most likely
+        raise ValueError(
+            f"teacher_head: expected as many rows of {shard.start} to {shard.stop} as student_head has, "
+            f"{lengths[0]}, since only the part that ends a shared prefix may be longer, got {lengths[1]}"
+        )
 
 
 def check_lengths(student: int, teacher: int, shared_prefix: bool) -> None:
@@ -220,7 +233,7 @@ def _described(problem: Problem, schedule: str) -> dict[str, Any]:
     own_rows = problem.part.sequence_parallel
     described: dict[str, Any] = {"schedule": schedule, "grad mode": torch.is_grad_enabled()}
     for path, value in zip(PATHS, flatten(problem), strict=True):
-        if path in (("part", "start"), ("vocabulary",)):  # of each process's own part
+        if path in (("part", "start"), ("vocabulary",)):  # each process has its own
             continue
         if not isinstance(value, Tensor):
             described[name_of(path)] = value

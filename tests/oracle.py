@@ -170,7 +170,7 @@ def logits(hidden: Tensor, head: Tensor | Head) -> Tensor:
 
 
 def _log_probabilities(given, temperature: float, shared_prefix: bool) -> tuple[Tensor, Tensor | None]:
-    """Of both sides, (..., V); nothing flows into the teacher, whose head may be the student's."""
+    """Both sides', (..., V); nothing flows into the teacher, whose head may be the student's."""
     sides = [logits(given.hidden, given.head)]
     if given.teacher is not None:
         with torch.no_grad():

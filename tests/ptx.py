@@ -608,7 +608,7 @@ class Program:
             threads.need_whole(WARP, active)
             assert active is None, "ldmatrix: expected all threads"
             rows = threads.load("shared", where(threads), address.offset, 16, None)
-            words = rows.view(np.uint32).reshape(-1, len(to), WARP)  # of a warp: matrix, then row and word
+            words = rows.view(np.uint32).reshape(-1, len(to), WARP)  # a warp's: matrix, then row and word
             for i, register in enumerate(to):
                 threads.write(register, words[:, i].reshape(threads.shape), None)
 

@@ -206,7 +206,7 @@ def in_parts(kernel, student, teacher, objective, cut):
 @pytest.mark.parametrize("divergence", ENDS)
 @pytest.mark.parametrize("distance", [1e-3, 2.0])
 def test_parts_of_rows(kernel, divergence, distance):
-    """Of a number, and of a β a row; peaked in one part, with forbidden entries."""
+    """β is a number or one a row; peaked in one part, with forbidden entries."""
     student, teacher = logits(307, 2.0, distance)
     student[1, 250] = teacher[1, 250] = 25.0
     student[2:4, 30:60] = teacher[2:4, 30:60] = -torch.inf
@@ -238,14 +238,14 @@ def a_beta_each(leading, divergence):
 @pytest.mark.parametrize("own", [False, True], ids=["one beta", "a beta each"])
 @pytest.mark.parametrize("support", [None, TopK(20), TopK(20, "renormalize")], ids=["whole", "bucket", "renormalize"])
 def test_values_and_gradients(kernels, divergence, own, support, monkeypatch):
-    """Of everything of the student's, in three chunks, with weights of 0 and importance ratios."""
+    """Everything of the student's has one, in three chunks, with weights of 0 and importance ratios."""
     monkeypatch.setattr(chunked, "MIN_ROWS", 4)
     monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 0)
     given = problem((2, 6), D, V, 0.5, scale=2.0, head="all", weighted=True)
     given.token_weight[0, 2] = 0
     beta = a_beta_each((2, 6), divergence) if own else 0.3
     if own:
-        beta[0, 2] = torch.nan  # of a token that does not count
+        beta[0, 2] = torch.nan  # this token does not count
     options = {"divergence": divergence, "beta": beta, "temperature": 0.8, "support": support}
     options |= {"target_ids": torch.arange(12).view(2, 6), "old_logp": torch.full((2, 6), -5.0)}
     got, exact = given.run(**options), oracle.expected(given, **options)

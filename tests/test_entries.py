@@ -52,7 +52,7 @@ def exact_entry(p, d, beta, divergence="jensen_shannon"):
 DISTANCES = [0, 1e-12, 1e-6, 1e-3, 0.1, 0.5, 0.999, 1.001, 2, 3.9, 4.1, 10, 19, 21, 40, 80]
 
 
-CURVATURES = {  # of a divergence at d = 0, as of β
+CURVATURES = {  # second derivatives at d = 0, by β
     "jensen_shannon": lambda beta: beta * (1 - beta),
     "jeffreys": lambda beta: 1,
     "skewed_forward": lambda beta: (1 - beta) ** 2,

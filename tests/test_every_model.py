@@ -120,7 +120,7 @@ def compared(model: torch.nn.Module) -> Outcome:
 
 
 def sweep() -> dict[str, tuple[Outcome, Outcome | None]]:
-    """Of every class: as its config has it, and with its numbers changed; None where it has none of them."""
+    """Every class's: as its config has it, and with its numbers changed; None where it has none of them."""
     transformers.logging.set_verbosity_error()
     found = {}
     for name in small_models.classes():

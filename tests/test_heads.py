@@ -733,7 +733,7 @@ def test_a_batch_that_is_padded_on_the_right_is_refused():
     hidden = hidden_states(model, ids, inside, T).detach()
     distill(model, ids, inside, T, mask=mask, teacher_hidden=hidden, **given).loss.backward()
     right = torch.ones_like(attention)
-    right[1, -3:] = 0  # of a prompt and a response that are shorter
+    right[1, -3:] = 0  # prompt and response are shorter
     message = "mask: expected response tokens among the last 5 of a sequence, got 1 that are padding .* row 1"
     with pytest.raises(ValueError, match=message):
         distill(model, ids, right, T, mask=mask, teacher_hidden=hidden, **given)

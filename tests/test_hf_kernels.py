@@ -55,7 +55,7 @@ def build(tree):
 
 
 def test_what_kernel_builder_reads(tree):
-    """Of build.toml, the sections that a noarch kernel has to have; no build of this machine is along."""
+    """build.toml has the sections that a noarch kernel has to have; no build of this machine is along."""
     found = tomllib.loads((tree / "build.toml").read_text())
     assert found["torch-noarch"] == {} and found["general"]["hub"] == {"repo-id": "someone/scsdpo-kernels"}
     assert found["general"]["name"].replace("-", "_") == "scsdpo_kernels"

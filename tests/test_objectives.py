@@ -274,7 +274,7 @@ SIDES = {
 
 
 def of_all_heads(test):
-    """Of every kind, on either side and on both, with a teacher of the student's width or of another."""
+    """Heads of every kind, on either side and on both, with a teacher of the student's width or of another."""
     sides = [*((x, None) for x in SIDES), ("both", 16)]
     test = pytest.mark.parametrize("sides, teacher_width", sides)(of_every_beta(test))
     return pytest.mark.parametrize("kind", HEADS)(test)

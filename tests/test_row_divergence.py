@@ -334,7 +334,7 @@ def test_bf16_gradient_over_the_students_row(kernel, beta):
     student[0, 5] = torch.nan
     _, exact = run(student, teacher, beta, kernel=kernel)
     device = device_of(kernel)
-    for width in (1021, 1024):  # of rows: unaligned, aligned
+    for width in (1021, 1024):  # rows are unaligned, aligned
         in_place = torch.empty(5, width)[:, :1021].copy_(student).to(device)
         over = in_place.view(torch.bfloat16)[:, :1021]
         given = Logits(in_place, teacher.to(device), difference=False, softcap=0.0)

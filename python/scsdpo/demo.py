@@ -300,7 +300,7 @@ def eager_loss(
 
 
 def gradients(how: str, outcome: dict[str, Tensor], operands: list[Tensor]) -> list[Tensor]:
-    """Of hidden states and head: "fused"; "eager" on every position, or on "eager, kept rows"; "float64", in parts."""
+    """How: "fused"; "eager" on every position, or on "eager, kept rows"; "float64", in parts."""
     hidden, weight, teacher_hidden, teacher_weight = (x.double() if how == "float64" else x for x in operands)
     hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
     if how == "fused":

@@ -436,7 +436,7 @@ def _far_mixture(d, mixture: Mixture, objective: tl.constexpr):
         term, score = part * x - u * log_u, tl.where(turned, x, 0.0) - log_u
     else:
         below = below_linear(u, part - share)
-        other = rest * (1.0 - ratio) + ratio * (x - log_u)  # of the side that u is not counted from
+        other = rest * (1.0 - ratio) + ratio * (x - log_u)  # the side that u is not counted from
         if objective == SKEWED_FORWARD:
             term = tl.where(turned, below, other)
             score = tl.where(turned, ratio - 1.0, 1.0 - ratio) * reciprocal(u)

@@ -15,7 +15,7 @@ BLOCK, WARPS = 64, 8
 
 @triton.jit
 def _rollouts(rewards, question_ids, start, count, threshold: tl.constexpr, BLOCK: tl.constexpr):
-    """Of BLOCK rollouts: number, whether it exists, question, success (NaN where a reward is none)."""
+    """BLOCK rollouts: number, whether it exists, question, success (NaN where a reward is none)."""
     number = start + tl.arange(0, BLOCK)
     exists = number < count
     question = tl.load(question_ids + number, exists, 0).to(tl.int64)

@@ -166,7 +166,7 @@ def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | Non
 
 
 def _policy(problem: Problem, kept: Tensor) -> RowPolicy | None:
-    """Of the kept rows. Where nothing counts there may be anything in a ratio."""
+    """The kept rows' policy. Where nothing counts there may be anything in a ratio."""
     if (policy := problem.policy) is None:
         return None
     tensors = (policy.advantages, policy.coefficient, policy.ratio)

@@ -46,7 +46,7 @@ class Shard:
         return every
 
     def local(self, ids: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-        """Of (C, K) ids in the vocabulary: columns of this part, and which are. Others repeat the first one that is."""
+        """This part's columns for (C, K) ids, and which ids are here. Others repeat the first one that is."""
         columns = ids - self.start
         here = exists & (columns >= 0) & (columns < self.size)
         first = columns.gather(1, here.int().argmax(1, keepdim=True)).clamp(0, max(0, self.size - 1))
@@ -71,7 +71,7 @@ class Shard:
         return torch.where((target >= 0) & (target < self.vocabulary), values, torch.nan)
 
     def statistics(self, kernels: Kernels, logits: Logits, temperature: float) -> RowStatistics:
-        """Of whole rows, from everyone's parts of them. A teacher that is not there is the student."""
+        """Whole rows', from everyone's parts of them. A teacher that is not there is the student."""
         student, teacher = logits.student, logits.student if logits.teacher is None else logits.teacher
         if self.size:
             own = kernels.row_statistics(logits._replace(teacher=teacher), temperature)
