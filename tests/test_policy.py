@@ -278,7 +278,7 @@ def test_ids_of_a_server_are_looked_at_where_there_is_a_weight(kernels):
 
 
 def test_a_beta_is_looked_at_where_there_is_a_weight(kernels):
-    """Of a token with an advantage alone it may be anything, and it is the divergence's where it is one."""
+    """A token with an advantage alone may have anything as its beta; one in the range is its divergence's."""
     given = problem(4, D, V, 0.4)
     options = {"target_ids": torch.arange(4), "token_weight": torch.tensor([1.0, 0.0, 0.0, 2.0]),
                "policy": PolicyGradient(torch.tensor([1.0, -1.0, 2.0, 0.5]))}  # fmt: skip
