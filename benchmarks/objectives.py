@@ -23,11 +23,12 @@ from inputs import reasoning
 from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine, medians, write
 from torch import Tensor
 
-from scsdpo_kernels import Head, LoRA, SampledToken, TopK, TopLogprobs, linear_divergence
+from scsdpo_kernels import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs, linear_divergence
 from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import kernels_of
-from scsdpo_kernels.kernels.contract import Logits, PerRow
+from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy
 from scsdpo_kernels.linear_divergence import DEFAULTS
+from scsdpo_kernels.problem import Problem
 from scsdpo_kernels.schedules.products import apply_head
 from scsdpo_kernels.schedules.row_values import row_values
 from scsdpo_kernels.schedules.rows import Rows, shares
@@ -67,6 +68,7 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
         "softcap": (head._replace(softcap=30.0), {}),
         "logit scale": (head._replace(logit_scale=0.5), {}),
         "LoRA of rank 16": (head._replace(lora=lora), {}),
+        "policy gradient": (head, {**target, "policy": PolicyGradient(randn(len(hidden)))}),
     }
 
 
@@ -75,6 +77,8 @@ def first(options: dict, rows: int) -> dict:
     options = {name: x[:rows] if isinstance(x, Tensor) else x for name, x in options.items()}
     if isinstance(support := options.get("support"), TopLogprobs):
         options["support"] = support._replace(ids=support.ids[:rows], logp=support.logp[:rows])
+    if (policy := options.get("policy")) is not None:
+        options["policy"] = policy._replace(advantages=policy.advantages[:rows])
     return options
 
 
@@ -126,7 +130,7 @@ def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tupl
         kept=index,
         student=index,
         teacher=index,
-        given=PerRow(student.new_ones(rows), *(() if target is None else target)),
+        given=PerRow(student.new_ones(rows), *(() if target is None else target), policy=_row_policy(problem)),
         support_ids=None if support is None else support.ids,
         support_logp=None if support is None else support.logp,
         are_all=True,
@@ -144,6 +148,12 @@ def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tupl
         row_values(given, of_rows, problem.objective, support, kernels, shard, gradient=student)
 
     return restore, run
+
+
+def _row_policy(problem: Problem) -> RowPolicy | None:
+    if (policy := problem.policy) is None:
+        return None
+    return RowPolicy(policy.advantages, policy.coefficient, policy.ratio, 1 - policy.clip_low, 1 + policy.clip_high)
 
 
 def eager(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:

@@ -71,8 +71,11 @@ PYBIND11_MODULE(_C, m) {
   structure(m, "Objective", Field("kind", &Objective::kind), Field("beta", &Objective::beta),
             Field("temperature", &Objective::temperature), Field("entry_clip", &Objective::entry_clip),
             Field("token_beta", &Objective::token_beta));
+  structure(m, "Policy", Field("advantage", &Policy::advantage), Field("coefficient", &Policy::coefficient),
+            Field("ratio", &Policy::ratio), Field("lowest", &Policy::lowest), Field("highest", &Policy::highest));
   structure(m, "PerRow", Field("weight", &PerRow::weight), Field("target", &PerRow::target),
-            Field("old_logp", &PerRow::old_logp), Field("importance_clip", &PerRow::importance_clip));
+            Field("old_logp", &PerRow::old_logp), Field("importance_clip", &PerRow::importance_clip),
+            Field("policy", &PerRow::policy));
   structure(m, "Statistics", Field("student_lse", &Statistics::student_lse),
             Field("teacher_lse", &Statistics::teacher_lse), Field("student_max", &Statistics::student_max),
             Field("centre", &Statistics::centre), Field("log_ratio", &Statistics::log_ratio),

@@ -399,6 +399,7 @@ SCSDPO_INLINE double finish(const double (&terms)[kTermCount<kind>], Row& row) {
   } else {
     divergence = divergence < 0 ? 0 : divergence;  // entries have underflowed
   }
+  if (kHasMixture<kind> && std::isnan(row.log_ratio)) divergence = NAN;  // d is bounded
   if constexpr (kLateMean<kind>)  // a NaN row is NaN throughout
     row.mean_score = static_cast<float>(divergence == divergence ? mean : divergence);
   if constexpr (kind == Kind::kJeffreys) row.mean_score = bounded_mean(static_cast<float>(mean));
@@ -441,7 +442,6 @@ SCSDPO_INLINE Entropies conclude(const Sums<double>& sums, const Mixture& mix, R
   float p = row.inverse_student, q = exponential(-row.log_ratio) * p;
   row.reference = entry<kind>(p, q, -row.log_ratio, mix).score;
   if (!std::isfinite(row.reference) || kind == Kind::kClipped) row.reference = 0.0f;
-  if (kHasMixture<kind> && std::isnan(row.log_ratio)) row.inverse_student = NAN;  // d is bounded
   row.mean_score = bounded_mean(static_cast<float>(-sums.linear / sums.student));
   return {static_cast<float>(log_student - sums.student_moment / sums.student * row.inverse_temperature),
           static_cast<float>(log_teacher - sums.teacher_moment / sums.teacher * row.inverse_temperature)};
@@ -461,7 +461,6 @@ SCSDPO_INLINE Row row_of_statistics(LogSumExp lse, float centre, float log_ratio
   row.log_ratio = log_ratio;
   row.reference = entry<kind>(1.0f, exponential(-log_ratio), -log_ratio, mix).score;
   if (!std::isfinite(row.reference) || kind == Kind::kClipped) row.reference = 0.0f;
-  if (kHasMixture<kind> && std::isnan(log_ratio)) row.inverse_student = NAN;  // d is bounded
   return row;
 }
 
@@ -471,6 +470,21 @@ SCSDPO_INLINE float importance_ratio(float logp, float old_logp, float clip) {
   log_ratio = log_ratio > 20.0f ? 20.0f : log_ratio < -20.0f ? -20.0f : log_ratio;  // NaN stays
   float ratio = std::exp(log_ratio);
   return ratio > clip ? clip : ratio;
+}
+
+// A policy's loss -min(r A, clip(r) A), whether it is clipped, and A r, or 0 where it is. No advantage: nothing of
+// them, whatever r.
+struct PolicyTerms {
+  float loss;
+  bool clipped;
+  float slope;
+};
+
+SCSDPO_INLINE PolicyTerms policy_terms(float advantage, float ratio, float lowest, float highest) {
+  if (advantage == 0.0f) return {0.0f, false, 0.0f};
+  if (advantage > 0.0f && ratio > highest) return {-advantage * highest, true, 0.0f};
+  if (advantage < 0.0f && ratio < lowest) return {-advantage * lowest, true, 0.0f};
+  return {-advantage * ratio, false, advantage * ratio};
 }
 
 // `slope` times this is the gradient in the logits before the temperature.

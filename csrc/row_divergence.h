@@ -19,15 +19,33 @@ struct Logits {
   float softcap;    // c, where the student's logits are c tanh(x / c): gradients are those of x. 0: none
 };
 
+// A policy-gradient loss of each row's target y, L = -min(r A, clip(r) A) with the advantage A.
+struct Policy {
+  const float* advantage;    // [rows], as the others; null: there is none
+  const float* coefficient;  // multiplies the gradient of L
+  const float* ratio;        // r; null: e^(log p[y] - old_logp), or 1 without old_logp
+  float lowest, highest;     // that r counts
+};
+
 struct PerRow {
   const float* weight;    // [rows]; 0: so is the gradient, whatever the row holds
   const int64_t* target;  // [rows], each in [0, vocabulary); null: no log-probabilities wanted
   const float* old_logp;  // [rows]; null: no importance ratios. It needs target.
   float importance_clip;
+  Policy policy;  // it needs target
 };
 
-// The numbers of a row, in this order; the first 3 without a target, 5 without old_logp.
-enum Scalar { kDivergence, kStudentEntropy, kTeacherEntropy, kStudentLogp, kTeacherLogp, kImportanceRatio };
+// The numbers of a row, in this order; all with a policy, else the first 3 without a target, 5 without old_logp, 6.
+enum Scalar {
+  kDivergence,
+  kStudentEntropy,
+  kTeacherEntropy,
+  kStudentLogp,
+  kTeacherLogp,
+  kImportanceRatio,
+  kPolicyLoss,
+  kPolicyClipped
+};
 
 // Statistics of whole rows, [rows] each.
 struct Statistics {
@@ -46,7 +64,11 @@ struct Statistics {
 //     divergence[r], student_entropy[r], teacher_entropy[r]       nats
 //     student_logp[r], teacher_logp[r] = log p, log q at target[r]
 //     importance_ratio[r] = min(e^clamp(student_logp[r] - old_logp[r], -20, 20), importance_clip); 1 without old_logp
-//     gradient[r, v] = weight[r] * importance_ratio[r] * d divergence[r] / d student[r, v] * slope of the softcap
+//     policy_loss[r], policy_clipped[r] = L, and 1 where clip(r) is what counts, else 0
+//     gradient[r, v] = (weight[r] * importance_ratio[r] * d divergence[r] / d student[r, v]
+//                       + coefficient[r] * d policy_loss[r] / d student[r, v]) * slope of the softcap
+//
+// with d policy_loss / d student[v] = A r (p[v] - [v = y]) / temperature where it is not clipped.
 //
 // A gradient's row may lie over the same row of student; without a gradient there are values only. That of kFloat64
 // logits is fp32.
@@ -67,7 +89,8 @@ constexpr int kMostTerms = 4;
 void row_terms(const Logits& logits, const Objective& objective, const Statistics& statistics, Matrix terms,
                Processor processor);
 
-// Takes the rows' weights and writes their divergence.
+// Takes the rows' weights and writes their divergence. With a policy it takes its coefficient, which stands for
+// coefficient A r where not clipped, and the target among these entries, -1 where it is elsewhere.
 void row_gradient(const Logits& logits, const Objective& objective, const Statistics& statistics, Matrix terms,
                   const PerRow& rows, Matrix scalars, Matrix gradient, Processor processor);
 

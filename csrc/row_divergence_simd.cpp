@@ -7,7 +7,7 @@
 //     sums         normalisers, entropies, and what keeps the digits of a near-equal row
 //     divergence   of a mixture, with its mean score
 //     gradient     weight * p (score - mean score), over the student's row if the caller wants that; at beta 0 and 1,
-//                  where the mean score is there already, together with the divergence
+//                  where the mean score is there already, together with the divergence; and a policy's
 //
 // A part of a row takes the passes that its call needs.
 //
@@ -123,6 +123,18 @@ SCSDPO_INLINE Floats capped(Floats gradient, Floats z, float inverse_softcap) {
   return inverse_softcap == 0.0f ? gradient : gradient * softcap_slope(z, inverse_softcap);
 }
 
+// What a policy adds to a row's gradient: pull (p - [v = y]) of its target y.
+struct Pull {
+  float pull;           // coefficient A r / temperature; 0: nothing
+  int64_t column;       // y, or negative: it is not here
+  Pair<Floats> target;  // its logits, read before the gradient is written over them
+  float above;          // p_y - 1, with all its digits
+};
+
+SCSDPO_INLINE Floats pulled(Floats gradient, Floats p, float pull) {
+  return pull == 0.0f ? gradient : gradient + p * pull;
+}
+
 // Calls use(probabilities, entry, range) for some entries. Where student and teacher are near in all of them, which is
 // how self-distillation has most, the teacher's probabilities and every formula for far ones are left out.
 template <Kind kind, class Use>
@@ -138,8 +150,8 @@ SCSDPO_INLINE void with_entries(const Pair<Floats>& logits, const Row& row, cons
 
 // The terms of the divergence; the gradients that need none of them are written on the way, if `gradient` is given.
 template <Kind kind, class Memory, class Gradient>
-SCSDPO_ALONE void terms(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient,
-                        double (&total)[kTermCount<kind>]) {
+SCSDPO_ALONE void terms(const Memory& memory, const Mixture& mix, const Row& row, float scale, float pull,
+                        Gradient* gradient, double (&total)[kTermCount<kind>]) {
   Floats partial[kTermCount<kind>] = {};
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
@@ -147,10 +159,10 @@ SCSDPO_ALONE void terms(const Memory& memory, const Mixture& mix, const Row& row
         with_entries<kind>(
             logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
               add_terms<kind>(partial, at, of, row, mix);
-              if (!kLateMean<kind> && gradient)
-                store(gradient + v,
-                      capped(slope<kind, range.value>(at, of.score, row, mix) * scale, logits.s, memory.inverse_softcap),
-                      count);
+              if (!kLateMean<kind> && gradient) {
+                const Floats g = pulled(slope<kind, range.value>(at, of.score, row, mix) * scale, at.p, pull);
+                store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
+              }
             });
       },
       [&]() __attribute__((always_inline)) {
@@ -159,18 +171,43 @@ SCSDPO_ALONE void terms(const Memory& memory, const Mixture& mix, const Row& row
 }
 
 template <Kind kind, class Memory, class Gradient>
-void write_gradient(const Memory& memory, const Mixture& mix, const Row& row, float scale, Gradient* gradient) {
+void write_gradient(const Memory& memory, const Mixture& mix, const Row& row, float scale, float pull,
+                    Gradient* gradient) {
   memory.walk(
       [&](int64_t v, int count) __attribute__((always_inline)) {
         auto logits = memory.at(v, count);
         with_entries<kind>(
             logits, row, mix, [&](const auto& at, const auto& of, auto range) __attribute__((always_inline)) {
-              store(gradient + v,
-                    capped(slope<kind, range.value>(at, of.score, row, mix) * scale, logits.s, memory.inverse_softcap),
-                    count);
+              const Floats g = pulled(slope<kind, range.value>(at, of.score, row, mix) * scale, at.p, pull);
+              store(gradient + v, capped(g, logits.s, memory.inverse_softcap), count);
             });
       },
       [] {});
+}
+
+// A policy's gradient alone, of a row whose divergence has no weight: nothing of the teacher is in it.
+template <class Memory, class Gradient>
+SCSDPO_ALONE void write_pull(const Memory& memory, const Row& row, float pull, Gradient* gradient) {
+  memory.walk(
+      [&](int64_t v, int count) __attribute__((always_inline)) {
+        const Floats s = memory.at(v, count).s;
+        store(gradient + v, capped(student_probability(Pair<Floats>{s, s, s}, row) * pull, s, memory.inverse_softcap),
+              count);
+      },
+      [] {});
+}
+
+// The target's entry, once more and alone: p_y - 1 would have lost its digits.
+template <Kind kind, class Memory, class Gradient>
+SCSDPO_ALONE void write_target(const Memory& memory, const Mixture& mix, const Row& row, float scale, const Pull& of,
+                               Gradient* gradient) {
+  if (of.pull == 0.0f || of.column < 0) return;
+  Floats g{};
+  if (scale != 0.0f)
+    with_entries<kind>(of.target, row, mix, [&](const auto& at, const auto& entry, auto range) {
+      g = slope<kind, range.value>(at, entry.score, row, mix) * scale;
+    });
+  store(gradient + of.column, capped(g + of.pull * of.above, of.target.s, memory.inverse_softcap), 1);
 }
 
 // One of a row's numbers.
@@ -187,6 +224,13 @@ void write_zeros(const Memory& memory, Gradient* gradient) {
   memset(gradient, 0, memory.vocabulary * sizeof *gradient);
 }
 
+SCSDPO_INLINE PolicyTerms policy_of(const PerRow& rows, float logp, int64_t r) {
+  const Policy& policy = rows.policy;
+  float ratio = policy.ratio ? policy.ratio[r] : rows.old_logp ? std::exp(logp - rows.old_logp[r]) : 1.0f;
+  if (logp != logp) ratio = logp;  // a NaN row is NaN throughout
+  return policy_terms(policy.advantage[r], ratio, policy.lowest, policy.highest);
+}
+
 template <Kind kind, class Memory, class Gradient>
 SCSDPO_ALONE void whole_row(const Memory& memory, const Mixture& mix, const PerRow& rows, const Matrix& scalars,
                             Gradient* gradient, int64_t r) {
@@ -195,11 +239,21 @@ SCSDPO_ALONE void whole_row(const Memory& memory, const Mixture& mix, const PerR
   scalar(scalars, kStudentEntropy, r) = entropy.student;
   scalar(scalars, kTeacherEntropy, r) = entropy.teacher;
   float scale = gradient ? slope_scale<kind>(rows.weight[r], mix, row) : 0.0f;
+  Pull of_policy{};
   if (rows.target) {  // read before the gradient is written
     const Pair<Floats> target = memory.at(rows.target[r], 1);
     const float logp = (target.s[0] - row.max_student) * row.inverse_temperature - row.log_student;
     scalar(scalars, kStudentLogp, r) = logp;
     scalar(scalars, kTeacherLogp, r) = (target.t[0] - row.max_teacher) * row.inverse_temperature - row.log_teacher;
+    if (rows.policy.advantage) {
+      const PolicyTerms of = policy_of(rows, logp, r);
+      scalar(scalars, kImportanceRatio, r) = 1.0f;
+      scalar(scalars, kPolicyLoss, r) = of.loss;
+      scalar(scalars, kPolicyClipped, r) = of.clipped;
+      const float coefficient = gradient ? rows.policy.coefficient[r] : 0.0f;
+      const float pull = coefficient == 0.0f ? 0.0f : coefficient * of.slope * row.inverse_temperature;
+      of_policy = {pull, rows.target[r], target, std::expm1(logp)};
+    }
     if (rows.old_logp) {
       const float ratio = importance_ratio(logp, rows.old_logp[r], rows.importance_clip);
       scalar(scalars, kImportanceRatio, r) = ratio;
@@ -207,11 +261,15 @@ SCSDPO_ALONE void whole_row(const Memory& memory, const Mixture& mix, const PerR
     }
   }
   double total[kTermCount<kind>] = {};
-  terms<kind>(memory, mix, row, scale, scale == 0.0f ? nullptr : gradient, total);
+  terms<kind>(memory, mix, row, scale, of_policy.pull, scale == 0.0f ? nullptr : gradient, total);
   scalar(scalars, kDivergence, r) = static_cast<float>(finish<kind>(total, row));
   if (!gradient) return;
-  if (scale == 0.0f) return write_zeros(memory, gradient);
-  if constexpr (kLateMean<kind>) write_gradient<kind>(memory, mix, row, scale, gradient);
+  if (scale == 0.0f && of_policy.pull == 0.0f) return write_zeros(memory, gradient);
+  if (scale == 0.0f)
+    write_pull(memory, row, of_policy.pull, gradient);
+  else if constexpr (kLateMean<kind>)
+    write_gradient<kind>(memory, mix, row, scale, of_policy.pull, gradient);
+  write_target<kind>(memory, mix, row, scale, of_policy, gradient);
 }
 
 template <class Memory>
@@ -239,7 +297,7 @@ template <Kind kind, class Memory>
 SCSDPO_ALONE void terms_of_part(const Memory& memory, const Mixture& mix, const Statistics& statistics,
                                 const Matrix& out, int64_t r) {
   double total[kTermCount<kind>] = {};
-  terms<kind, Memory, float>(memory, mix, known_row<kind>(statistics, mix, r), 0.0f, nullptr, total);
+  terms<kind, Memory, float>(memory, mix, known_row<kind>(statistics, mix, r), 0.0f, 0.0f, nullptr, total);
   for (int i = 0; i < kTermCount<kind>; ++i) term(out, i, r) = total[i];
 }
 
@@ -256,10 +314,23 @@ SCSDPO_ALONE void gradient_of_part(const Memory& memory, const Mixture& mix, con
     row.mean_score = bounded_mean(static_cast<float>(divergence - row.reference));
   if (!gradient) return;
   const float scale = slope_scale<kind>(rows.weight[r], mix, row);
-  if (scale == 0.0f)
+  Pull of_policy{};
+  if (rows.policy.coefficient) {
+    of_policy.pull = rows.policy.coefficient[r] * row.inverse_temperature;
+    of_policy.column = rows.target[r];
+    if (of_policy.column >= 0) {
+      of_policy.target = memory.at(of_policy.column, 1);
+      const double inverse = row.inverse_temperature;
+      of_policy.above = static_cast<float>(std::expm1(of_policy.target.s[0] * inverse - statistics.student_lse[r]));
+    }
+  }
+  if (scale == 0.0f && of_policy.pull == 0.0f)
     write_zeros(memory, gradient);
+  else if (scale == 0.0f)
+    write_pull(memory, row, of_policy.pull, gradient);
   else
-    write_gradient<kind>(memory, mix, row, scale, gradient);
+    write_gradient<kind>(memory, mix, row, scale, of_policy.pull, gradient);
+  write_target<kind>(memory, mix, row, scale, of_policy, gradient);
 }
 
 // ---------------------------------------------------------------------------------------------------------------

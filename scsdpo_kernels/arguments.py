@@ -16,6 +16,8 @@ from .checks import (
 )
 from .problem import (
     Head,
+    Policy,
+    PolicyGradient,
     Problem,
     SampledToken,
     Side,
@@ -41,6 +43,7 @@ class DivergenceOptions(TypedDict, total=False):
     target_ids: Tensor | None
     old_logp: Tensor | None
     importance_clip: float
+    policy: PolicyGradient | None
     schedule: str
     rows: Tensor | None
     shard: VocabShard | None
@@ -118,6 +121,7 @@ def _problem(
         ),
         support=_support(support),
         target=None if target_ids is None else Target(target_ids, old_logp, float(options["importance_clip"])),
+        policy=_policy(options["policy"], student_hidden),
         part=None,
         vocabulary=None,
     )
@@ -131,6 +135,15 @@ def _support(support: TopK | TopLogprobs | SampledToken | None) -> Support | Non
     given = (support.ids, support.logp) if isinstance(support, TopLogprobs) else (None, None)
     k = support.k if isinstance(support, TopK) else 0
     return Support(k, support.tail == "renormalize", False, *given)
+
+
+def _policy(given: PolicyGradient | None, hidden: Tensor) -> Policy | None:
+    if given is None:
+        return None
+    coefficient = given.coefficient
+    if not isinstance(coefficient, Tensor):
+        coefficient = torch.full(hidden.shape[:-1], float(coefficient), device=hidden.device)
+    return Policy(given.advantages, coefficient, given.ratio, float(given.clip_low), float(given.clip_high))
 
 
 def _prepared(problem: Problem) -> Problem:

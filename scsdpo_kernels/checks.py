@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import ENDS, Head, LoRA, Problem, SampledToken, TopK, TopLogprobs, share_range
+from .problem import ENDS, Head, LoRA, PolicyGradient, Problem, SampledToken, TopK, TopLogprobs, share_range
 from .vocab_shard import VocabShard, check_lengths
 
 SCHEDULES = ("auto", "chunked", "reference")
@@ -96,6 +96,26 @@ def check_support(support: Any) -> None:
         raise ValueError(f"TopK: expected k of at least 1, got {support.k}")
 
 
+def check_policy(policy: Any) -> None:
+    if policy is None:
+        return
+    if not isinstance(policy, PolicyGradient):
+        raise TypeError(f"policy: expected a PolicyGradient or None, got {type(policy).__name__}")
+    tensors = {"advantages": policy.advantages, "ratio": policy.ratio}
+    if isinstance(policy.coefficient, Tensor):
+        tensors["coefficient"] = policy.coefficient
+    else:
+        _check_finite("policy.coefficient", policy.coefficient)
+    for name, tensor in tensors.items():
+        if tensor is not None or name == "advantages":
+            _check_floats(f"policy.{name}", tensor)
+    for name in ("clip_low", "clip_high"):
+        number = getattr(policy, name)
+        check_number(f"policy.{name}", number)
+        if not number >= 0:
+            raise ValueError(f"policy.{name}: expected a number of at least 0, got {number}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What goes together.
 
@@ -113,6 +133,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     _check_above_0("importance_clip", options["importance_clip"])
     if old_logp is not None and target_ids is None:
         raise ValueError("old_logp: expected target_ids with it, whose log-probabilities these were")
+    check_policy(options["policy"])
+    if options["policy"] is not None and target_ids is None:
+        raise ValueError("policy: expected target_ids with it, whose log-probabilities it is made of")
     check_support(support)
     if isinstance(support, SampledToken):
         if target_ids is None:
@@ -190,6 +213,9 @@ def check_problem(
     per_token["beta"] = problem.objective.token_beta
     if target is not None:
         per_token |= {"target_ids": target.ids, "old_logp": target.old_logp}
+    if problem.policy is not None:
+        names = ("advantages", "coefficient", "ratio")
+        per_token |= {f"policy.{name}": getattr(problem.policy, name) for name in names}
     for name, tensor in per_token.items():
         if tensor is None:
             continue

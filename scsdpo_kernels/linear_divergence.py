@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .arguments import DivergenceOptions, check_keywords, problem_of
-from .problem import Head, Problem, SampledToken, TopK, TopLogprobs
+from .problem import Head, PolicyGradient, Problem, SampledToken, TopK, TopLogprobs
 from .vocab_shard import VocabShard
 
 if TYPE_CHECKING:
@@ -29,13 +29,15 @@ class LinearDivergence(NamedTuple):
     Rows that were skipped because their weight is 0 hold 0.
     """
 
-    loss: Tensor  # () fp32, Σ token_weight · importance_ratio · divergence, differentiable
+    loss: Tensor  # () fp32, Σ token_weight · importance_ratio · divergence + coefficient · policy_loss, differentiable
     divergence: Tensor  # (...,)
     student_entropy: Tensor  # (...,) -Σ p log p
     teacher_entropy: Tensor | None  # (...,) -Σ q log q, None with TopLogprobs
     student_logp: Tensor | None  # (...,) log p at target_ids, None without them
     teacher_logp: Tensor | None  # (...,) log q at target_ids, None without them or with TopLogprobs
     importance_ratio: Tensor | None  # (...,) multiplies the token's weight; None without old_logp
+    policy_loss: Tensor | None  # (...,) -min(r A, clip(r) A), None without policy
+    policy_clipped: Tensor | None  # (...,) 1 where the clip is active, else 0; None without policy
 
 
 def linear_divergence(
@@ -53,6 +55,7 @@ def linear_divergence(
     target_ids: Tensor | None = None,
     old_logp: Tensor | None = None,
     importance_clip: float = 2.0,
+    policy: PolicyGradient | None = None,
     schedule: str = "auto",
     rows: Tensor | None = None,
     shard: VocabShard | None = None,
@@ -60,7 +63,8 @@ def linear_divergence(
 ) -> LinearDivergence:
     """Weighted divergence of student and teacher over the whole vocabulary; the logits never exist in full.
 
-    Tokens of weight 0 are never projected: they cost nothing, have zero gradient and are 0 in every output.
+    Tokens of weight 0 are never projected: they cost nothing, have zero gradient and are 0 in every output. With
+    `policy` these are the ones whose advantage or coefficient is 0 as well.
     The loss differentiates into `student_hidden` and the student's head (weight, bias and both matrices of a LoRA),
     once: the gradients are made in the forward pass (the head is read there only), and a second backward or a double
     backward raises. Nothing differentiates into the teacher, even where its head is the student's or requires grad, nor
@@ -93,13 +97,14 @@ def linear_divergence(
             detached, log p being this pass's own (SDPO, arXiv 2601.20802). Where the weight is 0 they are not looked
             at.
         importance_clip: > 0, with old_logp.
+        policy: a `PolicyGradient` loss of target_ids that is added to the weighted divergence.
         schedule: "chunked" projects a chunk of tokens at a time, into buffers. "reference" is plain PyTorch with full
             logits, in any dtype up to float64 and differentiable twice. "auto" is "chunked".
-        rows: (R,) int64 flat indices: every token whose token_weight is not 0, once, and any others, for a caller who
-            knows them. On a GPU the operator waits for the device once, to learn how many tokens have a weight and to
-            check values; with `rows` it never does. What would have raised then gives NaN: an incomplete list NaN in
-            the loss and all gradients, a target outside the vocabulary NaN in its log-probabilities, a support with
-            wrong ids or a beta out of its range NaN for its token.
+        rows: (R,) int64 flat indices: every token whose token_weight (or, with `policy`, advantage) is not 0, once, and
+            any others, for a caller who knows them. On a GPU the operator waits for the device once, to learn how many
+            tokens have a weight and to check values; with `rows` it never does. What would have raised then gives NaN:
+            an incomplete list NaN in the loss and all gradients, a target outside the vocabulary NaN in its log-
+            probabilities, a support with wrong ids or a beta out of its range NaN for its token.
         shard: the vocabulary is spread over a process group, as in Megatron's tensor parallelism. Weights, biases and
             LoRA's B are this process's part; ids are the whole vocabulary's. Every process calls this with the same
             tokens (or, with `shard.sequence_parallel`, each with its own) and gets the same results and the whole
@@ -117,7 +122,7 @@ def linear_divergence(
     options: DivergenceOptions = {
         "beta": beta, "divergence": divergence, "temperature": temperature, "support": support,
         "entry_clip": entry_clip, "target_ids": target_ids, "old_logp": old_logp, "importance_clip": importance_clip,
-        "schedule": schedule, "rows": rows, "shard": shard, "shared_prefix": shared_prefix,
+        "policy": policy, "schedule": schedule, "rows": rows, "shard": shard, "shared_prefix": shared_prefix,
     }  # fmt: skip
     problem = problem_of(student_hidden, student_head, teacher_hidden, teacher_head, token_weight, options)
     if schedule == "reference":
@@ -125,7 +130,9 @@ def linear_divergence(
     else:
         loss, scalars = ops.divergence(problem)
     has_target, has_teacher = problem.target is not None, problem.teacher is not None
+    has_policy = problem.policy is not None
     there = (True, True, has_teacher, has_target, has_target and has_teacher, old_logp is not None)
+    there += (has_policy, has_policy)
     single = student_hidden.dim() == 1
     fields = ((x.squeeze(0) if single else x) if has else None for x, has in zip(scalars, there, strict=True))
     return LinearDivergence(loss, *fields)
@@ -147,6 +154,8 @@ def linear_divergence_per_token(
     **options: "Unpack[DivergenceOptions]",
 ) -> Tensor:
     """Importance ratio · D(p_n, q_n) of every token, for a caller who makes the loss of them: any upstream gradient.
+
+    With `policy`, its coefficient · policy loss is added to each token's.
 
     `linear_divergence` with weights that are known beforehand is cheaper: it makes the gradients in the forward pass.
     Here backward computes the tokens again, without those whose upstream gradient is 0. It may run repeatedly
@@ -171,6 +180,8 @@ def linear_divergence_per_token(
         inside = problem.rows.clamp(0, max(0, len(everything) - 1))
         wanted = torch.zeros_like(everything).index_fill_(0, inside, 1.0).view(problem.token_weight.shape)
         problem = problem._replace(token_weight=wanted)
+        if (policy := problem.policy) is not None:
+            problem = problem._replace(policy=policy._replace(coefficient=policy.coefficient * wanted))
     if options.get("schedule") == "reference":
         _, divergence, _ = _on_full_logits(problem)
     else:

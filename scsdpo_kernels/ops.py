@@ -94,6 +94,8 @@ def _operator_fake(*values) -> tuple[Tensor, ...]:
         student_logp=empty(target is not None, leading),
         teacher_logp=empty(target is not None, leading),
         importance_ratio=empty(target is not None and target.old_logp is not None, leading),
+        policy_loss=empty(problem.policy is not None, leading),
+        policy_clipped=empty(problem.policy is not None, leading),
     )
     gradients = (gradient(values[i], want) for i, want in zip(WRT, wanted, strict=True))
     return empty(True), *scalars, *gradients
@@ -153,10 +155,17 @@ def _scaled(gradient: Tensor, by: Tensor, in_place: bool) -> Tensor:
 
 # token_weight is 1 at the rows that are wanted, else 0. Nothing waits for backward but the inputs.
 def _per_token_forward(*values) -> Tensor:
-    """Importance ratio · divergence of each row."""
+    """Importance ratio · divergence of each row, and coefficient · policy loss."""
     scalars = _outcome(_operator(*values, [False] * len(WRT))).scalars
     has_ratio = values[PATHS.index(("target", "old_logp"))] is not None
-    return scalars.divergence * scalars.importance_ratio if has_ratio else scalars.divergence
+    result = scalars.divergence * scalars.importance_ratio if has_ratio else scalars.divergence
+    policy = unflatten(iter(values)).policy
+    return result if policy is None else result + _of_policy(policy.coefficient, scalars.policy_loss)
+
+
+def _of_policy(coefficient: Tensor, policy_loss: Tensor) -> Tensor:
+    """Nothing of what has no coefficient."""
+    return torch.where(coefficient == 0, 0.0, coefficient.float() * policy_loss)
 
 
 def _per_token_fake(*values) -> Tensor:
@@ -190,8 +199,11 @@ class _PerToken(torch.autograd.Function):
         if problem.part is not None and problem.part.sequence_parallel:
             shard = Shard(problem.part, problem.student.head.weight.shape[0])
             all_finite = shard.gather(all_finite.long().unsqueeze(0)).bool().all()
-        weight = torch.where(finite, upstream, 0.0) * problem.token_weight
-        outcome = _outcome(_operator(*flatten(problem._replace(token_weight=weight)), wanted))
+        upstream = torch.where(finite, upstream, 0.0)
+        weighted = problem._replace(token_weight=upstream * problem.token_weight)
+        if (policy := problem.policy) is not None:
+            weighted = weighted._replace(policy=policy._replace(coefficient=upstream * policy.coefficient))
+        outcome = _outcome(_operator(*flatten(weighted), wanted))
         poison = torch.where(all_finite, 1.0, torch.nan)  # after an overflown loss scale no gradient is finite
         given = [
             (gradient * poison).to(leaves[i].dtype) if want else None
@@ -224,5 +236,5 @@ def divergence(problem: Problem) -> tuple[Tensor, Scalars]:
 
 
 def divergence_per_token(problem: Problem) -> Tensor:
-    """(...,) importance ratio · divergence."""
+    """(...,) importance ratio · divergence, and coefficient · policy loss."""
     return _per_token_operator(*flatten(problem))

@@ -80,6 +80,29 @@ class SampledToken(NamedTuple):
     """
 
 
+class PolicyGradient(NamedTuple):
+    """A clipped policy-gradient loss of `target_ids` beside the divergence, from the same logits (PPO, GRPO, GSPO).
+
+    Adds Σ_n coefficient_n L_n with L_n = -min(r_n A_n, clip(r_n, 1 - clip_low, 1 + clip_high) A_n) to the loss. The
+    ratio r is e^(log p - old_logp), log p at the target and at the divergence's temperature; without old_logp it is 1,
+    with the gradient of log p. Where the clip is active, L has no gradient. It needs target_ids. A token of weight 0
+    that has an advantage is computed for it alone.
+
+    Args:
+        advantages: A, (...,) any finite numbers.
+        clip_low, clip_high: at least 0; inf: no clip on that side.
+        coefficient: a finite number, or one a token, (...,).
+        ratio: (...,) r itself, detached, as GSPO's of a whole sequence: value and clip take it, and the gradient is
+            that of -A r log p. None: the token's own.
+    """
+
+    advantages: Tensor
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    coefficient: float | Tensor = 1.0
+    ratio: Tensor | None = None
+
+
 class Side(NamedTuple):
     """Student or teacher."""
 
@@ -146,6 +169,16 @@ class Target(NamedTuple):
     importance_clip: float
 
 
+class Policy(NamedTuple):
+    """A policy-gradient loss of the target, as `PolicyGradient`."""
+
+    advantages: Tensor  # (...,)
+    coefficient: Tensor  # (...,)
+    ratio: Tensor | None  # (...,)
+    clip_low: float
+    clip_high: float
+
+
 class Part(NamedTuple):
     """This process's part of a vocabulary that is spread over a process group."""
 
@@ -164,8 +197,15 @@ class Problem(NamedTuple):
     objective: Objective
     support: Support | None  # None: the whole vocabulary
     target: Target | None
+    policy: Policy | None  # with a target
     part: Part | None  # None: the whole vocabulary is here
     vocabulary: int | None  # how many of the heads' first rows count here; None: all
+
+    @property
+    def counts(self) -> Tensor:
+        """(...,) which tokens have a weight or a policy's loss: the others are not computed."""
+        weighted, policy = self.token_weight != 0, self.policy
+        return weighted if policy is None else weighted | ((policy.advantages != 0) & (policy.coefficient != 0))
 
 
 class Gradients(NamedTuple):

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .arguments import DivergenceOptions, check_keywords
-from .checks import check_number, check_tensor
+from .checks import check_number, check_policy, check_tensor
 from .linear_divergence import LinearDivergence, linear_divergence
-from .problem import Head
+from .problem import Head, PolicyGradient
 from .question_weights import question_weights
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ def scsdpo_loss(
             them and is in no denominator.
         denominator: tokens (or rollouts, for "sequence-mean") of the whole optimiser step, where this call is one
             micro-batch or rank of it: `step_denominator`. None: this call's. Above 0; a tensor has one element.
-        options: every further keyword argument of `linear_divergence`.
+        options: every further keyword argument of `linear_divergence`. Of `policy` neither question weights nor
+            `token_weight` multiply anything; its mask, reduction and denominator are those of D: with "token-mean" the
+            loss is Σ w̄ m D / Σ m + coefficient · Σ m L / Σ m. Tokens of questions with weight 0 are then computed
+            where they have an advantage. It does not go with "weighted-token-mean".
 
     Returns:
         LinearDivergence: `loss` is the aggregate, the per-token fields are (B, T) and neither weighted nor reduced.
@@ -86,19 +89,25 @@ def scsdpo_loss(
             "exponent, success_threshold, group: expected none of them with question_weight, which is computed already"
         )
     _check(student_hidden, mask, question_weight, token_weight, reduction, denominator)
+    policy = options.get("policy")
+    _check_policy(policy, mask, reduction)
     shard = options.get("shard")
     over = shard.group if shard is not None and shard.sequence_parallel else None
     if over is not None and reduction == "sequence-mean":
         raise ValueError("reduction: expected no 'sequence-mean' with sequence_parallel, which may take rollouts apart")
 
     mask = mask.detach().float()
-    weight = question_weight.detach().float().unsqueeze(-1) * mask
+    weight, share = question_weight.detach().float().unsqueeze(-1) * mask, mask
     if reduction == "sequence-mean":
-        weight = weight / mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        length = mask.sum(dim=-1, keepdim=True).clamp(min=1)
+        weight, share = weight / length, share / length
     if reduction != "sum":
-        weight = weight / _denominator(reduction, mask, weight, denominator, over)
+        total = _denominator(reduction, mask, weight, denominator, over)
+        weight, share = weight / total, share / total
     if token_weight is not None:
         weight = weight * token_weight.detach()
+    if policy is not None:
+        options["policy"] = policy._replace(coefficient=share * policy.coefficient)
     return linear_divergence(student_hidden, student_head, teacher_hidden, teacher_head, token_weight=weight, **options)
 
 
@@ -184,6 +193,19 @@ def _check(student_hidden, mask, question_weight, token_weight, reduction, denom
     # Values are looked at where that costs no synchronisation and can be compiled around.
     if mask.device.type == "cpu" and not torch.compiler.is_compiling() and not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask: expected zeros and ones, got other numbers; factors per token go into token_weight")
+
+
+def _check_policy(policy: PolicyGradient | None, mask: Tensor, reduction: str) -> None:
+    check_policy(policy)
+    if policy is None:
+        return
+    if reduction == "weighted-token-mean":
+        raise ValueError("policy: expected another reduction than 'weighted-token-mean', whose weights are questions'")
+    if isinstance(policy.coefficient, Tensor):
+        check_tensor("policy.coefficient", policy.coefficient, mask.device)
+        if policy.coefficient.shape != mask.shape:
+            got = tuple(policy.coefficient.shape)
+            raise ValueError(f"policy.coefficient: expected a number or shape {tuple(mask.shape)}, got {got}")
 
 
 def _check_denominator(reduction: str, denominator: float | Tensor) -> None:

@@ -251,7 +251,7 @@ def _described(problem: Problem, schedule: str) -> dict[str, Any]:
     if problem.objective.token_beta is not None and not own_rows:
         described["beta's numbers"] = zlib.crc32(repr(problem.objective.token_beta.tolist()).encode())
     if not own_rows:
-        described["token_weight's rows"] = zlib.crc32(bytes((problem.token_weight != 0).flatten().tolist()))
+        described["token_weight's rows"] = zlib.crc32(bytes(problem.counts.flatten().tolist()))
     return described
 
 

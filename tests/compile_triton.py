@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from scsdpo_kernels.kernels import logits_triton, question_weights_triton, row_divergence_triton, scaling_triton
-from scsdpo_kernels.kernels.contract import Logits, PerRow, RowStatistics
+from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, RowStatistics
 from scsdpo_kernels.problem import ENDS, objective_of
 
 # Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
@@ -44,6 +44,10 @@ FORMS = [
     (False, torch.bfloat16, 0.0),
     (False, torch.bfloat16, 30.0),
 ]
+
+
+WITH_POLICY = (FORMS[0], FORMS[-1])
+POLICY = RowPolicy(torch.ones(3), torch.ones(3), None, 0.8, 1.2)
 
 
 def launch_all(name):
@@ -73,6 +77,8 @@ def launch_rows(vocabulary):
             logits = logits_of(vocabulary, difference, softcap)
             gradient = torch.empty_like(logits_of(vocabulary).student, dtype=dtype)
             row_divergence_triton.row_divergence(logits, rows, objective, gradient)
+            if (difference, dtype, softcap) in WITH_POLICY:
+                row_divergence_triton.row_divergence(logits, rows._replace(policy=POLICY), objective, gradient)
         if objective.kind != "clipped":  # supports have these
             logits = logits_of(vocabulary, dtype=torch.float64)
             few = PerRow(rows.weight)
@@ -91,7 +97,11 @@ def launch_stages(vocabulary):
         for difference, dtype, softcap in FORMS:
             logits = logits_of(vocabulary, difference, softcap)
             gradient = torch.empty_like(logits.student, dtype=dtype)
-            row_divergence_triton.row_gradient(logits, objective, statistics, terms, single, gradient)
+            rows = PerRow(single)
+            row_divergence_triton.row_gradient(logits, objective, statistics, terms, rows, gradient)
+            if (difference, dtype, softcap) in WITH_POLICY:
+                rows = PerRow(single, torch.zeros(3, dtype=torch.int64), policy=POLICY)
+                row_divergence_triton.row_gradient(logits, objective, statistics, terms, rows, gradient)
 
 
 def launch_logits(vocabulary):
@@ -172,6 +182,7 @@ def described(kernel, arguments, keywords, result):
     (vocabulary,) = {x.shape[1] for x in tensors if x.dim() == 2 and x.shape[1] in (EVEN, ODD)} or {EVEN}
     constants = {"multiple": vocabulary == EVEN, "own_shares": keywords.get("ends") is not None}
     constants |= form._asdict() if form else {k: v for k, v in keywords.items() if k in kernel.arg_names}
+    constants |= {"policy": True} if any(x is POLICY.advantage for x in tensors) else {}
     options = {name: value for name, value in keywords.items() if name not in kernel.arg_names}
     return {
         "kernel": kernel.__name__,

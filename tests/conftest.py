@@ -29,6 +29,7 @@ ON_PROCESSOR = {
     "test_objectives",
     "test_operator",
     "test_per_token",
+    "test_policy",
     "test_properties",
     "test_scsdpo_loss",
     "test_shared_prefix",

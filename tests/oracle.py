@@ -95,11 +95,13 @@ class Expected(NamedTuple):
     student_logp: Tensor | None
     teacher_logp: Tensor | None
     importance_ratio: Tensor | None
+    policy_loss: Tensor | None
+    policy_clipped: Tensor | None
 
 
 def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=0.5, divergence="jensen_shannon",
              temperature=1.0, support=None, entry_clip=None, target_ids=None, old_logp=None, importance_clip=2.0,
-             shared_prefix=False) -> tuple:  # fmt: skip
+             policy=None, shared_prefix=False) -> tuple:  # fmt: skip
     """Full logits in float64 and autograd: all fields, and the gradients of everything of the student's.
 
     `problem` is one of problems.py; the options are `linear_divergence`'s. As there, all fields of a token of weight 0
@@ -109,7 +111,10 @@ def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=
     if token_weight is None:
         token_weight = problem.token_weight
     weight = given.hidden.new_ones(given.hidden.shape[:-1]) if token_weight is None else token_weight.double()
-    kept = weight != 0
+    weighted = kept = weight != 0
+    if policy is not None:
+        coefficient = torch.as_tensor(policy.coefficient).double().expand_as(weight)
+        kept = weighted | ((policy.advantages != 0) & (coefficient != 0))
     log_p, log_q = _log_probabilities(given, temperature, shared_prefix)
     at = None if target_ids is None else target_ids.long().where(kept, 0)[..., None]
     student_logp, teacher_logp = (None if at is None or x is None else x.gather(-1, at)[..., 0] for x in (log_p, log_q))
@@ -119,11 +124,11 @@ def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=
     elif entry_clip is not None:
         value = _terms(log_q, log_p).clamp(max=entry_clip).sum(dim=-1)
     elif isinstance(beta, Tensor):
-        sides = (x.flatten(0, -2) for x in _seen(log_p, log_q, support, kept))
+        sides = (x.flatten(0, -2) for x in _seen(log_p, log_q, support, weighted))
         each = zip(*sides, beta.double().where(kept, 0.5).flatten().tolist(), strict=True)
         value = torch.stack([between(p, q, share, divergence) for p, q, share in each]).view(kept.shape)
     else:
-        value = between(*_seen(log_p, log_q, support, kept), beta, divergence)
+        value = between(*_seen(log_p, log_q, support, weighted), beta, divergence)
     fields = [value, _entropy(log_p), log_q if log_q is None else _entropy(log_q), student_logp, teacher_logp]
     value, *others = (x if x is None else x.where(kept, 0.0) for x in fields)
 
@@ -131,10 +136,26 @@ def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=
     if old_logp is not None:
         ratio = (student_logp.detach() - old_logp.double()).clamp(-20, 20).exp().clamp(max=importance_clip)
         ratio = ratio.where(kept, 0.0)
-    loss = (weight * value * (1.0 if ratio is None else ratio)).sum()
-    result = Expected(loss, value, *others, ratio)
+    loss = (weight * value * (1.0 if ratio is None else ratio)).where(weighted, 0.0).sum()
+    policy_loss = clipped = None
+    if policy is not None:
+        policy_loss, clipped = (x.where(kept, 0.0) for x in _policy(policy, student_logp, old_logp))
+        loss = loss + (coefficient * policy_loss).sum()
+    result = Expected(loss, value, *others, ratio, policy_loss, clipped)
     gradients = torch.autograd.grad(of(result), given.trained)
     return Expected(*(x if x is None else x.detach() for x in result)), *gradients
+
+
+def _policy(policy, logp: Tensor, old_logp: Tensor | None) -> tuple[Tensor, Tensor]:
+    """PPO's clipped loss of each token, and whether it is the clip that counts."""
+    advantages = policy.advantages.double()
+    before = logp.detach() if old_logp is None or policy.ratio is not None else old_logp.double()
+    ratio = torch.exp(logp - before)
+    if policy.ratio is not None:
+        ratio = ratio * policy.ratio.double()
+    ratio = ratio.where(advantages != 0, 1.0)
+    plain, bounded = ratio * advantages, ratio.clamp(1 - policy.clip_low, 1 + policy.clip_high) * advantages
+    return -torch.minimum(plain, bounded), (plain > bounded).double()
 
 
 def logits(hidden: Tensor, head: Tensor | Head) -> Tensor:
@@ -220,6 +241,7 @@ def assert_near(got: tuple, exact: tuple, limit: float = 2e-5, floor: float = 1e
         assert (x.double() - y).norm() <= limit * y.norm() + floor, relative_error(x, y)
 
 
-def per_token(result: Expected) -> Tensor:
+def per_token(result: Expected, policy=None) -> Tensor:
     """What `linear_divergence_per_token` returns."""
-    return result.divergence if result.importance_ratio is None else result.importance_ratio * result.divergence
+    value = result.divergence if result.importance_ratio is None else result.importance_ratio * result.divergence
+    return value if policy is None else value + policy.coefficient * result.policy_loss

@@ -97,6 +97,21 @@ def batch_of(rollouts, extra):
     return batch
 
 
+def test_an_advantage_is_a_reason_to_run():
+    """Without a weight or a token with a loss; but not where the policy's loss has no weight."""
+    rollouts = drawn(3, 4)
+    batch = batch_of(rollouts, 2)
+    batch["advantages"] = torch.tensor([0.0, 1, 0, 2, -1, 3])
+    batch["policy_weight"] = torch.ones(6)
+    batch["question_weight"] = torch.tensor([1.5, 0, 0, 1.5, 0, 1.5])
+    back = with_weight(batch, batch["loss_mask"], 0, 1)
+    assert [x.advantage for x in back] == [0.0, 1, 2, -1, 3] and [x.policy_weight for x in back] == [1.0] * 5
+    collated = collate(back, 0, "cpu")
+    assert collated["advantages"].tolist() == [0.0, 1, 2, -1, 3] and not collated["loss_mask"][-1].any()
+    batch["policy_weight"] = torch.zeros(6)
+    assert len(with_weight(batch, batch["loss_mask"], 0, 1)) == 2
+
+
 @pytest.mark.parametrize("extra", [0, 3])
 def test_padding_is_taken_off_and_put_on(extra):
     rollouts = drawn(3, 4)

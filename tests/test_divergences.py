@@ -14,7 +14,7 @@ from test_row_divergence import INSTRUCTION_SETS, assert_rows, assert_same, devi
 from scsdpo_kernels import SampledToken, TopK, TopLogprobs, linear_divergence, linear_divergence_per_token
 from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import native, row_divergence_triton, triton_kernels
-from scsdpo_kernels.kernels.contract import Logits, Scalars
+from scsdpo_kernels.kernels.contract import Logits, PerRow, Scalars
 from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import ENDS, flatten, objective_of
 from scsdpo_kernels.schedules import chunked
@@ -193,10 +193,10 @@ def in_parts(kernel, student, teacher, objective, cut):
     known = merge_statistics(torch.stack([torch.stack([x.double() for x in part]) for part in own]),
                              objective.temperature)  # fmt: skip
     terms = sum(rows.row_terms(part, objective, known) for part in parts)
-    weight, results = torch.ones(len(student), device=device_of(kernel)), []
+    given, results = PerRow(torch.ones(len(student), device=device_of(kernel))), []
     for part in parts:
         gradient = torch.full_like(part.student, torch.nan)
-        divergence = rows.row_gradient(part, objective, known, terms, weight, gradient)
+        divergence = rows.row_gradient(part, objective, known, terms, given, gradient)
         results.append((divergence.cpu(), gradient.cpu()))
     assert torch.equal(results[0][0], results[1][0])
     return results[0][0], torch.cat([gradient for _, gradient in results], dim=1)
@@ -388,7 +388,7 @@ def test_what_does_not_fit_raises_by_name(options, error, message):
 
 def test_unchecked_shares_give_nan_in_their_token(kernels, monkeypatch):
     """What a GPU does with `rows=`, where nothing is checked; a token of weight 0 may hold anything."""
-    monkeypatch.setattr(row_choice, "kept_rows", lambda weight, target, rows, *_, **__: (rows, True))
+    monkeypatch.setattr(row_choice, "kept_rows", lambda problem, **_: (problem.rows, True))
     given = problem(5, D, V).but(token_weight=torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0]))
     beta = torch.tensor([0.5, 7.0, 1.5, torch.nan, 1.0])
     result, grad, _ = given.run(beta=beta, rows=torch.arange(5))

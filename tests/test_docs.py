@@ -125,6 +125,7 @@ def tensors() -> dict[str, object]:
         "top_ids": support,
         "top_logp": torch.full(support.shape, -3.0),
         "micro_batches": torch.arange(ROLLOUTS).split(2),
+        "advantages": normal(ROLLOUTS, RESPONSE),
         "teacher_entropy": 2 * torch.rand(ROLLOUTS, RESPONSE, generator=generator),
     }
     for name in ("input_ids", "teacher_input_ids"):

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from scsdpo_kernels import (
     Head,
     LoRA,
+    PolicyGradient,
     SampledToken,
     TopK,
     TopLogprobs,
@@ -52,6 +53,7 @@ def _features() -> dict[str, Feature]:
         "`beta` of each token": Feature({"beta": torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0])}),
         "`token_weight`, tokens of weight 0 left out": Feature({"token_weight": weights}),
         "`target_ids`, `old_logp`, `importance_clip`": Feature({**target, "importance_clip": 1.5}),
+        "`policy=PolicyGradient(...)`": Feature({**target, "policy": PolicyGradient(weights + 0.5)}),
         "`linear_divergence_per_token`": Feature(per_token=True),
         "`support=TopK(k)`": Feature({"support": TopK(6)}),
         '`support=TopK(k, tail="renormalize")`': Feature({"support": TopK(6, "renormalize")}),

@@ -8,7 +8,7 @@ import torch
 from problems import DTYPES, problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scsdpo_kernels import TopK, TopLogprobs, linear_divergence
+from scsdpo_kernels import PolicyGradient, TopK, TopLogprobs, linear_divergence
 from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import native
 from scsdpo_kernels.linear_divergence import DEFAULTS
@@ -26,6 +26,8 @@ def test_opcheck(dtype, beta, target, wants):
     ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
     inputs = hidden.requires_grad_(wants[0]), weight.requires_grad_(wants[1])
     options = {"target_ids": ids, "old_logp": old, "beta": beta}
+    if target:
+        options["policy"] = PolicyGradient(torch.randn(3, 5), coefficient=torch.rand(3, 5), ratio=torch.rand(3, 5))
     leaves = flatten(problem_of(*inputs, teacher, head, torch.randn(3, 5), DEFAULTS | options))
     torch.library.opcheck(torch.ops.scsdpo_kernels.divergence.default, (*leaves, [*wants, False, False, False]))
 
@@ -47,6 +49,7 @@ def test_compiled_has_the_bits_of_eager(dtype):
     given = problem((2, 9), width=16, vocabulary=101, dtype=dtype)
     options = {"token_weight": torch.randn(2, 9).relu(), "target_ids": torch.randint(101, (2, 9))}
     options["old_logp"] = -4.6 + torch.randn(2, 9)
+    options["policy"] = PolicyGradient(torch.randn(2, 9), coefficient=0.5)
 
     def step(hidden, weight):
         result = linear_divergence(hidden, weight, given.teacher, **options)
@@ -57,7 +60,7 @@ def test_compiled_has_the_bits_of_eager(dtype):
         inputs = given.leaves().trained
         outputs = run(*inputs)
         results.append((*outputs, *torch.autograd.grad(outputs[0], inputs)))
-        assert [x.requires_grad for x in outputs] == [True] + [False] * 6
+        assert [x.requires_grad for x in outputs] == [True] + [False] * 8
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
 

@@ -122,7 +122,7 @@ def test_public_signatures():
     heads = ["student_hidden", "student_head", "teacher_hidden", "teacher_head"]
     options = [
         "beta", "divergence", "temperature", "support", "entry_clip", "target_ids", "old_logp", "importance_clip",
-        "schedule", "rows", "shard", "shared_prefix",
+        "policy", "schedule", "rows", "shard", "shared_prefix",
     ]  # fmt: skip
     signatures = {
         function.__name__: inspect.signature(function).parameters
@@ -153,7 +153,7 @@ def test_public_signatures():
                         "divergence": "jensen_shannon"}  # fmt: skip
     assert scsdpo_kernels.LinearDivergence._fields == (
         "loss", "divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp",
-        "importance_ratio",
+        "importance_ratio", "policy_loss", "policy_clipped",
     )  # fmt: skip
     for name in scsdpo_kernels.__all__:
         assert getattr(scsdpo_kernels, name).__doc__
@@ -163,7 +163,7 @@ def test_public_heads_and_supports():
     """Named tuples that other people's scripts make, in this order."""
     fields = {
         name: (getattr(scsdpo_kernels, name)._fields, getattr(scsdpo_kernels, name)._field_defaults)
-        for name in ("Head", "LoRA", "TopK", "TopLogprobs", "SampledToken")
+        for name in ("Head", "LoRA", "TopK", "TopLogprobs", "SampledToken", "PolicyGradient")
     }
     assert fields == {
         "Head": (
@@ -174,6 +174,10 @@ def test_public_heads_and_supports():
         "TopK": (("k", "tail"), {"tail": "bucket"}),
         "TopLogprobs": (("ids", "logp", "tail"), {"tail": "bucket"}),
         "SampledToken": ((), {}),
+        "PolicyGradient": (
+            ("advantages", "clip_low", "clip_high", "coefficient", "ratio"),
+            {"clip_low": 0.2, "clip_high": 0.2, "coefficient": 1.0, "ratio": None},
+        ),
     }
 
 

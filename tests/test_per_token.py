@@ -5,7 +5,7 @@ import pytest
 import torch
 from problems import DTYPES, problem
 
-from scsdpo_kernels import linear_divergence_per_token
+from scsdpo_kernels import PolicyGradient, linear_divergence_per_token
 from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import flatten
@@ -117,7 +117,10 @@ def test_double_backward_raises_but_in_the_reference():
 def test_opcheck(target):
     given = problem((3, 5), width=8, vocabulary=31, teacher_width=6).leaves()
     ids, old = (torch.randint(31, (3, 5)), -3.4 + torch.rand(3, 5)) if target else (None, None)
-    operands = flatten(problem_of(*given, None, DEFAULTS | {"target_ids": ids, "old_logp": old}))
+    options = {"target_ids": ids, "old_logp": old}
+    if target:
+        options["policy"] = PolicyGradient(torch.randn(3, 5))
+    operands = flatten(problem_of(*given, None, DEFAULTS | options))
     torch.library.opcheck(torch.ops.scsdpo_kernels.divergence_per_token.default, tuple(operands))
 
 

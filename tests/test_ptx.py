@@ -299,7 +299,7 @@ def test_parts_of_rows(sm_80, case):
         gradients = []
         for part in parts:
             gradients.append(padded(torch.full(part.student.shape, torch.nan), case.gradient, torch.nan))
-            divergence = kernels.row_gradient(part, case.objective, known, terms, rows.weight, gradients[-1])
+            divergence = kernels.row_gradient(part, case.objective, known, terms, PerRow(rows.weight), gradients[-1])
         scalars = Scalars(divergence, known.student_entropy, known.teacher_entropy, None, None)
         check(case, rows, scalars, torch.cat(gradients, dim=1))
 

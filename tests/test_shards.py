@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scsdpo_kernels import (
     Head,
+    PolicyGradient,
     SampledToken,
     TopK,
     TopLogprobs,
@@ -68,7 +69,7 @@ class Process:
         """A result in every field and its gradients, none of them of padding. rounding: the gradients' limit."""
         (result, *gradients), (expected, *exact_gradients) = got, exact
         if isinstance(result, Tensor):
-            result, expected = (result,), (oracle.per_token(expected),)
+            result, expected = (result,), (expected,)
         for name, x, y in zip(getattr(result, "_fields", ["per token"]), result, expected, strict=True):
             assert (x is None) == (y is None), name
             if x is not None:
@@ -107,7 +108,7 @@ class Case(NamedTuple):
         """What gradients are taken of."""
         if not self.per_token:
             return result.loss
-        values = result if isinstance(result, Tensor) else oracle.per_token(result)
+        values = result if isinstance(result, Tensor) else oracle.per_token(result, self.options.get("policy"))
         return (values * torch.linspace(-1, 1, ROWS, device=values.device)).sum()
 
     def check(self, process: Process) -> None:
@@ -125,6 +126,8 @@ class Case(NamedTuple):
         every = [torch.empty_like(own) for _ in range(process.world)]
         dist.all_gather(every, own, group=process.group)
         exact = oracle.expected(self.given, self.total, **self.options)
+        if self.per_token:
+            exact = oracle.per_token(exact[0], self.options.get("policy")), *exact[1:]
         process.assert_exact(got, exact, tokens, self.padding, **self.limits)
         assert all(torch.equal(x, own) for x in every), "not the same bits on every process"
 
@@ -149,6 +152,13 @@ def peaked(at: int, distance: float) -> Problem:
     return given
 
 
+def sure_of(target: int) -> Problem:
+    """One token has almost all of its probability there."""
+    given = sides(own=True)
+    given.head[target] = given.hidden[4] * 3 / 16
+    return given
+
+
 def forbidding(*entries: slice) -> Problem:
     """The student the first 12 entries, the teacher these."""
     given = sides(own=True, head="bias", teacher_head="bias")
@@ -161,6 +171,8 @@ def forbidding(*entries: slice) -> Problem:
 GENERATOR = torch.Generator().manual_seed(1)
 IDS = torch.randint(V, (ROWS,), generator=GENERATOR)
 TARGETS = {"target_ids": IDS, "old_logp": -1 - 4 * torch.rand(ROWS, generator=GENERATOR)}
+POLICY = TARGETS | {"policy": PolicyGradient(torch.randn(ROWS, generator=GENERATOR), clip_high=0.3, coefficient=0.7)}
+ON_POLICY = {name: POLICY[name] for name in ("target_ids", "policy")}
 NAMED = torch.rand(ROWS, V, generator=GENERATOR).argsort(1)[:, :6]
 EMPTY_SLOTS = NAMED.clone()
 EMPTY_SLOTS[::2, 1:] = EMPTY_SLOTS[1] = -1
@@ -199,6 +211,26 @@ CASES = {
     **{x: case(OWN, divergence=x, beta=0.3) for x in SHARES},
     **{f"{x}, beta of each token": case(**TARGETS, divergence=x, beta=beta) for x, beta in SHARES.items()},
     "jeffreys, beta of each token, top 9": case(OWN, divergence="jeffreys", beta=SHARES["jeffreys"], support=TopK(9)),
+    # A policy's loss.
+    **{f"policy, beta {x}": case(OWN, **POLICY, beta=x, temperature=0.7) for x in (0.0, 0.3, 1.0)},
+    **{f"policy, {x}": case(OWN, **POLICY, divergence=x, beta=0.3) for x in SHARES if x != "jensen_shannon"},
+    **{f"policy, {x}, beta of each token": case(**POLICY, divergence=x, beta=beta) for x, beta in SHARES.items()},
+    "policy, on-policy, all that a head has": case(EVERY, **ON_POLICY),
+    "policy, entries clipped": case(OWN, **POLICY, beta=0.0, entry_clip=0.05),
+    "policy, top 5": case(OWN, **POLICY, support=TopK(5)),
+    "policy, server": case(SERVER, **POLICY, support=TopLogprobs(NAMED, LOGP, "renormalize")),
+    "policy, sampled token": case(**POLICY, support=SampledToken(), beta=1.0),
+    "policy alone": case(OWN.but(token_weight=torch.zeros(ROWS)), **POLICY),
+    **{f"policy of a sure token, {x}": case(sure_of(x), {"limit": 1e-4, "floor": 1e-12},
+                                            **POLICY | {"target_ids": torch.full((ROWS,), x)})
+       for x in (0, 20, 66)},
+    "policy, padding": case(OWN, **POLICY, padding=5),
+    "policy, chunks": case(OWN, **POLICY, chunks=True),
+    "policy per token": case(UNWEIGHTED, **POLICY, per_token=True),
+    "policy, own tokens": case(OWN, **POLICY, own_tokens=True),
+    "policy, own tokens, jeffreys, beta of each token":
+        case(OWN, **POLICY, own_tokens=True, divergence="jeffreys", beta=SHARES["jeffreys"]),
+    "policy, own tokens, top 4": case(OWN, **POLICY, own_tokens=True, support=TopK(4)),
     # Numbers.
     **{f"{x} apart, beta {beta}": case(sides(distance=x), {"limit": 1e-4, "floor": 1e-30}, beta=beta)
        for x in (4e-3, 4e-5) for beta in (0.0, 0.5, 1.0)},

@@ -249,7 +249,7 @@ def test_targets_that_one_side_does_not_have_are_refused(longer, schedule):
 def test_unchecked_targets_that_one_side_does_not_have_are_nan(longer, monkeypatch):
     """As any id outside the vocabulary, where a GPU is given `rows=`."""
     monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
-    monkeypatch.setattr(row_choice, "kept_rows", lambda weight, target, rows, *_, **__: (rows, True))
+    monkeypatch.setattr(row_choice, "kept_rows", lambda problem, **_: (problem.rows, True))
     given, ids = unequal(longer, 4), torch.tensor([3, SHORT, 0, 1])
     result, grad_hidden, _ = given.run(target_ids=ids, rows=torch.arange(4), **PREFIX)
     assert result.student_logp.isnan().tolist() == [False, True, False, False] and grad_hidden.isfinite().all()

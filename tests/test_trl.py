@@ -97,6 +97,42 @@ def test_without_weights_it_is_trls(folder, name, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4)  # Adam divides by gradients that may be near 0
 
 
+POLICIES = {
+    "default": {},
+    "policy alone": {"distillation_weight": 0.0},
+    "grpo": {"loss_type": "grpo", "temperature": 0.7},
+    "grpo, sequences": {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    "bnpo": {"loss_type": "bnpo", "distillation_mode": "sampled_token", "distillation_alpha": 1.0},
+    "dr_grpo, top-K": {"loss_type": "dr_grpo", "distillation_mode": "topk_logits", "distillation_topk": 5},
+    "off-policy": {"num_iterations": 3, "epsilon": 0.02, "epsilon_high": 0.03, "max_steps": 6},
+    "off-policy, alone": {"num_iterations": 3, "distillation_weight": 0.0, "epsilon": 0.02, "max_steps": 6,
+                          "distillation_is_clip": None},
+    "1 x 8": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    "masked": {"mask_truncated_completions": True, "loss_type": "grpo"},
+    "no reprompts": {"success_reward_threshold": 5.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_loss_is_trls(folder, name, monkeypatch):
+    """Blended with the divergence or alone, for rollouts with a teacher and without; the policy's own log, too."""
+    options = {"distillation_weight": 0.4, "max_completion_length": 12, **POLICIES[name]}
+    if "distillation_topk" in options:  # as above
+        forward = SDPOTrainer._forward_logits
+        monkeypatch.setattr(SDPOTrainer, "_forward_logits", lambda *a, **k: forward(*a, **k).double())
+    stock, stock_model = train(SDPOTrainer, SDPOConfig, folder, "qwen3", **options)
+    ours, our_model = train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", **options, question_weighting="none")
+    assert_same(ours, stock)
+    for a, b in zip(ours, stock, strict=True):
+        for metric in ("policy_loss", "distillation_loss"):
+            metric = f"self_distillation/{metric}"
+            if metric in b:
+                assert a[metric] == pytest.approx(b[metric], rel=1e-5, abs=1e-6)
+    assert any(line["grad_norm"] > 1e-2 for line in stock)  # on-policy the loss of a group is 0, not its gradient
+    for a, b in zip(our_model.parameters(), stock_model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4)
+
+
 class ByHand(SDPOTrainer):
     """The stock trainer, its per-token loss multiplied by question weights written out in Python."""
 
@@ -476,7 +512,11 @@ def test_no_tensor_of_rows_by_vocabulary(folder, options, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("options, message", [
     ({"question_weighting": "all"}, "question_weighting: expected 'sc-sdpo' or 'none', got 'all'"),
-    ({"distillation_weight": 0.5}, "distillation_weight: expected 1.0, got 0.5"),
+    ({"distillation_weight": 0.5, "loss_type": "ppo"}, "loss_type: expected grpo, bnpo, dapo or dr_grpo, got 'ppo'"),
+    ({"distillation_weight": 0.5, "num_iterations": 3, "distillation_is_clip": None},
+     "distillation_is_clip: expected a number with distillation_weight between 0 and 1"),
+    ({"distillation_weight": 0.5, "num_iterations": 3, "loss_type": "grpo", "importance_sampling_level": "sequence"},
+     "importance_sampling_level: expected 'token' with distillation_weight below 1"),
     ({"distillation_mode": "topk_logits"}, "distillation_topk: expected a number"),
 ])  # fmt: skip
 def test_what_it_does_not_have_raises(folder, options, message):

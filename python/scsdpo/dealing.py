@@ -29,6 +29,8 @@ class Rollout(NamedTuple):
     process: int
     micro_batch: int
     old_logp: Tensor | None = None  # (T,) fp32
+    advantage: float = 0.0  # in a policy's loss
+    policy_weight: float = 0.0  # multiplies that loss's mean over the completion
 
     @property
     def tokens(self) -> int:
@@ -42,15 +44,19 @@ def with_weight(
     process: int,
     micro_batches: int,  # equal sizes, one after the other
 ) -> list[Rollout]:
-    """The rollouts of this process that have a weight and a token with a loss, without their padding.
+    """The rollouts of this process that have a weight and a token with a loss, or an advantage, without their padding.
 
     Args:
         batch: a TRL trainer's: prompt_ids (B, P), completion_ids (B, T) and teacher_input_ids (B, Q + T), whose last T
-            are the completion, prompt_mask, completion_mask and teacher_attention_mask; question_weight (B,).
+            are the completion, prompt_mask, completion_mask and teacher_attention_mask; question_weight (B,), and with
+            a policy's loss advantages and policy_weight (B,).
     """
+    zeros = torch.zeros_like(batch["question_weight"])
+    batch = {"policy_weight": zeros, "advantages": zeros, **batch}
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "teacher_input_ids",
-             "teacher_attention_mask", "question_weight")  # fmt: skip
-    rows = ((batch["question_weight"] != 0) & mask.any(1)).nonzero()[:, 0]
+             "teacher_attention_mask", "question_weight", "advantages", "policy_weight")  # fmt: skip
+    has_policy = (batch["advantages"] * batch["policy_weight"] != 0) & batch["completion_mask"].any(1)
+    rows = ((batch["question_weight"] != 0) & mask.any(1) | has_policy).nonzero()[:, 0]
     fields = [batch[name][rows].cpu() for name in names]
     size, width = len(mask) // micro_batches, mask.shape[1]
     return [
@@ -62,8 +68,11 @@ def with_weight(
             weight.item(),
             process,
             row // size,
+            None,
+            advantage.item(),
+            policy_weight.item(),
         )
-        for row, prompt, there, completion, given, teacher, seen, weight, loss in zip(
+        for row, prompt, there, completion, given, teacher, seen, weight, advantage, policy_weight, loss in zip(
             rows.tolist(), *fields, mask[rows].cpu(), strict=True
         )
     ]
@@ -119,7 +128,7 @@ def collate(rollouts: Sequence[Rollout], padding: int, device: torch.device | st
 
     Returns:
         prompt_ids (B, P), completion_ids (B, T), teacher_input_ids (B, Q + T), each with its mask; loss_mask (B, T),
-        question_weight (B,), and old_per_token_logps (B, T) where every rollout has them.
+        question_weight, advantages, policy_weight (B,), and old_per_token_logps (B, T) where every rollout has them.
     """
 
     def padded(values: Sequence[Tensor], side: str, by: int = 0) -> Tensor:
@@ -128,7 +137,7 @@ def collate(rollouts: Sequence[Rollout], padding: int, device: torch.device | st
     def there(values: Sequence[Tensor], side: str) -> Tensor:
         return padded([torch.ones_like(x) for x in values], side)
 
-    prompts, teachers, completions, masks, weights, *_, old = zip(*rollouts, strict=True)
+    prompts, teachers, completions, masks, weights, _, _, old, advantages, policy_weights = zip(*rollouts, strict=True)
     completion, given = padded(completions, "right", padding), there(completions, "right")
     batch = {
         "prompt_ids": padded(prompts, "left", padding),
@@ -139,6 +148,8 @@ def collate(rollouts: Sequence[Rollout], padding: int, device: torch.device | st
         "teacher_attention_mask": torch.cat([there(teachers, "left"), given], dim=1),
         "loss_mask": padded(masks, "right"),
         "question_weight": torch.tensor(weights),
+        "advantages": torch.tensor(advantages),
+        "policy_weight": torch.tensor(policy_weights),
     }
     if all(x is not None for x in old):
         batch["old_per_token_logps"] = padded(old, "right")

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
-from scsdpo_kernels import Head, LinearDivergence, SampledToken, TopK, TopLogprobs
+from scsdpo_kernels import Head, LinearDivergence, PolicyGradient, SampledToken, TopK, TopLogprobs
 
 from . import dealing
 from .dealing import Rollout
@@ -60,6 +60,9 @@ class FusedSelfDistillation:
             raise ValueError(
                 "skip_zero_steps: expected False under DeepSpeed and fp16, whose optimisers need gradients"
             )
+        self._distillation_weight = getattr(self.args, "distillation_weight", 1.0)
+        if self._distillation_weight != 1:
+            self._check_policy()
         head = patch_lm_head(self.model)
         patch_lm_head(self.teacher_model)
         if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind == "ema":
@@ -75,6 +78,7 @@ class FusedSelfDistillation:
         self._has_weight = False  # a rollout of the optimiser step, on any process
         self._runs_empty = True
         self._step_metrics = StepMetrics(self.accelerator)
+        self._policy_loss: Tensor | float = 0.0  # this optimiser step's so far
         if self.args.teacher_model_kind == "ema":
             self.callback_handler.callbacks = [
                 EMATeacher(x, self) if EMATeacher.is_for(x) else x for x in self.callback_handler.callbacks
@@ -98,13 +102,47 @@ class FusedSelfDistillation:
         return mask if distilled is None else mask * (distilled != 0).unsqueeze(1)
 
     # ------------------------------------------------------------------------------------------------------------------
+    # The policy's loss, of trainers that blend one in
+
+    def _check_policy(self) -> None:
+        if self.loss_type not in ("grpo", "bnpo", "dapo", "dr_grpo"):
+            raise ValueError(f"loss_type: expected grpo, bnpo, dapo or dr_grpo, got {self.loss_type!r}")
+        if not self._is_off_policy():
+            return
+        if self.importance_sampling_level != "token":
+            raise ValueError(
+                "importance_sampling_level: expected 'token' with distillation_weight below 1 and rollouts that "
+                f"outlive an optimiser step, got {self.importance_sampling_level!r}, whose ratios need another pass"
+            )
+        if self.args.distillation_is_clip is None and self._distillation_weight != 0:
+            raise ValueError(
+                "distillation_is_clip: expected a number with distillation_weight between 0 and 1 and rollouts that "
+                "outlive an optimiser step, got None"
+            )
+
+    def _policy_weights(self, batch: dict[str, Any], micro_batches: int) -> Tensor:  # (B,)
+        """What multiplies a rollout's mean over its completion so that the mean over rollouts is TRL's `loss_type`."""
+        lengths = batch["completion_mask"].sum(1).float()
+        if self.loss_type == "grpo":
+            weights = torch.ones_like(lengths)
+        elif self.loss_type == "dr_grpo":
+            weights = lengths / self.max_completion_length
+        else:  # the mean over tokens of the micro-batch that has drawn it
+            lengths = lengths.view(micro_batches, -1)
+            mean = lengths.sum(1, keepdim=True).clamp(min=1.0) / lengths.shape[1]
+            weights = (lengths / mean).view(-1)
+        return (1 - self._distillation_weight) * weights
+
+    # ------------------------------------------------------------------------------------------------------------------
     # Generation batches, optimiser steps and micro-batches
 
     def _prepare_training_batch(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._prepare_training_batch(inputs)
         batch["question_weight"] = self._weigh(batch)
+        slices = self.args.steps_per_generation if self.model.training else 1
+        if self._distillation_weight != 1:
+            batch["policy_weight"] = self._policy_weights(batch, slices)
         if self.model.training:
-            slices = self.args.steps_per_generation
             own = dealing.with_weight(batch, self._loss_mask(batch), self.accelerator.process_index, slices)
             self._rollouts = gather_object(own)
             self._runs_empty = not self._is_alone_until_the_last()
@@ -197,11 +235,14 @@ class FusedSelfDistillation:
         """Nothing where TRL asks: weights are not known then."""
 
     def _needs_old_logps(self) -> bool:
-        """Where TRL takes them: a generation batch outlives an optimiser step."""
+        """Where TRL takes them."""
+        needs = self.args.distillation_is_clip is not None or self._distillation_weight != 1
+        return needs and self._is_off_policy() and not getattr(self, "generate_from_teacher", False)
+
+    def _is_off_policy(self) -> bool:
+        """Whether a generation batch outlives an optimiser step."""
         every = self.args.steps_per_generation * self.num_iterations
-        off_policy = self.args.gradient_accumulation_steps % every != 0
-        clips = self.args.distillation_is_clip is not None
-        return off_policy and clips and not getattr(self, "generate_from_teacher", False)
+        return self.args.gradient_accumulation_steps % every != 0
 
     def _with_old_logps(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The same rollouts, of one micro-batch, with the student's log-probabilities of their tokens."""
@@ -235,42 +276,71 @@ class FusedSelfDistillation:
         mode = inputs["mode"]
         if inputs["runs"]:
             result = self._distill(model, inputs)
-            self._step_metrics.add(mode, result, inputs["loss_mask"], inputs["question_weight"], inputs["origin"])
+            mask = inputs["loss_mask"]
+            if self._distillation_weight == 0:  # there was no teacher
+                result, mask = result._replace(teacher_entropy=torch.zeros_like(result.student_entropy)), 0 * mask
+            self._step_metrics.add(mode, result, mask, inputs["question_weight"], inputs["origin"])
+            self._policy_loss = self._policy_loss + self._mean_policy_loss(result, inputs)
             loss = result.loss
         else:
             loss = torch.zeros((), device=self.accelerator.device, requires_grad=True)
         if inputs["last"]:
             self._log_self_distillation_metric(mode, self._step_metrics.finish(mode))
+            if self._distillation_weight != 1:
+                policy_loss = torch.as_tensor(self._policy_loss, device=self.accelerator.device, dtype=torch.float32)
+                policy_loss = self.accelerator.reduce(policy_loss, "mean").item()
+                self._metrics[mode]["self_distillation/policy_loss"].append(policy_loss)
+                self._policy_loss = 0.0
         return loss
 
+    def _mean_policy_loss(self, result: LinearDivergence, inputs: dict[str, Any]) -> Tensor | float:
+        """A micro-batch's share of TRL's metric."""
+        if result.policy_loss is None:
+            return 0.0
+        mask = inputs["completion_mask"]
+        of_rollouts = (result.policy_loss * mask).sum(1) / mask.sum(1)
+        weights = inputs["policy_weight"] / (1 - self._distillation_weight)
+        return (of_rollouts * weights).sum() / inputs["denominator"]
+
     def _distill(self, model: torch.nn.Module, inputs: dict[str, Any]) -> LinearDivergence:
-        tokens = inputs["completion_ids"].shape[1]
+        tokens, objective = inputs["completion_ids"].shape[1], self._objective(inputs)
         with self.accelerator.autocast():
-            own = measured(model).state[0]
-            with torch.no_grad(), self._get_teacher_context_for_self_distillation():
-                teacher = hidden_states(
-                    self.teacher_model, inputs["teacher_input_ids"], inputs["teacher_attention_mask"], tokens
-                )
-                head = None if measured(self.teacher_model).state[0] == own else self._head_of_teacher()
+            if self._distillation_weight != 0:
+                own = measured(model).state[0]
+                with torch.no_grad(), self._get_teacher_context_for_self_distillation():
+                    objective["teacher_hidden"] = hidden_states(
+                        self.teacher_model, inputs["teacher_input_ids"], inputs["teacher_attention_mask"], tokens
+                    )
+                    shares = measured(self.teacher_model).state[0] == own
+                    objective["teacher_head"] = None if shares else self._head_of_teacher()
             return distill(
                 model,
                 torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
                 torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
                 tokens,
-                teacher_hidden=teacher,
-                teacher_head=head,
-                mask=inputs["loss_mask"],
                 question_weight=inputs["question_weight"],
                 reduction="sequence-mean",
                 denominator=inputs["denominator"],
                 target_ids=inputs["completion_ids"],
                 temperature=self.temperature,
-                **self._objective(inputs.get("old_per_token_logps")),
+                **objective,
             )
 
-    def _objective(self, old_logp: Tensor | None) -> dict[str, Any]:
-        """TRL's names for the divergence as linear_divergence's."""
-        objective: dict[str, Any] = {"beta": self.args.distillation_alpha}
+    def _objective(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """TRL's names for the losses as scsdpo_loss's."""
+        completions, old_logp = inputs["completion_ids"], inputs.get("old_per_token_logps")
+        objective: dict[str, Any] = {"beta": self.args.distillation_alpha, "mask": inputs["loss_mask"]}
+        if self._distillation_weight != 1:  # whose tokens are all, with a teacher or without
+            objective["mask"] = inputs["completion_mask"]
+            objective["token_weight"] = self._distillation_weight * inputs["loss_mask"]
+            advantages, weights = (
+                inputs[x].unsqueeze(1).expand(completions.shape) for x in ("advantages", "policy_weight")
+            )
+            objective["policy"] = PolicyGradient(advantages, self.epsilon_low, self.epsilon_high, weights)
+            if old_logp is not None:
+                objective["old_logp"] = old_logp
+        if self._distillation_weight == 0:  # no teacher: see _with_old_logps
+            return objective | {"support": TopLogprobs(completions.unsqueeze(-1), completions.unsqueeze(-1) * 0.0)}
         if self.args.distillation_mode == "topk_logits":
             tail = "bucket" if self.args.distillation_add_tail else "renormalize"
             objective["support"] = TopK(self.args.distillation_topk, tail=tail)

@@ -55,11 +55,6 @@ class SCSDPOConfig(DealingOptions, SDPOConfig):
         super().__post_init__()
         if self.question_weighting not in ("sc-sdpo", "none"):
             raise ValueError(f"question_weighting: expected 'sc-sdpo' or 'none', got {self.question_weighting!r}")
-        if self.distillation_weight != 1.0:
-            raise ValueError(
-                f"distillation_weight: expected 1.0, got {self.distillation_weight}; the policy loss that it blends in "
-                "needs full logits, which this trainer never has"
-            )
 
 
 class SCSDPOTrainer(FusedSelfDistillation, SDPOTrainer):
@@ -68,7 +63,8 @@ class SCSDPOTrainer(FusedSelfDistillation, SDPOTrainer):
         loss = 1/B Σ_b w̄_b Σ_t m_{b,t} D_{b,t} / Σ_t m_{b,t}
 
     over the B rollouts of an optimiser step: m is 1 at tokens of a rollout that has a teacher, D the divergence of
-    `distillation_mode` and `distillation_alpha`, w̄ SC-SDPO's weight of the rollout's question (eq. 16).
+    `distillation_mode` and `distillation_alpha`, w̄ SC-SDPO's weight of the rollout's question (eq. 16). With
+    `distillation_weight` below 1 it is that times it, and the rest times TRL's policy loss, which w̄ does not weigh.
     """
 
     config_cls = SCSDPOConfig

@@ -14,6 +14,16 @@ class Logits(NamedTuple):
     softcap: float  # c, where the student's are c tanh(x / c): gradients are those of x. 0: none
 
 
+class RowPolicy(NamedTuple):
+    """A row's policy-gradient loss L = -min(r A, clip(r) A) of its target: r = e^(log p - old_logp), 1 without it."""
+
+    advantage: Tensor  # (C,) fp32, as the others: A
+    coefficient: Tensor  # multiplies the gradient of L, as the weight that of the divergence
+    ratio: Tensor | None  # r, where it is given: the gradient is then that of -A r log p
+    lowest: float  # that r counts
+    highest: float
+
+
 class PerRow(NamedTuple):
     """What is given of each row of a chunk, (C,)."""
 
@@ -21,10 +31,13 @@ class PerRow(NamedTuple):
     target: Tensor | None = None  # int64; an id outside [0, V) gives NaN on a GPU
     old_logp: Tensor | None = None  # fp32, of the targets: asks for importance ratios
     importance_clip: float = 2.0
+    policy: RowPolicy | None = None  # with a target
 
     @property
     def scalars(self) -> int:
         """How many numbers a row has in the end: `Scalars` begins with so many."""
+        if self.policy is not None:
+            return 8
         return 3 if self.target is None else 5 if self.old_logp is None else 6
 
 
@@ -36,7 +49,9 @@ class Scalars(NamedTuple):
     teacher_entropy: Tensor
     student_logp: Tensor | None  # at the row's target
     teacher_logp: Tensor | None
-    importance_ratio: Tensor | None = None
+    importance_ratio: Tensor | None = None  # 1 with a policy but without old_logp
+    policy_loss: Tensor | None = None
+    policy_clipped: Tensor | None = None
 
 
 class RowStatistics(NamedTuple):

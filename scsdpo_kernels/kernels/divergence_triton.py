@@ -559,6 +559,34 @@ def importance_ratio(logp, old_logp, clip):
 
 
 @triton.jit
+def policy_terms(advantage, ratio, lowest, highest):
+    """A policy's loss -min(r A, clip(r) A), 1 where it is clipped, and A r, or 0 where it is.
+
+    No advantage: nothing of them, whatever r.
+    """
+    above, below = (advantage > 0) & (ratio > highest), (advantage < 0) & (ratio < lowest)
+    counted = tl.where(above, highest, tl.where(below, lowest, ratio))
+    product = tl.where(advantage == 0, 0.0, advantage * counted)
+    return -product, tl.where(above | below, 1.0, 0.0), tl.where(above | below, 0.0, product)
+
+
+@triton.jit
+def beside_one(at: Entries, row: Row, m: Moments, by: Numbers, objective: tl.constexpr):
+    """(1,) p - 1 of a (1, 1, 1) entry of the student, with what the sum of all e has kept beside it."""
+    e, e_other, _ = _factors(at, row, by)
+    z = m.z_own
+    if objective == FORWARD:
+        e, z = e_other, m.z_other
+    return (e.reshape(1) - z) / z
+
+
+@triton.jit
+def minus_other(log_p):
+    """p - 1 of a log-probability, with all its digits."""
+    return tl.where(log_p > -1, log_p + phi(tl.maximum(log_p, -1.0)), exponential(log_p) - 1.0)
+
+
+@triton.jit
 def gradient_scale(weight, by: Numbers, objective: tl.constexpr):
     """(1,) what multiplies a row's `logit_gradient`."""
     scale = weight * by.inverse_temperature
@@ -570,14 +598,18 @@ def gradient_scale(weight, by: Numbers, objective: tl.constexpr):
 
 
 @triton.jit
-def logit_gradient(at: Entries, row: Row, mean: Mean, scale, by: Numbers, objective: tl.constexpr):
-    """weight · ∂D/∂s of entries."""
+def logit_gradient(at: Entries, row: Row, mean: Mean, scale, pull, by: Numbers, objective: tl.constexpr):
+    """weight · ∂D/∂s of entries. And `pull` · p, where it is there."""
     if has_mixture(objective):
         e, _, d = _factors(at, row, by)
         score = score_of(d, by.mixture, objective) - _spread(mean.reference) - _spread(mean.score)
         slope, scale = e * score, row.inverse_own * scale
+        p = e
+        if pull is not None:
+            pull = row.inverse_own * pull
     else:
         own, other, d = _probabilities(at, row, by)
+        p = other if objective == FORWARD else own
         if objective == FORWARD:
             slope = excess(own, other, d)
         elif objective == REVERSE:
@@ -591,4 +623,7 @@ def logit_gradient(at: Entries, row: Row, mean: Mean, scale, by: Numbers, object
             few = tl.where(clipped, own, -excess(own, other, d)) - share
             slope = tl.where(_spread(mean.mostly_clipped), tl.where(clipped, share, share - other), few)
     # Weight 0 means gradient 0 whatever the row holds.
-    return tl.where(_spread(scale) == 0, 0.0, slope) * _spread(scale)
+    g = tl.where(_spread(scale) == 0, 0.0, slope) * _spread(scale)
+    if pull is not None:
+        g += p * _spread(pull)
+    return g

@@ -67,10 +67,11 @@ def row_divergence(
 
     csrc/row_divergence.h has the contract, csrc/divergence.h the equations.
     """
-    weight, target, old_logp, _ = rows
+    weight, target, old_logp, _, policy = rows
     _check_gradient(logits, gradient)
     for tensor in (logits.teacher, weight, target, old_logp, gradient):
         assert tensor is None or tensor.device == logits.student.device
+    assert policy is None or target is not None
     assert weight.dtype == torch.float32 and weight.is_contiguous()
     assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
     assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
@@ -115,12 +116,13 @@ def row_gradient(
     objective: Objective,
     statistics: RowStatistics,  # whole rows'
     terms: Tensor,  # (4, C) float64, whole rows'
-    weight: Tensor,  # (C,) fp32
+    rows: PerRow,  # the weight, and a policy's coefficient and target: csrc/row_divergence.h
     gradient: Tensor | None = None,  # (C, V) fp32 or bf16 out; may lie over the student, row by row. None: values only
     *,
     instruction_set: str | None = None,
 ) -> Tensor:
     """(C,) fp32, the divergence of the whole rows, and these entries' weighted gradient into `gradient`."""
+    weight = rows.weight
     assert weight.dtype == torch.float32 and weight.is_contiguous()
     assert terms.dtype == torch.float64 and terms.is_contiguous() and terms.shape == (_C.most_terms, len(weight))
     _check_gradient(logits, gradient)
@@ -130,7 +132,7 @@ def row_gradient(
         _objective(objective),
         _statistics(statistics),
         _matrix(terms),
-        _per_row(PerRow(weight)),
+        _per_row(rows),
         _matrix(divergence),
         _matrix(gradient),
         _processor(logits.student.device, instruction_set),
@@ -154,8 +156,12 @@ def _objective(objective: Objective) -> _C.Objective:
 
 
 def _per_row(rows: PerRow) -> _C.PerRow:
-    *tensors, importance_clip = rows
-    return _C.PerRow(*map(_address, tensors), importance_clip)
+    *tensors, importance_clip, policy = rows
+    *of_policy, lowest, highest = (None, None, None, 0.0, 0.0) if policy is None else policy
+    for tensor in of_policy:
+        assert tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous())
+    own = _C.Policy(*map(_address, of_policy), lowest, highest)
+    return _C.PerRow(*map(_address, tensors), importance_clip, own)
 
 
 def _statistics(statistics: RowStatistics) -> _C.Statistics:

@@ -34,6 +34,7 @@ from .divergence_triton import (
     Terms,
     added_terms,
     base,
+    beside_one,
     bounded_mean,
     concluded,
     concluded_terms,
@@ -48,6 +49,8 @@ from .divergence_triton import (
     largest,
     logit_gradient,
     merged_lanes,
+    minus_other,
+    policy_terms,
     reference_score,
     row_of_lse,
 )
@@ -92,16 +95,30 @@ class Chunk(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What is given of each row: `PerRow`'s tensors."""
+    """What is given of each row: `PerRow`'s tensors, and its policy's numbers. Flat, as old compilers want it."""
 
     weight: tl.tensor
     target: tl.tensor | None
     old_logp: tl.tensor | None
+    advantage: tl.tensor | None
+    coefficient: tl.tensor | None
+    ratio: tl.tensor | None
+    lowest: float | None
+    highest: float | None
 
 
 class Output(NamedTuple):
     gradient: tl.tensor
     stride: int
+
+
+class Pull(NamedTuple):
+    """What a policy adds to a row's gradient: pull (p - [v = y]) of its target y. (1,)."""
+
+    pull: tl.tensor
+    column: tl.tensor  # y, or negative: it is not here
+    target: Entries  # its logits, read before the gradient is written over them
+    above: tl.tensor  # p_y - 1, with all its digits
 
 
 class Known(NamedTuple):
@@ -165,12 +182,17 @@ def _load(pair: Pair, start, masked: tl.constexpr, form: tl.constexpr, size: tl.
         s, t = tl.load(pair.student + columns), tl.load(pair.teacher + columns)
     lanes: tl.constexpr = form.lanes
     packs: tl.constexpr = size // (lanes * PACK)
-    s, t = s.reshape(packs, lanes, PACK), t.reshape(packs, lanes, PACK)
+    return _entries(s.reshape(packs, lanes, PACK), t.reshape(packs, lanes, PACK), form)
+
+
+@triton.jit
+def _entries(s, t, form: tl.constexpr):
+    """What was loaded, as own and other side."""
     if form.difference:
         s, d = s.to(tl.float32), t.to(tl.float32)
         t = s + d
     else:
-        if pair.student.dtype.element_ty == tl.float64:
+        if s.dtype == tl.float64:
             d = (t - s).to(tl.float32)
             s, t = s.to(tl.float32), t.to(tl.float32)
         else:
@@ -242,13 +264,19 @@ def _row_terms(pair: Pair, row: Row, reference, by: Numbers, form: tl.constexpr)
 
 
 @triton.jit
-def _write_block(to, pair: Pair, start, row: Row, mean: Mean, scale, by: Numbers, masked: tl.constexpr,
+def _capped(g, at: Entries, by: Numbers, form: tl.constexpr):
+    """A gradient through the student's softcap, if there is one."""
+    if form.softcap:
+        g *= softcap_slope(at.other if form.objective == FORWARD else at.own, by.inverse_softcap)
+    return g
+
+
+@triton.jit
+def _write_block(to, pair: Pair, start, row: Row, mean: Mean, scale, pull, by: Numbers, masked: tl.constexpr,
                  form: tl.constexpr, size: tl.constexpr):  # fmt: skip
     at = _load(pair, start, masked, form, size)
     tl.debug_barrier()  # see _write_gradient
-    g = logit_gradient(at, row, mean, scale, by, form.objective)
-    if form.softcap:
-        g *= softcap_slope(at.other if form.objective == FORWARD else at.own, by.inverse_softcap)
+    g = _capped(logit_gradient(at, row, mean, scale, pull, by, form.objective), at, by, form)
     columns = _columns(start, size)
     g = g.to(to.dtype.element_ty).reshape(size)
     if masked:
@@ -258,16 +286,26 @@ def _write_block(to, pair: Pair, start, row: Row, mean: Mean, scale, by: Numbers
 
 
 @triton.jit
-def _write_gradient(out: Output, pair: Pair, row: Row, mean: Mean, scale, by: Numbers, form: tl.constexpr):
+def _write_gradient(out: Output, pair: Pair, row: Row, mean: Mean, scale, of_policy, by: Numbers, form: tl.constexpr):
     """Walk 3. A bf16 gradient may lie over the student's logits: a block is written to where logits of this block or of
-    one before it were, and the barrier between lets all warps have read theirs."""
+    one before it were, and the barrier between lets all warps have read theirs. A policy's target is written once more
+    and alone: p_y - 1 would have lost its digits."""
     rest: tl.constexpr = form.lanes * PACK
+    pull = None
+    if of_policy is not None:
+        pull = of_policy.pull
     to = out.gradient + tl.program_id(0).to(tl.int64) * out.stride
     whole = pair.vocabulary // form.block * form.block
     for start in tl.range(0, whole, form.block):
-        _write_block(to, pair, start, row, mean, scale, by, False, form, form.block)
+        _write_block(to, pair, start, row, mean, scale, pull, by, False, form, form.block)
     for start in tl.range(whole, pair.vocabulary, rest, num_stages=1):
-        _write_block(to, pair, start, row, mean, scale, by, True, form, rest)
+        _write_block(to, pair, start, row, mean, scale, pull, by, True, form, rest)
+    if of_policy is not None:
+        g = logit_gradient(of_policy.target, row, mean, scale, None, by, form.objective)
+        g += (of_policy.pull * of_policy.above)[None, :, None]
+        g = _capped(g, of_policy.target, by, form).to(to.dtype.element_ty).reshape(1)
+        tl.debug_barrier()  # after what the blocks have written there
+        tl.store(to + of_policy.column, g, (of_policy.column >= 0) & (of_policy.pull != 0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,24 +389,24 @@ def _row_terms_of(chunk, known, terms, by: Numbers, form: tl.constexpr):
 
 
 @triton.jit
-def row_gradient_kernel(chunk, known, terms, weight, divergence_out, out, by, shares, form: tl.constexpr,
+def row_gradient_kernel(chunk, known, terms, given, divergence_out, out, by, shares, form: tl.constexpr,
                         ends: tl.constexpr):  # fmt: skip
     if shares is None:
-        _row_gradient_of(chunk, known, terms, weight, divergence_out, out, by, form)
+        _row_gradient_of(chunk, known, terms, given, divergence_out, out, by, form)
     else:
         at_0: tl.constexpr = ends.at_0
         at_1: tl.constexpr = ends.at_1
         own = _own_numbers(by, shares)
         if own.mixture.teacher == 0:
-            _row_gradient_of(chunk, known, terms, weight, divergence_out, out, own, at_0)
+            _row_gradient_of(chunk, known, terms, given, divergence_out, out, own, at_0)
         elif own.mixture.student == 0:
-            _row_gradient_of(chunk, known, terms, weight, divergence_out, out, own, at_1)
+            _row_gradient_of(chunk, known, terms, given, divergence_out, out, own, at_1)
         else:
-            _row_gradient_of(chunk, known, terms, weight, divergence_out, out, own, form)
+            _row_gradient_of(chunk, known, terms, given, divergence_out, out, own, form)
 
 
 @triton.jit
-def _row_gradient_of(chunk, known, terms, weight, divergence_out, out, by: Numbers, form: tl.constexpr):
+def _row_gradient_of(chunk, known, terms, given, divergence_out, out, by: Numbers, form: tl.constexpr):
     one, pair = _row_of(chunk)
     row, reference = _load_row(known, one, by, form)
     sums = Terms(
@@ -379,8 +417,37 @@ def _row_gradient_of(chunk, known, terms, weight, divergence_out, out, by: Numbe
     tl.store(divergence_out + one, divergence)
     if out is not None:
         mean = Mean(mean.reference, bounded_mean(mean.score), mean.mostly_clipped)
-        scale = gradient_scale(tl.load(weight + one), by, form.objective)
-        _write_gradient(out, pair, row, mean, scale, by, form)
+        scale = gradient_scale(tl.load(given.weight + one), by, form.objective)
+        of_policy = None
+        if given.coefficient is not None:
+            column = tl.load(given.target + one)
+            target, _ = _target_entry(pair, column, form)
+            lse = tl.load(known.student_lse + one)
+            student = target.other if form.objective == FORWARD else target.own
+            logp = (student.reshape(1).to(tl.float64) * by.inverse_temperature - lse).to(tl.float32)
+            pull = tl.load(given.coefficient + one) * by.inverse_temperature
+            of_policy = Pull(pull, column, target, minus_other(logp))
+        _write_gradient(out, pair, row, mean, scale, of_policy, by, form)
+
+
+@triton.jit
+def _target_entry(pair: Pair, column, form: tl.constexpr):
+    """The (1, 1, 1) entry of a row's target, and whether it is here."""
+    exists = (column >= 0) & (column < pair.vocabulary)
+    column = tl.where(exists, column, 0)
+    s, t = tl.load(pair.student + column, exists, 0.0), tl.load(pair.teacher + column, exists, 0.0)
+    return _entries(s.reshape(1, 1, 1), t.reshape(1, 1, 1), form), exists
+
+
+@triton.jit
+def _store_policy(advantage, coefficient, ratio, lowest, highest, logp, scalars, rows, one):
+    """Stores a row's policy loss and whether it is clipped, and returns coefficient A r, 0 where it is."""
+    ratio = tl.where(logp == logp, ratio, logp)  # a NaN row is NaN throughout
+    loss, clipped, slope = policy_terms(advantage, ratio, lowest, highest)
+    tl.store(scalars + 5 * rows + one, tl.full((1,), 1.0, tl.float32))
+    tl.store(scalars + 6 * rows + one, loss)
+    tl.store(scalars + 7 * rows + one, clipped)
+    return tl.where(coefficient == 0, 0.0, coefficient * slope)
 
 
 @triton.jit
@@ -443,6 +510,21 @@ def _whole_row(chunk, given, scalars, out, by: Numbers, form: tl.constexpr, walk
     if given.target is not None:
         target = tl.load(given.target + one)
         logp = _store_target(pair, target, scalars, chunk.rows, one, zero, zero_other, by, form)
+    of_policy = None
+    if given.advantage is not None:
+        policy_ratio = tl.full((1,), 1.0, tl.float32)
+        if given.ratio is not None:
+            policy_ratio = tl.load(given.ratio + one)
+        elif given.old_logp is not None:
+            policy_ratio = tl.exp(logp - tl.load(given.old_logp + one))
+        advantage, coefficient = tl.load(given.advantage + one), tl.load(given.coefficient + one)
+        pull = _store_policy(
+            advantage, coefficient, policy_ratio, given.lowest, given.highest, logp, scalars, chunk.rows, one
+        )
+        pull *= by.inverse_temperature
+        entry, exists = _target_entry(pair, target, form)
+        above = beside_one(entry, row, m, by, form.objective)
+        of_policy = Pull(pull, tl.where(exists, target, -1), entry, above)
     if given.old_logp is not None:
         ratio = importance_ratio(logp, tl.load(given.old_logp + one), by.importance_clip)
         tl.store(scalars + 5 * chunk.rows + one, ratio)
@@ -450,7 +532,7 @@ def _whole_row(chunk, given, scalars, out, by: Numbers, form: tl.constexpr, walk
         scale = gradient_scale(tl.load(given.weight + one), by, form.objective)
         if given.old_logp is not None:
             scale *= ratio
-        _write_gradient(out, pair, row, mean, scale, by, form)
+        _write_gradient(out, pair, row, mean, scale, of_policy, by, form)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,20 +566,24 @@ def _form(logits: Logits, kind: str) -> Form:
     return Form(KINDS.index(kind), logits.difference, bool(logits.softcap), BLOCK, lanes)
 
 
+def _given(rows: PerRow) -> Given:
+    return Given(rows.weight, rows.target, rows.old_logp, *(rows.policy or [None] * 5))
+
+
 def _output(gradient: Tensor | None) -> Output | None:
     return None if gradient is None else Output(gradient, gradient.stride(0))
 
 
 def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient: Tensor | None = None) -> Scalars:
     """As native.row_divergence, on the tensors' device and its current stream; ids outside [0, V) give NaN."""
-    student, (weight, target, old_logp, importance_clip) = logits.student, rows
+    student, (weight, target, old_logp, importance_clip, _) = logits.student, rows
     assert gradient is None or (gradient.shape == student.shape and gradient.stride(1) == 1)
     assert weight.dtype == torch.float32 and weight.is_contiguous()
     assert target is None or (target.dtype == torch.int64 and target.is_contiguous())
     assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
     scalars = torch.empty(rows.scalars, len(weight), dtype=torch.float32, device=student.device)
     row_divergence_kernel[(len(weight),)](
-        _chunk(logits), Given(weight, target, old_logp), scalars, _output(gradient),
+        _chunk(logits), _given(rows), scalars, _output(gradient),
         _numbers(objective, importance_clip, logits.softcap), _shares(objective), form=_form(logits, objective.kind),
         walk=_form(logits, first_walk(objective.kind)), ends=_ends(logits, objective), **options(student.device.type),
     )  # fmt: skip
@@ -536,14 +622,14 @@ def row_gradient(
     objective: Objective,
     statistics: RowStatistics,
     terms: Tensor,
-    weight: Tensor,
+    rows: PerRow,
     gradient: Tensor | None = None,
 ) -> Tensor:  # (C,) fp32
     """As native.row_gradient."""
     student = logits.student
     divergence = torch.empty(len(student), dtype=torch.float32, device=student.device)
     row_gradient_kernel[(len(student),)](
-        _chunk(logits), _known(statistics), terms, weight, divergence, _output(gradient),
+        _chunk(logits), _known(statistics), terms, _given(rows), divergence, _output(gradient),
         _numbers(objective, 0.0, logits.softcap), _shares(objective), form=_form(logits, objective.kind),
         ends=_ends(logits, objective), **options(student.device.type),
     )  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Kernels, kernels_of
-from ..kernels.contract import Logits
+from ..kernels.contract import Logits, PerRow
 from ..problem import Gradients
 from . import products
 from .plan import Plan
@@ -45,12 +45,12 @@ class Buffers(NamedTuple):
 
 
 def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
-    """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence."""
+    """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence + policy's."""
     head, rows = plan.student.head, plan.rows
     count, device = len(rows.given.weight), plan.student.hidden.device
     kernels = kernels_of(device)
     if head.logit_scale != 1.0:
-        rows = rows._replace(given=rows.given._replace(weight=rows.given.weight * head.logit_scale))
+        rows = rows._replace(given=_scaled(rows.given, head.logit_scale))
     on_cpu = products.on_cpu(plan.student.hidden)
     in_bf16 = head.weight.dtype == torch.bfloat16 and products.multiplies_bf16(plan.student.hidden)
     dtype = torch.bfloat16 if in_bf16 else torch.float32
@@ -83,6 +83,13 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
 
     buffers = logits = gradient = written = None  # result() may copy the head's gradient
     return scalars, Gradients(plan.grad_hidden, *(x if x is None else x.result() for x in sums[1:]))
+
+
+def _scaled(given: PerRow, by: float) -> PerRow:
+    """With gradients times a number."""
+    if (policy := given.policy) is not None:
+        policy = policy._replace(coefficient=policy.coefficient * by)
+    return given._replace(weight=given.weight * by, policy=policy)
 
 
 def _project(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.contract import PerRow, Scalars
+from ..kernels.contract import PerRow, RowPolicy, Scalars
 from ..problem import Gradients, Head, Objective, Problem, Side, Support, cut
 from . import rows as row_choice
 from .rows import Rows, as_matrix, complete, valid_support
@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     wanted: Gradients  # dtype of each gradient, None where it is not wanted
 
 
-# A schedule returns (scalars, K) fp32 and the gradients of Σ weight · importance ratio · divergence.
+# A schedule returns (scalars, K) fp32 and the gradients of Σ weight · importance ratio · divergence + policy's.
 Schedule = Callable[[Plan], tuple[Tensor, Gradients]]
 
 
@@ -121,20 +121,15 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 
 def _keep(problem: Problem, shard: Shard, may_subtract: bool, is_prefix: bool) -> Kept:
     """Chooses and checks the rows to compute: the one wait for a GPU, and none with the caller's own list."""
-    token_weight, target, support = problem.token_weight, problem.target, problem.support
-    unchecked = problem.rows is not None and token_weight.device.type != "cpu"
+    unchecked = problem.rows is not None and problem.token_weight.device.type != "cpu"
     index, head_is_finite = row_choice.kept_rows(
-        token_weight,
-        None if target is None else target.ids,
-        problem.rows,
-        None if support is None else support.ids,
+        problem,
         vocabulary=shard.vocabulary,
         is_prefix=is_prefix,
         # An infinite entry, which forbids a token, would meet a difference of 0: 0 · inf is no logit.
         summed_head=problem.student.head.weight.sum() if may_subtract and not unchecked else None,
-        objective=problem.objective,
     )
-    right = complete(problem.rows, token_weight.reshape(-1)) if unchecked else None
+    right = complete(problem.rows, problem.counts.reshape(-1)) if unchecked else None
     return Kept(index, right, head_is_finite)
 
 
@@ -151,9 +146,11 @@ def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | Non
     given, target = PerRow(weight), problem.target
     if target is not None:
         old_logp = None
-        if target.old_logp is not None:  # it may hold garbage where the weight is 0
-            old_logp = torch.where(weight == 0, 0.0, target.old_logp.reshape(-1)[kept.index].float())
-        given = PerRow(weight, target.ids.reshape(-1)[kept.index].long(), old_logp, target.importance_clip)
+        if target.old_logp is not None:  # it may hold garbage where nothing counts
+            counts = problem.counts.reshape(-1)[kept.index]
+            old_logp = torch.where(counts, target.old_logp.reshape(-1)[kept.index].float(), 0.0)
+        ids = target.ids.reshape(-1)[kept.index].long()
+        given = PerRow(weight, ids, old_logp, target.importance_clip, _policy(problem, kept.index))
     support_ids, support_logp = _support(problem, kept.index, shard.vocabulary)
     rows = Rows(
         kept=kept.index,
@@ -166,6 +163,17 @@ def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | Non
         beta=row_choice.shares(problem.objective, kept.index, weight),
     )
     return problem.student._replace(hidden=student_states), teacher, rows
+
+
+def _policy(problem: Problem, kept: Tensor) -> RowPolicy | None:
+    """The kept rows' policy. Where nothing counts there may be anything in a ratio."""
+    if (policy := problem.policy) is None:
+        return None
+    tensors = (policy.advantages, policy.coefficient, policy.ratio)
+    advantage, coefficient, ratio = (None if x is None else x.reshape(-1)[kept].float() for x in tensors)
+    if ratio is not None:
+        ratio = torch.where(advantage == 0, 1.0, ratio)
+    return RowPolicy(advantage, coefficient, ratio, 1.0 - policy.clip_low, 1.0 + policy.clip_high)
 
 
 def _support(problem: Problem, kept: Tensor, vocabulary: int) -> tuple[Tensor | None, Tensor | None]:
@@ -183,16 +191,19 @@ def _support(problem: Problem, kept: Tensor, vocabulary: int) -> tuple[Tensor | 
 def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) -> tuple:
     """Hidden states and rows of all processes, where each has its own, and how many rows each has."""
     own = student.hidden[rows.student], None if teacher is None else teacher.hidden[rows.teacher]
-    weight, target, old_logp, importance_clip = rows.given
-    carried = weight, target, old_logp, rows.support_ids, rows.support_logp, rows.beta
+    weight, target, old_logp, importance_clip, policy = rows.given
+    of_policy = () if policy is None else policy[:3]
+    carried = weight, target, old_logp, rows.support_ids, rows.support_logp, rows.beta, *of_policy
     (states, teacher_states, *carried), counts = shard.gather_rows((*own, *carried))
     index = torch.arange(len(states), device=states.device)
-    weight, target, old_logp, support_ids, support_logp, beta = carried
+    weight, target, old_logp, support_ids, support_logp, beta, *of_policy = carried
+    if policy is not None:
+        policy = RowPolicy(*of_policy, *policy[3:])
     rows = Rows(
         kept=index,
         student=index,
         teacher=None if teacher is None else index,
-        given=PerRow(weight, target, old_logp, importance_clip),
+        given=PerRow(weight, target, old_logp, importance_clip, policy),
         support_ids=support_ids,
         support_logp=support_logp,
         are_all=True,
@@ -240,13 +251,16 @@ def _outcome(
     shard: Shard,
 ) -> Outcome:
     """The loss of all computed rows, and this process's in the shape of token_weight."""
-    weight = rows.given.weight
-    divergence, *_ = scalars
+    weight, policy = rows.given.weight, rows.given.policy
+    of_rows = Scalars(*scalars, *[None] * (len(Scalars._fields) - len(scalars)))
     factor = weight.double()
     if rows.given.old_logp is not None:
-        *_, importance_ratio = scalars
-        factor = factor * importance_ratio.double()
-    loss = torch.where(weight == 0, 0.0, factor * divergence.double()).sum().float()
+        factor = factor * of_rows.importance_ratio.double()
+    losses = torch.where(weight == 0, 0.0, factor * of_rows.divergence.double())
+    if policy is not None:
+        coefficient = policy.coefficient.double()
+        losses = losses + torch.where(coefficient == 0, 0.0, coefficient * of_rows.policy_loss.double())
+    loss = losses.sum().float()
     if counts is not None:
         scalars = scalars.split(counts, dim=1)[shard.rank]
     if kept.right is not None and len(kept.index) == 0:  # nothing above has become NaN
@@ -258,4 +272,7 @@ def _outcome(
         per_token = scalars.new_zeros(len(scalars), token_weight.numel())
         per_token[:, kept.index] = scalars
     fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
-    return Outcome(loss, Scalars(*fields, *[None] * (len(Scalars._fields) - len(fields))), gradients)
+    results = Scalars(*fields, *[None] * (len(Scalars._fields) - len(fields)))
+    if rows.given.old_logp is None:
+        results = results._replace(importance_ratio=None)
+    return Outcome(loss, results, gradients)

@@ -20,18 +20,9 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
     is_prefix, problem = problem.vocabulary is not None, cut(problem)
     student, teacher, target, support = problem.student, problem.teacher, problem.target, problem.support
     token_weight, temperature = problem.token_weight, problem.objective.temperature
-    kept, _ = kept_rows(
-        token_weight,
-        None if target is None else target.ids,
-        problem.rows,
-        None if support is None else support.ids,
-        vocabulary=student.head.weight.shape[0],
-        summed_head=None,
-        is_prefix=is_prefix,
-        objective=problem.objective,
-    )
-    weight = token_weight.reshape(-1)[kept].double()
-    weight = torch.where(complete(kept, token_weight.reshape(-1)), weight, torch.nan)
+    kept, _ = kept_rows(problem, vocabulary=student.head.weight.shape[0], summed_head=None, is_prefix=is_prefix)
+    weight, counts = token_weight.reshape(-1)[kept].double(), problem.counts.reshape(-1)
+    weight = torch.where(complete(kept, counts), weight, torch.nan)
     log_p = _log_probabilities(_rows(student.hidden, kept), student.head, temperature)
     log_q = None
     if teacher is not None:
@@ -51,11 +42,27 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
     dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
     ratio = None
     if target is not None and target.old_logp is not None:
-        old = torch.where(weight == 0, 0.0, target.old_logp.reshape(-1)[kept].double())
+        old = torch.where(counts[kept], target.old_logp.reshape(-1)[kept].double(), 0.0)
         log_ratio = at_target(log_p).detach() - old
         ratio = log_ratio.clamp(-20, 20).exp().clamp(max=target.importance_clip)
         weight = weight * ratio
-    loss = (weight * torch.where(weight == 0, 0.0, divergence)).sum().to(dtype)
+    loss = (weight * torch.where(weight == 0, 0.0, divergence)).sum()
+    policy_loss = clipped = None
+    if (policy := problem.policy) is not None:
+        advantage, coefficient = (x.reshape(-1)[kept].double() for x in (policy.advantages, policy.coefficient))
+        acts = advantage != 0
+        log_p_of_target = at_target(log_p)
+        before = log_p_of_target.detach() if ratio is None or policy.ratio is not None else old
+        policy_ratio = (torch.where(acts, log_p_of_target - before, 0.0)).exp()
+        if policy.ratio is not None:
+            policy_ratio = policy_ratio * torch.where(acts, policy.ratio.reshape(-1)[kept].double(), 1.0)
+        bounded = policy_ratio.clamp(1 - policy.clip_low, 1 + policy.clip_high)
+        policy_loss = -torch.minimum(policy_ratio * advantage, bounded * advantage)
+        clipped = (bounded * advantage < policy_ratio * advantage).to(dtype)
+        policy_loss = torch.where(acts, policy_loss, 0.0)
+        of_policy = torch.where(coefficient == 0, 0.0, coefficient * policy_loss)
+        loss = loss + of_policy.sum()
+    loss = loss.to(dtype)
 
     def scattered(rows: Tensor | None) -> Tensor | None:  # (R,) to (...,)
         if rows is None:
@@ -66,8 +73,11 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
     sides = (log_p, log_q)
     entropies = (None if log is None else -_expectation(log, log) for log in sides)
     logps = (None if log is None or target is None else at_target(log) for log in sides)
-    per_token = scattered(divergence if ratio is None else ratio * divergence)
-    fields = (scattered(x) for x in (divergence, *entropies, *logps, ratio))
+    per_token = divergence if ratio is None else ratio * divergence
+    if policy is not None:
+        per_token = per_token + of_policy
+    per_token = scattered(per_token)
+    fields = (scattered(x) for x in (divergence, *entropies, *logps, ratio, policy_loss, clipped))
     return loss, per_token, Scalars(*(x if x is None else x.detach() for x in fields))
 
 

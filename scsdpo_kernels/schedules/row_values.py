@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import Kernels
-from ..kernels.contract import Logits
+from ..kernels.contract import Logits, PerRow
 from ..problem import Objective, Support
 from .rows import Rows
-from .shards import Shard, importance_ratio
+from .shards import Shard, importance_ratio, policy_terms
 from .support import divergence_on_support
 
 
@@ -19,7 +19,7 @@ def row_values(
     kernels: Kernels,
     shard: Shard,
     gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over logits.student. None: values only
-) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target, 6 with old_logp, in the order of Scalars
+) -> tuple[Tensor, ...]:  # `rows.given.scalars` × (C,) fp32, in the order of Scalars
     if rows.beta is not None:
         objective = objective._replace(token_beta=rows.beta)
     if support is not None:
@@ -33,19 +33,26 @@ def divergence_on_part(
     logits: Logits, rows: Rows, objective: Objective, kernels: Kernels, shard: Shard, gradient: Tensor | None
 ) -> tuple[Tensor, ...]:
     """Row scalars over the whole vocabulary, and the weighted gradient of this process's part of it."""
-    temperature = objective.temperature
+    temperature, given = objective.temperature, rows.given
     target = shard.target_logits(logits, rows.given.target)
     known = shard.statistics(kernels, logits, temperature)
-    fields, weight = [known.student_entropy, known.teacher_entropy], rows.given.weight
+    fields, weight = [known.student_entropy, known.teacher_entropy], given.weight
     if target is not None:
         fields += [target[0] / temperature - known.student_lse, target[1] / temperature - known.teacher_lse]
-    if rows.given.old_logp is not None:
-        fields.append(importance_ratio(fields[2], rows.given.old_logp, rows.given.importance_clip))
+    if given.old_logp is not None:
+        fields.append(importance_ratio(fields[2], given.old_logp, given.importance_clip))
         weight = (weight * fields[-1]).float()
+    of_gradient = PerRow(weight)
+    if given.policy is not None:
+        policy_loss, clipped, slope = policy_terms(fields[2], given)
+        fields += [*([] if given.old_logp is not None else [torch.ones_like(weight)]), policy_loss, clipped]
+        column, here = shard.local(given.target[:, None], torch.ones_like(given.target, dtype=torch.bool)[:, None])
+        column = torch.where(here, column, -1).squeeze(1)
+        of_gradient = PerRow(weight, column, policy=given.policy._replace(coefficient=slope.float()))
     if shard.size:
         own = kernels.row_terms(logits, objective, known)
     else:
         own = torch.zeros(4, len(logits.student), dtype=torch.float64, device=logits.student.device)
     terms = shard.gather(own).sum(0)
-    divergence = kernels.row_gradient(logits, objective, known, terms, weight, gradient)
+    divergence = kernels.row_gradient(logits, objective, known, terms, of_gradient, gradient)
     return tuple(x.float() for x in (divergence, *fields))

@@ -1,4 +1,4 @@
-"""Which rows are computed, those of weight other than 0 or the caller's own list, and what is known of each."""
+"""Which rows are computed, those that have a weight or a policy's loss or the caller's own list, and what is known."""
 
 import math
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import PerRow
-from ..problem import ENDS, Objective, mapped, share_range
+from ..problem import ENDS, Objective, Problem, mapped, share_range
 
 
 class Rows(NamedTuple):
@@ -45,44 +45,46 @@ def as_matrix(
 
 
 def kept_rows(
-    token_weight: Tensor,  # (...,)
-    target_ids: Tensor | None,  # (...,)
-    rows: Tensor | None,  # (K,) int64, the caller's own list
-    support_ids: Tensor | None,  # (..., S)
+    problem: Problem,
     vocabulary: int,
     summed_head: Tensor | None,  # () the sum of a head that must not have infinite entries
     is_prefix: bool,  # a longer head has more tokens, which the message then says
-    objective: Objective,
 ) -> tuple[Tensor, bool]:  # (K,) int64, whether summed_head is finite
     """The rows to compute, checked.
 
     On an accelerator this waits for the device once, and not at all where `rows` is given: nothing is checked then
     (`complete` answers for the list) and the head is taken to be finite.
     """
-    weight = token_weight.reshape(-1)
+    weight, rows, policy = problem.token_weight.reshape(-1), problem.rows, problem.policy
+    objective = problem.objective
     if rows is not None and weight.device.type != "cpu":
         return rows.clamp(0, max(0, weight.numel() - 1)), True
-    keep = weight != 0
+    keep = problem.counts.reshape(-1)
     looked_at = keep if rows is None else _listed(rows, keep)
     if weight.numel() == 0:
         return keep.long(), True
     asked = {"count": keep.sum(), "largest": weight.float().abs().amax()}
-    if target_ids is not None:
-        ids = torch.where(looked_at, target_ids.reshape(-1).long(), 0)
+    if policy is not None:
+        asked["policy"] = torch.stack([policy.advantages, policy.coefficient]).float().abs().amax()
+    if problem.target is not None:
+        ids = torch.where(looked_at, problem.target.ids.reshape(-1).long(), 0)
         asked["lowest"], asked["highest"] = ids.aminmax()
-    if support_ids is not None:
-        asked["support"] = (valid_support(support_ids.flatten(0, -2), vocabulary) | ~keep).all()
+    if problem.support is not None and problem.support.ids is not None:
+        valid = valid_support(problem.support.ids.flatten(0, -2), vocabulary)
+        asked["support"] = (valid | (weight == 0)).all()
     if summed_head is not None:
         asked["head"] = summed_head
     if objective.token_beta is not None:
         beta = objective.token_beta.reshape(-1)
-        asked["shares"] = (_in_range(beta, objective.kind) | ~keep).all()
-        asked["least share"], asked["largest share"] = torch.where(keep, beta, 0.5).aminmax()
+        asked["shares"] = (_in_range(beta, objective.kind) | (weight == 0)).all()
+        asked["least share"], asked["largest share"] = torch.where(weight == 0, 0.5, beta).aminmax()
     numbers = torch.stack([x.double() for x in asked.values()]).tolist()  # waits for the device
-    told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, "shares": True}
+    told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, "policy": 0.0, "shares": True}
     told |= dict(zip(asked, numbers, strict=True))
     if not math.isfinite(told["largest"]):
         raise ValueError("token_weight: expected numbers that are finite in fp32, got NaN, inf or larger ones")
+    if not math.isfinite(told["policy"]):
+        raise ValueError("policy: expected advantages and coefficients that are finite in fp32, got NaN, inf or larger")
     lowest, highest = int(told["lowest"]), int(told["highest"])
     if not 0 <= lowest <= highest < vocabulary:
         which = ", the prefix that both heads have" if is_prefix else ""
@@ -94,8 +96,8 @@ def kept_rows(
         raise ValueError(f"beta: expected numbers in {expected}, got {least:.9g} to {most:.9g}")
     head_is_finite = math.isfinite(told["head"])
     if rows is not None:
-        if not complete(rows, weight):
-            raise ValueError("rows: expected every row whose token_weight is not 0, once")
+        if not complete(rows, keep):
+            raise ValueError("rows: expected every row whose token_weight, or policy's advantage, is not 0, once")
         return rows, head_is_finite
     ranks = torch.arange(1, int(told["count"]) + 1, device=keep.device)
     if len(ranks) == len(keep):
@@ -123,8 +125,7 @@ def shares(
     if objective.token_beta is None:
         return None
     beta = objective.token_beta.reshape(-1)[kept].double()
-    beta = torch.where(_in_range(beta, objective.kind), beta, torch.nan)
-    return torch.where(weight == 0, 0.5, beta)
+    return torch.where(_in_range(beta, objective.kind), beta, torch.where(weight == 0, 0.5, torch.nan))
 
 
 def _in_range(beta: Tensor, divergence: str) -> Tensor:
@@ -141,9 +142,9 @@ def _listed(rows: Tensor, keep: Tensor) -> Tensor:
 
 def complete(
     rows: Tensor,  # (K,) int64
-    weight: Tensor,  # (N,) all weights
+    weight: Tensor,  # (N,) of all rows; 0: it is not to be computed
 ) -> Tensor:  # () bool
-    """Whether a list of rows has every row of weight other than 0 once, no row twice and none that does not exist."""
+    """Whether a list of rows has every row that is to be computed once, no row twice and none that does not exist."""
     within = (rows >= 0) & (rows < len(weight))
     listed = rows.clamp(0, max(0, len(weight) - 1))
     times = torch.zeros_like(weight, dtype=torch.int32).index_add_(

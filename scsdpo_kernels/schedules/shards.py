@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..kernels import Kernels
-from ..kernels.contract import Logits, RowStatistics
+from ..kernels.contract import Logits, PerRow, RowStatistics
 from ..problem import Part
 
 
@@ -130,6 +130,26 @@ def logits_at(logits: Logits, columns: Tensor) -> Tensor:
 def importance_ratio(logp: Tensor, old_logp: Tensor, clip: float) -> Tensor:
     """By how much more likely the student finds a token than the policy that sampled it, bounded."""
     return (logp - old_logp).clamp(-20, 20).exp().clamp(max=clip)
+
+
+def policy_terms(logp: Tensor, given: PerRow) -> tuple[Tensor, Tensor, Tensor]:
+    """(C,) each: the policy's loss, whether it is clipped, and its coefficient's share of -∂loss/∂log p: c A r.
+
+    A row without an advantage has nothing of them, whatever its ratio; one whose log p is NaN has a gradient of NaN.
+    """
+    advantage, coefficient, ratio, lowest, highest = given.policy
+    if ratio is not None:
+        ratio = ratio.to(logp.dtype)
+    elif given.old_logp is not None:
+        ratio = (logp - given.old_logp).exp()
+    else:
+        ratio = torch.ones_like(logp)
+    ratio = torch.where(logp.isnan(), torch.nan, ratio)
+    clipped = ((advantage > 0) & (ratio > highest)) | ((advantage < 0) & (ratio < lowest))
+    bounded = torch.where(clipped, ratio.clamp(lowest, highest), ratio)
+    none = advantage == 0
+    slope = torch.where(none | clipped | (coefficient == 0), 0.0, coefficient * advantage * ratio)
+    return torch.where(none, 0.0, -advantage * bounded), clipped.to(logp.dtype), slope
 
 
 def merge_statistics(parts: Tensor, temperature: float) -> RowStatistics:  # (processes, 7, C) float64

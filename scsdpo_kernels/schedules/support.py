@@ -12,6 +12,8 @@ short rows for the same kernel that takes whole ones; they are float64, in which
 difference of two distributions that are nearly equal. With g its gradient of the bucket, the dense one is
 ∂D/∂z_v = g p_v / P for v ∉ A.
 
+A policy's loss of a target y adds c A r (p_v - [v = y]) to that, whose entry y is written alone.
+
 As in SDPO's code, P and Q are at least 1 - e^-1e-7; a mass below that is constant, and has no gradient.
 """
 
@@ -24,7 +26,7 @@ from ..kernels import Kernels
 from ..kernels.contract import Logits, PerRow
 from ..problem import Objective, Support
 from .rows import Rows
-from .shards import Shard, importance_ratio, logits_at
+from .shards import Shard, importance_ratio, logits_at, policy_terms
 
 LEAST_LOG_TAIL = math.log(-math.expm1(-1e-7))
 
@@ -37,7 +39,7 @@ def divergence_on_support(
     kernels: Kernels,
     shard: Shard,  # the logits' part of the vocabulary
     gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over logits.student. None: values only
-) -> tuple[Tensor, ...]:  # 3 × (C,) fp32, 5 with target, 6 with old_logp, as the row kernels'
+) -> tuple[Tensor, ...]:  # `rows.given.scalars` × (C,) fp32, as the row kernels'
     """Row scalars on a support and the dense weighted gradient. What is not known of the teacher is 0."""
     temperature, (student, teacher, difference, softcap) = objective.temperature, logits
     targets = shard.target_logits(logits, rows.given.target)
@@ -66,6 +68,10 @@ def divergence_on_support(
     if rows.given.old_logp is not None:
         fields.append(importance_ratio(logp, rows.given.old_logp, rows.given.importance_clip))
         weight = (weight * fields[-1]).float()
+    slope = None
+    if rows.given.policy is not None:
+        policy_loss, clipped, slope = policy_terms(logp, rows.given)
+        fields += [*([] if rows.given.old_logp is not None else [torch.ones_like(logp)]), policy_loss, clipped]
 
     # g is the gradient of the logits in A, and of the tail's log-sum-exp.
     if support.sampled:
@@ -84,10 +90,24 @@ def divergence_on_support(
         base = torch.where(tail.isfinite(), tail * temperature, 0.0).float()
         factor = torch.where(tail == -torch.inf, 0.0 * g_tail, g_tail * (base.double() / temperature - tail).exp())
         factor = torch.where(weight == 0, 0.0, factor)
+        if slope is not None:  # c A r (p_v - [v = y])
+            inside = exists & (ids == rows.given.target[:, None])
+            of_tail = factor * (target - base).div(temperature).exp() * temperature
+            at_target = torch.where(inside.any(1), torch.where(inside, g, 0.0).sum(1), of_tail)
+            at_target = at_target + slope * torch.expm1(logp)
+            g = g + slope[:, None] * log_p.exp()
+            own_factor = slope / temperature * (base.double() / temperature - lse).exp()
+            factor = factor + torch.where(tail == -torch.inf, 0.0 * slope, own_factor)
         kernels.tail_gradient(logits, base, factor.float(), temperature, gradient)
         if softcap:
             g = g * (1 - (own / softcap) ** 2).clamp(min=0)
         _put(gradient, columns, here, g / temperature)
+        if slope is not None:
+            if softcap:
+                at_target = at_target * (1 - (target / softcap) ** 2).clamp(min=0)
+            one = rows.given.target[:, None]
+            column, here = shard.local(one, torch.ones_like(one, dtype=torch.bool))
+            _put(gradient, column, here, (at_target / temperature)[:, None])
     return tuple(x.float() for x in (divergence, *fields))
 
 
