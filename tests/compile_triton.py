@@ -45,18 +45,22 @@ FORMS = [
     (False, torch.bfloat16, 30.0),
 ]
 
-
-WITH_POLICY = (FORMS[0], FORMS[-1])
+COMMON = (FORMS[0], FORMS[2])  # a difference; a bf16 gradient
 POLICY = RowPolicy(torch.ones(3), torch.ones(3), None, 0.8, 1.2)
 
 
 def launch_all(name):
-    """Calls every launcher in every form. Stages of rows are compiled for both kinds of vocabulary on sm_90 alone."""
+    """Calls every launcher: in every form on sm_90, in the common ones elsewhere."""
+    forms = FORMS if name == "sm_90" else COMMON
+    own_shares = OWN_SHARES if name == "sm_90" else OWN_SHARES[:1]
     for vocabulary in (EVEN, ODD):
-        launch_rows(vocabulary)
-        if vocabulary == EVEN or name == "sm_90":
-            launch_stages(vocabulary)
-            launch_logits(vocabulary)
+        launch_rows(vocabulary, OBJECTIVES, forms)
+        launch_logits(vocabulary)
+    launch_rows(EVEN, own_shares, FORMS[2:3])
+    launch_rows(EVEN, OBJECTIVES[2:3], COMMON, policy=POLICY)
+    launch_supports(EVEN)
+    launch_stages(EVEN, OBJECTIVES, forms)
+    launch_stages(EVEN, own_shares, FORMS[2:3], policy=POLICY)
     rewards, questions = torch.ones(8), torch.zeros(8, dtype=torch.int64)
     for exponent, threshold in ((0.5, None), (1.0, 0.5)):
         question_weights_triton.question_weights(rewards, questions, exponent, threshold)
@@ -70,38 +74,38 @@ def logits_of(vocabulary, difference=False, softcap=0.0, dtype=torch.float32):
     return Logits(student, teacher, difference, softcap)
 
 
-def launch_rows(vocabulary):
-    rows = PerRow(torch.ones(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3))
-    for objective in (*OBJECTIVES, *OWN_SHARES):
-        for difference, dtype, softcap in FORMS:
+def launch_rows(vocabulary, objectives, forms, policy=None):
+    rows = PerRow(torch.ones(3), torch.zeros(3, dtype=torch.int64), torch.zeros(3), policy=policy)
+    for objective in objectives:
+        for difference, dtype, softcap in forms:
             logits = logits_of(vocabulary, difference, softcap)
-            gradient = torch.empty_like(logits_of(vocabulary).student, dtype=dtype)
+            gradient = torch.empty_like(logits.student, dtype=dtype)
             row_divergence_triton.row_divergence(logits, rows, objective, gradient)
-            if (difference, dtype, softcap) in WITH_POLICY:
-                row_divergence_triton.row_divergence(logits, rows._replace(policy=POLICY), objective, gradient)
-        if objective.kind != "clipped":  # supports have these
-            logits = logits_of(vocabulary, dtype=torch.float64)
-            few = PerRow(rows.weight)
-            row_divergence_triton.row_divergence(logits, few, objective, torch.empty_like(logits.student).float())
 
 
-def launch_stages(vocabulary):
+def launch_supports(vocabulary):
+    """The short rows of supports are float64."""
+    logits = logits_of(vocabulary, dtype=torch.float64)
+    for objective in OBJECTIVES:
+        if objective.kind != "clipped":
+            gradient = torch.empty_like(logits.student, dtype=torch.float32)
+            row_divergence_triton.row_divergence(logits, PerRow(torch.ones(3)), objective, gradient)
+
+
+def launch_stages(vocabulary, objectives, forms, policy=None):
     double, single = torch.zeros(3, dtype=torch.float64), torch.zeros(3)
     statistics = RowStatistics(double, double, *[single] * 5)
     terms = torch.zeros(4, 3, dtype=torch.float64)
-    for difference in (False, True):
+    rows = PerRow(single, None if policy is None else torch.zeros(3, dtype=torch.int64), policy=policy)
+    for difference in sorted({difference for difference, _, _ in forms}):
         row_divergence_triton.row_statistics(logits_of(vocabulary, difference), 1.0)
-        for objective in (*OBJECTIVES, *OWN_SHARES):
+        for objective in objectives:
             row_divergence_triton.row_terms(logits_of(vocabulary, difference), objective, statistics)
-    for objective in (*OBJECTIVES, *OWN_SHARES):
-        for difference, dtype, softcap in FORMS:
+    for objective in objectives:
+        for difference, dtype, softcap in forms:
             logits = logits_of(vocabulary, difference, softcap)
             gradient = torch.empty_like(logits.student, dtype=dtype)
-            rows = PerRow(single)
             row_divergence_triton.row_gradient(logits, objective, statistics, terms, rows, gradient)
-            if (difference, dtype, softcap) in WITH_POLICY:
-                rows = PerRow(single, torch.zeros(3, dtype=torch.int64), policy=POLICY)
-                row_divergence_triton.row_gradient(logits, objective, statistics, terms, rows, gradient)
 
 
 def launch_logits(vocabulary):
