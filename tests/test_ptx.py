@@ -384,7 +384,7 @@ FAULTS = [
     # Differences of exponents that are 0 in Python were unequal roundings of one product on a GPU.
     ("kernels/divergence_triton.py", "-tl.floor(base(maximum) * bits)", "-(base(maximum) * bits)"),
     # Threads may be ahead of others by more than a block of the row.
-    ("kernels/row_divergence_triton.py", "    tl.debug_barrier()", "    pass"),
+    ("kernels/row_divergence_triton.py", "    tl.debug_barrier()  # see _write_gradient", "    pass"),
 ]
 
 

@@ -92,7 +92,7 @@ def test_instructions_of_a_rows_entry(compiled, version):
         instructions, mufu = (sum(counts) for counts in zip(*line["loops"], strict=True))
         print(f"{label(line)}: {instructions:.1f} instructions, {mufu:.1f} MUFU, {line['registers']} registers")
         assert len(line["loops"]) == (2 if constants["objective"] in "01" else 3), label(line)
-        # A policy's gradient is a product and a sum more.
-        assert instructions <= INSTRUCTIONS[constants["objective"]] + 2 * ("policy" in constants), label(line)
+        # A policy's gradient is a product and a sum more, and a little.
+        assert instructions <= INSTRUCTIONS[constants["objective"]] + 4 * ("policy" in constants), label(line)
         seen.add((constants["objective"], constants["difference"], constants["multiple"]))
     assert len(seen) == len(INSTRUCTIONS) * 2 * 2
