@@ -104,3 +104,8 @@ def head_of(kind: str, weight: Tensor, seed: int = 1) -> Tensor | Head:
         a = torch.randn(given["lora"], width, generator=generator) * width**-0.5
         given["lora"] = LoRA(a, torch.randn(vocabulary, given["lora"], generator=generator), 0.5)
     return Head(weight, **given)
+
+
+def known(result: Any) -> dict[str, Tensor]:
+    """What a result has of each token, by name."""
+    return {name: x for name, x in result._asdict().items() if x is not None and name != "loss"}
