@@ -89,9 +89,8 @@ void row_terms(const Logits& logits, const Objective& objective, const Statistic
 void row_gradient(const Logits& logits, const Objective& objective, const Statistics& statistics, Matrix terms,
                   const PerRow& rows, Matrix scalars, Matrix gradient, Processor processor) {
   auto row = SCSDPO_CHOSEN(row_gradient, processor.instruction_set);
-  for_rows(logits.rows, objective, processor.threads, [&](int64_t r, const Mixture& mix) {
-    row(logits, mix, statistics, terms, rows, scalars, gradient, r);
-  });
+  for_rows(logits.rows, objective, processor.threads,
+           [&](int64_t r, const Mixture& mix) { row(logits, mix, statistics, terms, rows, scalars, gradient, r); });
 }
 
 void head_logits(const HeadLogits& task, Processor processor) {

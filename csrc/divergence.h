@@ -400,7 +400,7 @@ SCSDPO_INLINE double finish(const double (&terms)[kTermCount<kind>], Row& row) {
     divergence = divergence < 0 ? 0 : divergence;  // entries have underflowed
   }
   if (kHasMixture<kind> && std::isnan(row.log_ratio)) divergence = NAN;  // d is bounded
-  if constexpr (kLateMean<kind>)  // a NaN row is NaN throughout
+  if constexpr (kLateMean<kind>)                                         // a NaN row is NaN throughout
     row.mean_score = static_cast<float>(divergence == divergence ? mean : divergence);
   if constexpr (kind == Kind::kJeffreys) row.mean_score = bounded_mean(static_cast<float>(mean));
   return divergence;
@@ -505,8 +505,7 @@ SCSDPO_INLINE F slope(const Probabilities<F>& at, F score, const Row& row, const
   }
   if constexpr (kind == Kind::kForward) return -excess<range>(at.p, at.q, at.d);
   F weighted = weighted_score<kind>(at.p, (score - row.reference) - row.mean_score);
-  if constexpr (kind == Kind::kJeffreys)
-    return weighted * mix.teacher - excess<range>(at.p, at.q, at.d) * mix.student;
+  if constexpr (kind == Kind::kJeffreys) return weighted * mix.teacher - excess<range>(at.p, at.q, at.d) * mix.student;
   return weighted;
 }
 

@@ -8,9 +8,9 @@ namespace scsdpo {
 
 constexpr int kTerms = 8;
 
-// With d = log(q / p): for |d| <= 1, an entry's -score / d and its term / (p d^2) are polynomials of d, those of KL(p ||
-// m) over q / p. Those of Jensen-Shannon are exact to 2e-7 relative, the skewed KLs' to 1e-6. Beyond, the ratio of q and
-// p is counted from the side that has most of the mixture, so that neither overflows nor cancels.
+// With d = log(q / p): for |d| <= 1, an entry's -score / d and its term / (p d^2) are polynomials of d, those of KL(p
+// || m) over q / p. Those of Jensen-Shannon are exact to 2e-7 relative, the skewed KLs' to 1e-6. Beyond, the ratio of q
+// and p is counted from the side that has most of the mixture, so that neither overflows nor cancels.
 struct Mixture {
   Objective objective;
   float student, teacher;  // the shares 1 - beta and beta, each with its own digits
