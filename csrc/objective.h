@@ -5,15 +5,19 @@
 
 namespace scsdpo {
 
-enum class Kind : int32_t {
-  kForward,
-  kReverse,
-  kJensenShannon,
-  kClipped,
-  kJeffreys,
-  kSkewedForward,
-  kSkewedReverse,
-};
+// Every kind, here and for Python: what needs them all (bindings, the choice of a template) expands this list.
+#define SCSDPO_KINDS(KIND)               \
+  KIND(kForward, "forward")              \
+  KIND(kReverse, "reverse")              \
+  KIND(kJensenShannon, "jensen_shannon") \
+  KIND(kClipped, "clipped")              \
+  KIND(kJeffreys, "jeffreys")            \
+  KIND(kSkewedForward, "skewed_forward") \
+  KIND(kSkewedReverse, "skewed_reverse")
+
+#define SCSDPO_ENUMERATOR(kind, name) kind,
+enum class Kind : int32_t { SCSDPO_KINDS(SCSDPO_ENUMERATOR) };
+#undef SCSDPO_ENUMERATOR
 
 struct Objective {
   Kind kind;

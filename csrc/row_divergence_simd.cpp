@@ -367,22 +367,10 @@ struct Of {
 template <class Use>
 void with_row(const Logits& logits, Kind kind, int64_t r, Use use) {
   with_memory(logits, r, [&](const auto& memory) {
-    switch (kind) {
-      case Kind::kForward:
-        return use(memory, Of<Kind::kForward>{});
-      case Kind::kReverse:
-        return use(memory, Of<Kind::kReverse>{});
-      case Kind::kJensenShannon:
-        return use(memory, Of<Kind::kJensenShannon>{});
-      case Kind::kClipped:
-        return use(memory, Of<Kind::kClipped>{});
-      case Kind::kJeffreys:
-        return use(memory, Of<Kind::kJeffreys>{});
-      case Kind::kSkewedForward:
-        return use(memory, Of<Kind::kSkewedForward>{});
-      case Kind::kSkewedReverse:
-        return use(memory, Of<Kind::kSkewedReverse>{});
-    }
+#define SCSDPO_KIND_CASE(kind, name) \
+  case Kind::kind:                   \
+    return use(memory, Of<Kind::kind>{});
+    switch (kind) { SCSDPO_KINDS(SCSDPO_KIND_CASE) }
   });
 }
 

@@ -50,16 +50,16 @@ POLICY = RowPolicy(torch.ones(3), torch.ones(3), None, 0.8, 1.2)
 
 
 def launch_all(name):
-    """Calls every launcher: in every form on sm_90, in the common ones elsewhere."""
-    forms = FORMS if name == "sm_90" else COMMON
+    """Calls every launcher in every form; with a policy, and with shares of each row's own, in some."""
     own_shares = OWN_SHARES if name == "sm_90" else OWN_SHARES[:1]
     for vocabulary in (EVEN, ODD):
-        launch_rows(vocabulary, OBJECTIVES, forms)
+        launch_rows(vocabulary, OBJECTIVES, FORMS)
         launch_logits(vocabulary)
+        if vocabulary == EVEN or name == "sm_90":
+            launch_stages(vocabulary, OBJECTIVES, FORMS)
     launch_rows(EVEN, own_shares, FORMS[2:3])
     launch_rows(EVEN, OBJECTIVES[2:3], COMMON, policy=POLICY)
     launch_supports(EVEN)
-    launch_stages(EVEN, OBJECTIVES, forms)
     launch_stages(EVEN, own_shares, FORMS[2:3], policy=POLICY)
     rewards, questions = torch.ones(8), torch.zeros(8, dtype=torch.int64)
     for exponent, threshold in ((0.5, None), (1.0, 0.5)):

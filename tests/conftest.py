@@ -97,3 +97,20 @@ def ranks(request, tmp_path_factory):
     ranks = Ranks(tmp_path_factory.mktemp("rendezvous"), most, request.param)
     yield ranks
     ranks.stop()
+
+
+@pytest.fixture
+def gpu_kernels(monkeypatch):
+    """A GPU's kernels, on tensors of a CPU in Triton's interpreter where there is no GPU."""
+    from scsdpo_kernels.kernels import triton_kernels
+    from scsdpo_kernels.schedules import chunked
+
+    monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
+
+
+@pytest.fixture(params=["cpu", "triton"] if DEVICE == "cpu" else ["cpu"])
+def kernels(request):
+    """The native kernels, and where there is no GPU its kernels in Triton's interpreter; test_gpu.py has the others."""
+    if request.param == "triton":
+        request.getfixturevalue("gpu_kernels")
+    return request.param

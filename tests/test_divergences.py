@@ -13,7 +13,7 @@ from test_row_divergence import INSTRUCTION_SETS, assert_rows, assert_same, devi
 
 from scsdpo_kernels import SampledToken, TopK, TopLogprobs, linear_divergence, linear_divergence_per_token
 from scsdpo_kernels.arguments import problem_of
-from scsdpo_kernels.kernels import native, row_divergence_triton, triton_kernels
+from scsdpo_kernels.kernels import native, row_divergence_triton
 from scsdpo_kernels.kernels.contract import Logits, PerRow, Scalars
 from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import ENDS, flatten, objective_of
@@ -37,13 +37,6 @@ def several_blocks(monkeypatch):
     """A row of the tests is then longer than what Triton's kernel takes at a time."""
     monkeypatch.setattr(row_divergence_triton, "BLOCK", 128)
     monkeypatch.setattr(row_divergence_triton, "WARPS", 4)
-
-
-@pytest.fixture(params=["cpu", "triton"] if DEVICE == "cpu" else ["cpu"])
-def kernels(request, monkeypatch):
-    if request.param == "triton":
-        monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
-    return request.param
 
 
 # ---------------------------------------------------------------------------------------------------------------------

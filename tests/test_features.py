@@ -21,8 +21,6 @@ from scsdpo_kernels import (
     linear_divergence,
     linear_divergence_per_token,
 )
-from scsdpo_kernels.kernels import triton_kernels
-from scsdpo_kernels.schedules import chunked
 
 PAGE = Path(__file__).parents[1] / "docs" / "objectives.md"
 ROWS, VOCABULARY, WIDTH = 5, 67, 16
@@ -114,11 +112,11 @@ def table():
 
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("column", COLUMNS)
-def test_a_cell_of_the_table(column, feature, monkeypatch):
+def test_a_cell_of_the_table(column, feature, request):
     schedule, device = COLUMNS[column]
     if device == "gpu":  # without one, its kernels run in Triton's interpreter
         device = DEVICE
-        monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
+        request.getfixturevalue("gpu_kernels")
     check(FEATURES[feature], schedule, device)
 
 

@@ -8,7 +8,6 @@ import math
 import oracle
 import pytest
 import torch
-from conftest import DEVICE
 from oracle import assert_near, logits, relative_error
 from problems import DTYPES, HEADS, Problem, problem
 
@@ -38,14 +37,6 @@ of_every_beta = pytest.mark.parametrize("beta", BETAS, ids="beta {}".format)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=["cpu", "triton"] if DEVICE == "cpu" else ["cpu"])
-def kernels(request, monkeypatch):
-    """The native kernels, and where there is no GPU its kernels in Triton's interpreter; test_gpu.py has the others."""
-    if request.param == "triton":
-        monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
-    return request.param
 
 
 def near_or_far(distance, near, far):

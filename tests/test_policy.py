@@ -3,7 +3,6 @@
 import oracle
 import pytest
 import torch
-from conftest import DEVICE
 from oracle import assert_near, relative_error
 from problems import DTYPES, problem
 from test_row_divergence import call, device_of, every_kernel, several_blocks  # noqa: F401
@@ -17,7 +16,6 @@ from scsdpo_kernels import (
     linear_divergence_per_token,
     scsdpo_loss,
 )
-from scsdpo_kernels.kernels import triton_kernels
 from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy
 from scsdpo_kernels.problem import objective_of
 from scsdpo_kernels.schedules import chunked
@@ -47,14 +45,6 @@ of_every_objective = pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=["cpu", "triton"] if DEVICE == "cpu" else ["cpu"])
-def kernels(request, monkeypatch):
-    """The native kernels, and where there is no GPU its kernels in Triton's interpreter; test_gpu.py has the others."""
-    if request.param == "triton":
-        monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
-    return request.param
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_triton import Compiled
+from ptx_gpu import Compiled
 from test_question_weights import by_hand
 from test_row_divergence import assert_rows, logits
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
-from conftest import DEVICE
 from oracle import assert_near, relative_error
 from problems import DTYPES, Problem, head_of, problem
 from torch.utils._pytree import tree_leaves
@@ -21,7 +20,6 @@ from scsdpo_kernels import (
     scsdpo_loss,
 )
 from scsdpo_kernels.arguments import problem_of
-from scsdpo_kernels.kernels import triton_kernels
 from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import flatten
 from scsdpo_kernels.schedules import chunked, products
@@ -32,14 +30,6 @@ LONGER = ("student", "teacher")
 PREFIX = {"shared_prefix": True}
 
 of_each_longer = pytest.mark.parametrize("longer", LONGER, ids="longer {}".format)
-
-
-@pytest.fixture(params=["cpu", "triton"] if DEVICE == "cpu" else ["cpu"])
-def kernels(request, monkeypatch):
-    """The native kernels, and where there is no GPU its kernels in Triton's interpreter."""
-    if request.param == "triton":
-        monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
-    return request.param
 
 
 def unequal(longer: str, rows=9, *, kind="plain", dtype=torch.float32, weighted=False) -> Problem:
@@ -246,9 +236,8 @@ def test_targets_that_one_side_does_not_have_are_refused(longer, schedule):
 
 
 @of_each_longer
-def test_unchecked_targets_that_one_side_does_not_have_are_nan(longer, monkeypatch):
+def test_unchecked_targets_that_one_side_does_not_have_are_nan(longer, gpu_kernels, monkeypatch):
     """As any id outside the vocabulary, where a GPU is given `rows=`."""
-    monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
     monkeypatch.setattr(row_choice, "kept_rows", lambda problem, **_: (problem.rows, True))
     given, ids = unequal(longer, 4), torch.tensor([3, SHORT, 0, 1])
     result, grad_hidden, _ = given.run(target_ids=ids, rows=torch.arange(4), **PREFIX)

@@ -5,9 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scsdpo_kernels import Head
-
-from .head import distill, head_of, hidden_states, patch_lm_head
+from .head import TeacherHead, distill, hidden_states, patch_lm_head
 
 try:
     from trl import DistillationTrainer
@@ -33,7 +31,7 @@ class FusedDistillationTrainer(DistillationTrainer):
             raise ValueError("teacher_model: expected a model or its name, got None")
         patch_lm_head(self.model)
         patch_lm_head(self.teacher_model)
-        self._teacher_head: tuple[int, Head | None] = (-1, None)
+        self._teacher_head = TeacherHead()
 
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
@@ -55,7 +53,7 @@ class FusedDistillationTrainer(DistillationTrainer):
             mask.shape[1],
             mask=mask,
             teacher_hidden=teacher,
-            teacher_head=self._head_of_teacher(),
+            teacher_head=self._teacher_head.at(self.state.global_step, self.teacher_model),
             question_weight=torch.ones(len(mask), device=mask.device),
             reduction="token-mean",
             denominator=num_items_in_batch,
@@ -64,12 +62,6 @@ class FusedDistillationTrainer(DistillationTrainer):
             backbone=backbone,
         )
         return result.loss, (result.student_entropy * mask).sum(), mask.sum()
-
-    def _head_of_teacher(self) -> Head:
-        """Gathered once an optimiser step."""
-        if self._teacher_head[0] != self.state.global_step:
-            self._teacher_head = (self.state.global_step, head_of(self.teacher_model))
-        return self._teacher_head[1]
 
 
 __all__ = ["FusedDistillationTrainer"]

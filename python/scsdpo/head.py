@@ -167,6 +167,18 @@ def head_of(model: nn.Module) -> Head:
     return inside_forward(model, lambda inner: forward.visit(inner, found.at_head, gathered))
 
 
+class TeacherHead:
+    """A teacher's head, which is gathered once an optimiser step, since it may follow the student's weights."""
+
+    def __init__(self):
+        self._step, self._head = -1, None
+
+    def at(self, step: int, teacher: nn.Module) -> Head:
+        if self._step != step:
+            self._step, self._head = step, head_of(teacher)
+        return self._head
+
+
 def question_numbers(
     ids: "Tensor | Sequence[Hashable]", *, device: "torch.device | str | None" = None
 ) -> Tensor:  # (B,) int64
@@ -278,4 +290,4 @@ def _in_dtype(head: Head | Tensor, dtype: torch.dtype) -> Head:
     return head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
 
 
-__all__ = ["distill", "head_of", "hidden_states", "patch_lm_head", "question_numbers", "unpatch_lm_head"]
+__all__ = ["TeacherHead", "distill", "head_of", "hidden_states", "patch_lm_head", "question_numbers", "unpatch_lm_head"]

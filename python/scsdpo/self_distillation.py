@@ -20,7 +20,7 @@ from scsdpo_kernels import Head, LinearDivergence, PolicyGradient, SampledToken,
 from . import dealing
 from .dealing import Rollout
 from .ema_teacher import EMATeacher
-from .head import distill, head_of, hidden_states, patch_lm_head
+from .head import TeacherHead, distill, hidden_states, patch_lm_head
 from .measured import is_whole, measured
 from .step_metrics import StepMetrics
 
@@ -70,7 +70,7 @@ class FusedSelfDistillation:
                 "teacher_model_kind: expected 'live' or 'base' where LoRA adapts the head, got 'ema', with which TRL "
                 "sets the head's own weight to 0; or leave 'lm_head' out of target_modules"
             )
-        self._teacher_head: tuple[int, Head | None] = (-1, None)
+        self._teacher_head = TeacherHead()
         self._rollouts: list[Rollout] = []  # all processes' generation batch
         self._first: int | None = None  # micro-batch of the optimiser step, counted as TRL's _step
         self._micro_batches = 0  # this optimiser step's
@@ -260,8 +260,7 @@ class FusedSelfDistillation:
                 mask=None,
                 temperature=self.temperature,
                 target_ids=completions,
-                # A teacher who has said one token: the student alone is projected.
-                support=TopLogprobs(completions.unsqueeze(-1), completions.unsqueeze(-1) * 0.0),
+                support=_without_teacher(completions),
             ).student_logp.cpu()
         return [
             x._replace(old_logp=logp[: len(x.completion)].clone()) for x, logp in zip(rollouts, logps, strict=False)
@@ -339,8 +338,8 @@ class FusedSelfDistillation:
             objective["policy"] = PolicyGradient(advantages, self.epsilon_low, self.epsilon_high, weights)
             if old_logp is not None:
                 objective["old_logp"] = old_logp
-        if self._distillation_weight == 0:  # no teacher: see _with_old_logps
-            return objective | {"support": TopLogprobs(completions.unsqueeze(-1), completions.unsqueeze(-1) * 0.0)}
+        if self._distillation_weight == 0:
+            return objective | {"support": _without_teacher(completions)}
         if self.args.distillation_mode == "topk_logits":
             tail = "bucket" if self.args.distillation_add_tail else "renormalize"
             objective["support"] = TopK(self.args.distillation_topk, tail=tail)
@@ -351,10 +350,8 @@ class FusedSelfDistillation:
         return objective
 
     def _head_of_teacher(self) -> Head:
-        """Gathered once an optimiser step, where the teacher's adapter is at work; it follows the teacher's weights."""
-        if self._teacher_head[0] != self.state.global_step:
-            self._teacher_head = (self.state.global_step, head_of(self.teacher_model))
-        return self._teacher_head[1]
+        """Where the teacher's adapter is at work."""
+        return self._teacher_head.at(self.state.global_step, self.teacher_model)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Logs, steps without weight, checkpoints
@@ -375,6 +372,11 @@ class FusedSelfDistillation:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EMATeacher):
                 callback.resume_from(checkpoint)
+
+
+def _without_teacher(completions: Tensor) -> TopLogprobs:
+    """A teacher who has said one token: the student alone is projected."""
+    return TopLogprobs(completions.unsqueeze(-1), completions.unsqueeze(-1) * 0.0)
 
 
 class _WithoutUpdate(TrainerCallback):

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scsdpo_kernels import Head
-
 if __name__ != "scsdpo.swift_plugin":
     raise ImportError(
         "--external_plugins: expected a file of yours with the line 'import scsdpo.swift_plugin', got swift_plugin.py "
@@ -32,7 +30,7 @@ try:
     from swift.rlhf_trainers import GKDTrainer
     from swift.trainers import TrainerFactory, disable_gradient_checkpointing
 
-    from .head import distill, head_of, hidden_states, patch_lm_head
+    from .head import TeacherHead, distill, hidden_states, patch_lm_head
     from .measured import measured
 except ImportError as error:
     raise ImportError(f"scsdpo.swift_plugin is made for ms-swift{TESTED}: {error}") from error
@@ -72,7 +70,7 @@ class FusedGKDTrainer(GKDTrainer):
         patch_lm_head(self.model)
         if self.teacher_model is not None:
             patch_lm_head(self.teacher_model)
-        self._teacher_head: tuple[int, Head | None] = (-1, None)
+        self._teacher_head = TeacherHead()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if return_outputs:
@@ -89,7 +87,8 @@ class FusedGKDTrainer(GKDTrainer):
             hidden = hidden_states(
                 other, teacher["input_ids"], teacher.get("attention_mask"), of_teacher, backbone=_further(teacher)
             )
-            head = None if measured(other).state[0] == own else self._head_of_teacher(other)
+            shares = measured(other).state[0] == own
+            head = None if shares else self._teacher_head.at(self.state.global_step, other)
         result = distill(
             model,
             student["input_ids"],
@@ -115,12 +114,6 @@ class FusedGKDTrainer(GKDTrainer):
                 stack.enter_context(self.accelerator.unwrap_model(model).disable_adapter())
             stack.enter_context(disable_gradient_checkpointing(other, self.args.gradient_checkpointing_kwargs))
             yield
-
-    def _head_of_teacher(self, teacher: nn.Module) -> Head:
-        """Gathered once an optimiser step, where the student's adapter is off; it follows the teacher's weights."""
-        if self._teacher_head[0] != self.state.global_step:
-            self._teacher_head = (self.state.global_step, head_of(teacher))
-        return self._teacher_head[1]
 
 
 def _predicting(labels: Tensor) -> Tensor:  # (B, L) -> (R,)

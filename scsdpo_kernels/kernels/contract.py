@@ -1,5 +1,6 @@
 """What is said to row kernels, and what they return: a chunk of C rows of logits."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -52,6 +53,12 @@ class Scalars(NamedTuple):
     importance_ratio: Tensor | None = None  # 1 with a policy but without old_logp
     policy_loss: Tensor | None = None
     policy_clipped: Tensor | None = None
+
+    @staticmethod
+    def of(numbers: Iterable[Tensor]) -> "Scalars":
+        """As many as there are, in this order."""
+        numbers = tuple(numbers)
+        return Scalars(*numbers, *[None] * (len(Scalars._fields) - len(numbers)))
 
 
 class RowStatistics(NamedTuple):

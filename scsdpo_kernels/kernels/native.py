@@ -84,7 +84,7 @@ def row_divergence(
         _matrix(gradient),
         _processor(logits.student.device, instruction_set),
     )
-    return Scalars(*scalars, *[None] * (len(Scalars._fields) - rows.scalars))
+    return Scalars.of(scalars)
 
 
 def row_statistics(logits: Logits, temperature: float, *, instruction_set: str | None = None) -> RowStatistics:

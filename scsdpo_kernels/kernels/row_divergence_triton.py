@@ -587,7 +587,7 @@ def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient:
         _numbers(objective, importance_clip, logits.softcap), _shares(objective), form=_form(logits, objective.kind),
         walk=_form(logits, first_walk(objective.kind)), ends=_ends(logits, objective), **options(student.device.type),
     )  # fmt: skip
-    return Scalars(*scalars.unbind(), *[None] * (len(Scalars._fields) - len(scalars)))
+    return Scalars.of(scalars.unbind())
 
 
 def row_statistics(logits: Logits, temperature: float) -> RowStatistics:

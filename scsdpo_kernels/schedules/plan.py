@@ -252,7 +252,7 @@ def _outcome(
 ) -> Outcome:
     """The loss of all computed rows, and this process's in the shape of token_weight."""
     weight, policy = rows.given.weight, rows.given.policy
-    of_rows = Scalars(*scalars, *[None] * (len(Scalars._fields) - len(scalars)))
+    of_rows = Scalars.of(scalars)
     factor = weight.double()
     if rows.given.old_logp is not None:
         factor = factor * of_rows.importance_ratio.double()
@@ -271,8 +271,7 @@ def _outcome(
     if scalars.shape[1] < token_weight.numel() or problem.rows is not None:
         per_token = scalars.new_zeros(len(scalars), token_weight.numel())
         per_token[:, kept.index] = scalars
-    fields = [field.clone() for field in per_token.view(len(scalars), *token_weight.shape)]
-    results = Scalars(*fields, *[None] * (len(Scalars._fields) - len(fields)))
+    results = Scalars.of(field.clone() for field in per_token.view(len(scalars), *token_weight.shape))
     if rows.given.old_logp is None:
         results = results._replace(importance_ratio=None)
     return Outcome(loss, results, gradients)

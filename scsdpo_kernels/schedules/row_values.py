@@ -7,7 +7,7 @@ from ..kernels import Kernels
 from ..kernels.contract import Logits, PerRow
 from ..problem import Objective, Support
 from .rows import Rows
-from .shards import Shard, importance_ratio, policy_terms
+from .shards import Shard, of_target
 from .support import divergence_on_support
 
 
@@ -36,16 +36,14 @@ def divergence_on_part(
     temperature, given = objective.temperature, rows.given
     target = shard.target_logits(logits, rows.given.target)
     known = shard.statistics(kernels, logits, temperature)
-    fields, weight = [known.student_entropy, known.teacher_entropy], given.weight
+    fields, logps = [known.student_entropy, known.teacher_entropy], [None]
     if target is not None:
-        fields += [target[0] / temperature - known.student_lse, target[1] / temperature - known.teacher_lse]
-    if given.old_logp is not None:
-        fields.append(importance_ratio(fields[2], given.old_logp, given.importance_clip))
-        weight = (weight * fields[-1]).float()
+        logps = [target[0] / temperature - known.student_lse, target[1] / temperature - known.teacher_lse]
+        fields += logps
+    more, weight, slope = of_target(logps[0], given)
+    fields += more
     of_gradient = PerRow(weight)
-    if given.policy is not None:
-        policy_loss, clipped, slope = policy_terms(fields[2], given)
-        fields += [*([] if given.old_logp is not None else [torch.ones_like(weight)]), policy_loss, clipped]
+    if slope is not None:
         column, here = shard.local(given.target[:, None], torch.ones_like(given.target, dtype=torch.bool)[:, None])
         column = torch.where(here, column, -1).squeeze(1)
         of_gradient = PerRow(weight, column, policy=given.policy._replace(coefficient=slope.float()))

@@ -12,6 +12,8 @@ the sums over entries that the divergence is made of, without which most gradien
 from the same numbers in the same order, so all have the same bits.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -127,12 +129,32 @@ def logits_at(logits: Logits, columns: Tensor) -> Tensor:
     return values
 
 
-def importance_ratio(logp: Tensor, old_logp: Tensor, clip: float) -> Tensor:
+def _importance_ratio(logp: Tensor, old_logp: Tensor, clip: float) -> Tensor:
     """By how much more likely the student finds a token than the policy that sampled it, bounded."""
     return (logp - old_logp).clamp(-20, 20).exp().clamp(max=clip)
 
 
-def policy_terms(logp: Tensor, given: PerRow) -> tuple[Tensor, Tensor, Tensor]:
+class OfTarget(NamedTuple):
+    """What follows from the log-probability of a row's target."""
+
+    scalars: list[Tensor]  # of Scalars, those behind both log-probabilities
+    weight: Tensor  # (C,) fp32: multiplies the divergence's gradient
+    slope: Tensor | None  # (C,) c A r, where there is a policy: multiplies p_v - [v = y]
+
+
+def of_target(logp: Tensor | None, given: PerRow) -> OfTarget:
+    """As the row kernels do it for whole rows. No log-probability: no target, and the weight alone."""
+    scalars, weight, slope = [], given.weight, None
+    if given.old_logp is not None:
+        scalars.append(_importance_ratio(logp, given.old_logp, given.importance_clip))
+        weight = (weight * scalars[0]).float()
+    if given.policy is not None:
+        policy_loss, clipped, slope = _policy_terms(logp, given)
+        scalars = [*(scalars or [torch.ones_like(logp)]), policy_loss, clipped]
+    return OfTarget(scalars, weight, slope)
+
+
+def _policy_terms(logp: Tensor, given: PerRow) -> tuple[Tensor, Tensor, Tensor]:
     """(C,) each: the policy's loss, whether it is clipped, and its coefficient's share of -∂loss/∂log p: c A r.
 
     A row without an advantage has nothing of them, whatever its ratio; one whose log p is NaN has a gradient of NaN.

@@ -26,7 +26,7 @@ from ..kernels import Kernels
 from ..kernels.contract import Logits, PerRow
 from ..problem import Objective, Support
 from .rows import Rows
-from .shards import Shard, importance_ratio, logits_at, policy_terms
+from .shards import Shard, logits_at, of_target
 
 LEAST_LOG_TAIL = math.log(-math.expm1(-1e-7))
 
@@ -61,17 +61,12 @@ def divergence_on_support(
     else:
         log_q, log_tail_t, lse_t = _normalised(other / temperature, tail_t)
         fields.append(_entropy(log_q, log_tail_t, of_tail.teacher_entropy))
+    logp = None
     if target is not None:
         logp = target / temperature - lse
         fields += [logp, torch.zeros_like(logp) if teacher is None else other_target / temperature - lse_t]
-    weight = rows.given.weight
-    if rows.given.old_logp is not None:
-        fields.append(importance_ratio(logp, rows.given.old_logp, rows.given.importance_clip))
-        weight = (weight * fields[-1]).float()
-    slope = None
-    if rows.given.policy is not None:
-        policy_loss, clipped, slope = policy_terms(logp, rows.given)
-        fields += [*([] if rows.given.old_logp is not None else [torch.ones_like(logp)]), policy_loss, clipped]
+    more, weight, slope = of_target(logp, rows.given)
+    fields += more
 
     # g is the gradient of the logits in A, and of the tail's log-sum-exp.
     if support.sampled:
