@@ -322,7 +322,7 @@ def _log_ratio_of(x):
 
 
 @triton.jit
-def bounded_mean(mean):
+def _bounded_mean(mean):
     """An infinite mean (the teacher forbids what the student allows) is taken as the largest finite one: the forbidden
     entries' gradient is then +inf, never inf - inf."""
     return tl.where(mean > _LARGEST, _LARGEST, mean)
@@ -355,7 +355,7 @@ def concluded(m: Moments, by: Numbers, objective: tl.constexpr):
     divergence = tl.where((m.z_own == m.z_own) & (m.z_other == m.z_other), divergence, float("nan"))
     if objective == REVERSE:
         log_ratio = zero
-        mean = bounded_mean(-m.linear / m.z_own)
+        mean = _bounded_mean(-m.linear / m.z_own)
         mean = tl.where(divergence == divergence, mean, divergence)
     else:
         log_ratio = tl.where(divergence == divergence, log_ratio, divergence)
@@ -542,7 +542,7 @@ def concluded_terms(terms: Terms, reference, objective: tl.constexpr):
         divergence = tl.where(terms.divergence < 0, 0.0, terms.divergence)
         mean = divergence if objective == REVERSE else terms.score  # the mean of log(p/q) is the divergence itself
     mean = tl.where(divergence == divergence, mean, divergence).to(tl.float32)  # a NaN row is NaN throughout
-    return divergence.to(tl.float32), Mean(reference, mean, mostly_clipped)
+    return divergence.to(tl.float32), Mean(reference, _bounded_mean(mean), mostly_clipped)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

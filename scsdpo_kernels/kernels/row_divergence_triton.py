@@ -35,7 +35,6 @@ from .divergence_triton import (
     added_terms,
     base,
     beside_one,
-    bounded_mean,
     concluded,
     concluded_terms,
     extended,
@@ -416,7 +415,6 @@ def _row_gradient_of(chunk, known, terms, given, divergence_out, out, by: Number
     divergence, mean = concluded_terms(sums, reference, form.objective)
     tl.store(divergence_out + one, divergence)
     if out is not None:
-        mean = Mean(mean.reference, bounded_mean(mean.score), mean.mostly_clipped)
         scale = gradient_scale(tl.load(given.weight + one), by, form.objective)
         of_policy = None
         if given.coefficient is not None:
