@@ -5,7 +5,8 @@ _LIBRARIES = {
     "baseline": ("default", "SSE4_2", "SSE41"),
     "avx2": ("avx2", "AVX2", "AVX2"),
     "avx512": ("avx512", "AVX512", "AVX512_CORE_VNNI"),
-    "avx512_bf16": ("avx512", "AVX512", "ALL"),
+    "avx512_bf16": ("avx512", "AVX512", "AVX512_CORE_BF16"),
+    "amx_bf16": ("avx512", "AVX512", "ALL"),
 }
 _VARIABLES = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 

@@ -57,7 +57,7 @@ void function(py::module_& m, const char* name, Function kernel) {
 
 PYBIND11_MODULE(_C, m) {
   enumeration<DType>(m, "DType", {"float32", "bfloat16", "float16", "float64"});
-  enumeration<InstructionSet>(m, "InstructionSet", {"baseline", "avx2", "avx512", "avx512_bf16"});
+  enumeration<InstructionSet>(m, "InstructionSet", {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"});
 #define SCSDPO_KIND_NAME(kind, name) name,
   enumeration<Kind>(m, "Kind", {SCSDPO_KINDS(SCSDPO_KIND_NAME)});
   m.def("best_instruction_set", &best_instruction_set);

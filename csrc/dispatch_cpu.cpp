@@ -2,6 +2,11 @@
 #include <algorithm>
 #include <memory>
 
+#if defined(SCSDPO_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "logits.h"
 #include "matmul.h"
 #include "mixture.h"
@@ -30,6 +35,14 @@ SCSDPO_ROWS(avx512)
 int64_t matmul_bf16_columns(const Matmul&);
 void matmul_bf16(const Matmul&, int64_t begin, int64_t end);
 #endif
+#if defined(SCSDPO_AMX)
+// matmul_amx.cpp: rows are packed by panels of so many numbers, and columns multiplied so many at a time
+int64_t matmul_amx_packed(const Matmul&);
+int64_t matmul_amx_panels(const Matmul&);
+int64_t matmul_amx_columns();
+void matmul_amx_pack(const Matmul&, int64_t panel, uint16_t* packed);
+void matmul_amx(const Matmul&, const uint16_t* packed, int64_t begin, int64_t end);
+#endif
 
 namespace {
 
@@ -55,13 +68,26 @@ void for_rows(int64_t rows, const Objective& objective, int threads, Use use) {
   parallel_for(rows, threads, [&](int64_t r) { use(r, mix); });
 }
 
+// Linux gives a process the registers of AMX when it asks for them.
+bool has_amx() {
+#if defined(SCSDPO_AMX)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 InstructionSet best_instruction_set() {
 #if defined(SCSDPO_X86)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? InstructionSet::kAVX512BF16 : InstructionSet::kAVX512;
+    return !__builtin_cpu_supports("avx512bf16") ? InstructionSet::kAVX512
+           : has_amx()                           ? InstructionSet::kAMXBF16
+                                                 : InstructionSet::kAVX512BF16;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return InstructionSet::kAVX2;
 #endif
   return InstructionSet::kBaseline;
@@ -122,7 +148,7 @@ void matmul(const Matmul& task, Processor processor) {
   }
   const int64_t across = parts(task.columns, columns);
   parallel_for(across * parts(task.rows, rows), processor.threads, [&](int64_t i) {
-    static thread_local std::unique_ptr<float[]> left(new float[kMatmulBlockRows * kMatmulBlockDepth + kMatmulSlack]);
+    static thread_local const Aligned<float> left = aligned<float>(kMatmulBlockRows * kMatmulBlockDepth + kMatmulSlack);
     const int64_t r = i / across * rows, c = i % across * columns;
     block(task, r, c, static_cast<int>(std::min(rows, task.rows - r)),
           static_cast<int>(std::min(columns, task.columns - c)), left.get());
@@ -130,6 +156,16 @@ void matmul(const Matmul& task, Processor processor) {
 }
 
 void matmul_bf16(const Matmul& task, Processor processor) {
+#if defined(SCSDPO_AMX)
+  if (processor.instruction_set >= InstructionSet::kAMXBF16) {
+    const int64_t panels = matmul_amx_panels(task), each = matmul_amx_packed(task), columns = matmul_amx_columns();
+    const Aligned<uint16_t> packed = aligned<uint16_t>(panels * each);
+    parallel_for(panels, processor.threads, [&](int64_t i) { matmul_amx_pack(task, i, packed.get() + i * each); });
+    return parallel_for((task.columns + columns - 1) / columns, processor.threads, [&](int64_t i) {
+      matmul_amx(task, packed.get(), i * columns, std::min((i + 1) * columns, task.columns));
+    });
+  }
+#endif
 #if defined(SCSDPO_X86)
   int64_t size = matmul_bf16_columns(task);
   parallel_for((task.columns + size - 1) / size, processor.threads,

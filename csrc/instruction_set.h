@@ -4,7 +4,7 @@
 
 namespace scsdpo {
 
-enum class InstructionSet : int32_t { kBaseline, kAVX2, kAVX512, kAVX512BF16 };
+enum class InstructionSet : int32_t { kBaseline, kAVX2, kAVX512, kAVX512BF16, kAMXBF16 };
 
 // The widest one that this build has and this processor runs.
 InstructionSet best_instruction_set();

@@ -6,6 +6,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #include "instruction_set.h"
 #include "matrix.h"
@@ -34,9 +36,21 @@ struct Matmul {
 constexpr int kMatmulBlockRows = 672;
 constexpr int kMatmulBlockDepth = 2048, kMatmulSlack = 16;
 
+// Numbers from the beginning of a cache line on.
+struct AlignedDelete {
+  void operator()(void* at) const { ::operator delete[](at, std::align_val_t(64)); }
+};
+template <class Number>
+using Aligned = std::unique_ptr<Number[], AlignedDelete>;
+
+template <class Number>
+Aligned<Number> aligned(int64_t count) {
+  return Aligned<Number>(static_cast<Number*>(::operator new[](count * sizeof(Number), std::align_val_t(64))));
+}
+
 void matmul(const Matmul& task, Processor processor);
 
-// The same of bf16 factors with unit stride along the depth, without `add`, on kAVX512BF16: twice the rate.
+// The same of bf16 factors with unit stride along the depth, without `add`, on kAVX512BF16 or kAMXBF16.
 void matmul_bf16(const Matmul& task, Processor processor);
 
 }  // namespace scsdpo

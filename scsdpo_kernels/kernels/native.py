@@ -28,6 +28,7 @@ _DTYPES = {
 # The widest instruction set that kernels may use: "" is all that the processor has. ATEN_CPU_CAPABILITY,
 # ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS do the same to PyTorch and the libraries that it calls.
 CPU_CAPABILITY = os.environ.get("SCSDPO_CPU_CAPABILITY", "")
+WITH_BF16 = ("avx512_bf16", "amx_bf16")  # have products of bf16 numbers; their other kernels are avx512's
 
 
 @functools.cache
@@ -52,7 +53,7 @@ def multiplies_bf16() -> bool:
 
     Without them PyTorch's bf16 products are a loop: 300 times slower than fp32 ones on AVX2.
     """
-    return instruction_sets()[-1] == "avx512_bf16" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return instruction_sets()[-1] in WITH_BF16 and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def row_divergence(
@@ -247,17 +248,13 @@ def matmul(
 
     csrc/matmul.h has the contract.
     """
-    task = _matmul_task(left, right, out, add=add)
-    if (
-        instruction_set is None
-        and not add
-        and left.dtype == right.dtype == torch.bfloat16
-        and left.stride(1) == right.stride(0) == 1
-        and multiplies_bf16()
-    ):
-        _C.matmul_bf16(task, _processor(out.device, "avx512_bf16"))
+    task, processor = _matmul_task(left, right, out, add=add), _processor(out.device, instruction_set)
+    has_instructions = multiplies_bf16() if instruction_set is None else instruction_set in WITH_BF16
+    are_bf16 = left.dtype == right.dtype == torch.bfloat16 and left.stride(1) == right.stride(0) == 1
+    if has_instructions and are_bf16 and not add:
+        _C.matmul_bf16(task, processor)
     else:
-        _C.matmul(task, _processor(out.device, instruction_set))
+        _C.matmul(task, processor)
 
 
 def _matmul_task(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> _C.Matmul:
