@@ -26,6 +26,7 @@ if DEVICE == "cpu":
 ON_PROCESSOR = {
     "test_entry_clip",
     "test_linear_divergence",
+    "test_main_grad",
     "test_objectives",
     "test_operator",
     "test_per_token",

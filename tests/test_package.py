@@ -32,7 +32,7 @@ MODULES = {
 LAW = (
     "scsdpo",  # knows public names of scsdpo_kernels
     "__init__ > scsdpo_loss > linear_divergence > trust_region, pass_rates > question_weights",
-    "arguments, ops > checks > vocab_shard",
+    "arguments, ops > checks, main_grad > vocab_shard",
     "schedules",  # chunked and reference know neither each other nor torch.library
     "kernels",  # native alone knows _C
     "problem",  # torch only
@@ -167,8 +167,8 @@ def test_public_heads_and_supports():
     }
     assert fields == {
         "Head": (
-            ("weight", "bias", "lora", "logit_scale", "softcap"),
-            {"bias": None, "lora": None, "logit_scale": 1.0, "softcap": None},
+            ("weight", "bias", "lora", "logit_scale", "softcap", "main_grad"),
+            {"bias": None, "lora": None, "logit_scale": 1.0, "softcap": None, "main_grad": None},
         ),
         "LoRA": (("a", "b", "scale"), {"scale": 1.0}),
         "TopK": (("k", "tail"), {"tail": "bucket"}),
