@@ -273,8 +273,8 @@ class LaterProduct:
     """The gradient of a head whose one group's factors wait for backward, which adds their product to `main_grad`.
 
     They take 2 N (V + D) bytes where an fp32 sum takes 4 V D: half of that for N = D tokens, and about as much for
-    N = 2D, the most that a group has. The sum would stand beside G in the forward pass, too. In slabs, the product costs
-    there what it costs here, and is scaled in fp32.
+    N = 2D, the most that a group has. The sum would stand beside G in the forward pass, too. In slabs, the product
+    costs there what it costs here, and is scaled in fp32.
     """
 
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
