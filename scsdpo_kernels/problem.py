@@ -136,7 +136,7 @@ class Objective(NamedTuple):
     beta: float
     temperature: float
     entry_clip: float  # nats; 0: none
-    token_beta: Tensor | None = None  # (...,) in place of beta. Of a chunk's rows (C,) float64
+    token_beta: Tensor | None = None  # (...,) in place of beta. Of a chunk's rows (C,) float64, or `Kernels.shares`'
 
 
 def share_range(divergence: str) -> str:

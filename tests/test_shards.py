@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from problems import Problem, problem
 from ranks import over
+from test_divergences import Tables
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -25,6 +26,7 @@ from scsdpo_kernels import (
     linear_divergence,
     linear_divergence_per_token,
 )
+from scsdpo_kernels.kernels import triton_kernels
 from scsdpo_kernels.schedules import chunked
 
 V, D, ROWS, OWN_WIDTH = 67, 16, 37, 12
@@ -487,3 +489,22 @@ def test_data_and_vocabulary(group):
     assert_near("loss", total, exact.loss)
     assert_near("gradient of hidden states", mine.hidden.grad / 2, of_hidden[tokens])
     assert_near("gradient of the head", layer.module.weight.grad, process.cut(of_head).cpu())
+
+
+@over(1, 2)
+def test_a_gpus_constants_are_made_once_a_call(group):
+    """Of a share of each token's own, and not for each chunk's sums and gradient again."""
+    process, before = Process(group), (chunked.kernels_of, chunked.MIN_ROWS, chunked.BUFFER_BYTES)
+    given, beta = problem(12, D, V, weighted=True), torch.linspace(0, 1, 12)
+    chunked.kernels_of, chunked.MIN_ROWS, chunked.BUFFER_BYTES = (
+        (lambda device: triton_kernels()),
+        4,
+        {"cpu": 0, "gpu": 0},
+    )
+    try:
+        with Tables() as tables:
+            got = process.part(given).run(beta=beta.to(process.device), shard=process.shard())
+    finally:
+        chunked.kernels_of, chunked.MIN_ROWS, chunked.BUFFER_BYTES = before
+    assert tables.count == 1
+    process.assert_exact(got, oracle.expected(given, beta=beta))

@@ -49,6 +49,8 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
     head, rows = plan.student.head, plan.rows
     count, device = len(rows.given.weight), plan.student.hidden.device
     kernels = kernels_of(device)
+    if rows.beta is not None:
+        rows = rows._replace(beta=kernels.shares(plan.objective.kind, rows.beta))
     if head.logit_scale != 1.0:
         rows = rows._replace(given=_scaled(rows.given, head.logit_scale))
     on_cpu = products.on_cpu(plan.student.hidden)
