@@ -494,17 +494,12 @@ def test_data_and_vocabulary(group):
 @over(1, 2)
 def test_a_gpus_constants_are_made_once_a_call(group):
     """Of a share of each token's own, and not for each chunk's sums and gradient again."""
-    process, before = Process(group), (chunked.kernels_of, chunked.MIN_ROWS, chunked.BUFFER_BYTES)
-    given, beta = problem(12, D, V, weighted=True), torch.linspace(0, 1, 12)
-    chunked.kernels_of, chunked.MIN_ROWS, chunked.BUFFER_BYTES = (
-        (lambda device: triton_kernels()),
-        4,
-        {"cpu": 0, "gpu": 0},
-    )
-    try:
-        with Tables() as tables:
-            got = process.part(given).run(beta=beta.to(process.device), shard=process.shard())
-    finally:
-        chunked.kernels_of, chunked.MIN_ROWS, chunked.BUFFER_BYTES = before
+    process, given = Process(group), problem(12, D, V, weighted=True)
+    beta = torch.linspace(0, 1, 12)
+    with pytest.MonkeyPatch.context() as patch, Tables() as tables:
+        patch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
+        patch.setattr(chunked, "MIN_ROWS", 4)
+        patch.setattr(chunked, "BUFFER_BYTES", {"cpu": 0, "gpu": 0})
+        got = process.part(given).run(beta=beta.to(process.device), shard=process.shard())
     assert tables.count == 1
     process.assert_exact(got, oracle.expected(given, beta=beta))
