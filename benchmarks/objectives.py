@@ -4,9 +4,9 @@
                                     [--output FOLDER]
 
 Three products (the head is frozen, but for its bias or adapter) and the rows, forward and backward, of fp32 inputs, or
-bf16 on a GPU; and the rows alone, from resident logits to the weighted gradient over them. Medians of repeats that take
-turns. Gradients are compared with float64 on a subsample. TRL's losses, which need full logits, run on those that
-PyTorch projects.
+bf16 on a GPU; and the rows alone, from logits to the weighted gradient over them: a call with hidden states of 64
+numbers, less the time of the same products by themselves. Medians of repeats that take turns. Gradients are compared
+with float64 on a subsample. TRL's losses, which need full logits, run on those that PyTorch projects.
 
 Writes FOLDER/objectives-<machine>.json and prints its table; `benchmarks/report.py` puts it into docs/benchmarks.md.
 """
@@ -24,15 +24,12 @@ from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine
 from torch import Tensor
 
 from scsdpo_kernels import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs, linear_divergence
-from scsdpo_kernels.arguments import problem_of
-from scsdpo_kernels.kernels import kernels_of
-from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy
-from scsdpo_kernels.linear_divergence import DEFAULTS
-from scsdpo_kernels.problem import Problem
-from scsdpo_kernels.schedules.products import apply_head
-from scsdpo_kernels.schedules.row_values import row_values
-from scsdpo_kernels.schedules.rows import Rows, shares
-from scsdpo_kernels.schedules.shards import Shard
+from scsdpo_kernels.kernels import native
+
+WIDTH_OF_ROWS = 64  # where rows are measured: products are then a fraction of them
+CHUNK = 256  # rows of a product
+PROJECT, BACK_PROJECT = "projection", "back-projection"
+ROWS = {"cpu": 256, "gpu": 4096}  # a GPU takes longer for these than the host for a call
 
 
 def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
@@ -118,42 +115,54 @@ def losses_of_trl(hidden: Tensor, weight: Tensor, teacher: Tensor, target_ids: T
     }
 
 
-def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tuple[Callable, Callable]:
-    """The row stage of one chunk, on copies that it may change: what restores them, and what runs it."""
-    student, teacher = (x.clone() for x in logits)
-    rows, vocabulary = student.shape
-    hidden = student.new_zeros(rows, 1)
-    head = head._replace(weight=student.new_zeros(vocabulary, 1))  # not multiplied with: the logits are there
-    problem = problem_of(hidden, head, teacher_of(options, hidden), None, None, DEFAULTS | first(options, rows))
-    target, support, index = problem.target, problem.support, torch.arange(rows, device=student.device)
-    of_rows = Rows(
-        kept=index,
-        student=index,
-        teacher=index,
-        given=PerRow(student.new_ones(rows), *(() if target is None else target), policy=_row_policy(problem)),
-        support_ids=None if support is None else support.ids,
-        support_logp=None if support is None else support.logp,
-        are_all=True,
-        beta=shares(problem.objective, index, student.new_ones(rows)),
-    )
-    given = Logits(student, teacher if problem.teacher else None, difference=False, softcap=head.softcap or 0.0)
-    kernels, shard = kernels_of(student.device), Shard(problem.part, vocabulary)
+def rows_alone(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
+    """Calls of narrow hidden states, in which a head has what it has on the student's side; and their products."""
+    hidden, weight, teacher = reasoning(rows, WIDTH_OF_ROWS, vocabulary, dtype, device=device)
+    hidden.requires_grad_()
+    teacher_head = weight.clone()  # the student's own would be projected with it
 
-    def restore() -> None:
-        student.copy_(logits[0])
-        teacher.copy_(logits[1])
+    def call(head: Head, options: dict) -> None:
+        hidden.grad = None
+        other = teacher_of(options, teacher)
+        head = head._replace(bias=None if head.bias is None else head.bias.detach())
+        linear_divergence(hidden, head, other, None if other is None else teacher_head, **options).loss.backward()
 
-    def run() -> None:
-        apply_head(hidden, problem.student.head, student, kernels)
-        row_values(given, of_rows, problem.objective, support, kernels, shard, gradient=student)
+    runs = {name: partial(call, *case) for name, case in cases(hidden, weight).items() if name != "LoRA of rank 16"}
+    chunk = hidden.detach()[:CHUNK]
+    if device.type == "cpu":
+        logits = native.empty(len(chunk), vocabulary, dtype=torch.float32)
+        gradient = native.empty(len(chunk), vocabulary, dtype=dtype).zero_()
+    else:
+        logits = torch.empty(len(chunk), vocabulary, device=device)
+        gradient = torch.zeros(len(chunk), vocabulary, dtype=dtype, device=device)
 
-    return restore, run
+    def project() -> None:
+        """To fp32, as a call does it."""
+        for _ in range(0, rows, CHUNK):
+            if device.type == "cpu":
+                native.matmul(chunk, weight.T, logits)
+            else:
+                torch.mm(chunk, weight.T, out_dtype=torch.float32, out=logits)
+
+    def back_project() -> None:
+        for _ in range(0, rows, CHUNK):
+            if device.type == "cpu":
+                torch.mm(gradient, weight)
+            else:
+                torch.mm(gradient, weight, out_dtype=torch.float32)
+
+    return {**runs, PROJECT: project, BACK_PROJECT: back_project}
 
 
-def _row_policy(problem: Problem) -> RowPolicy | None:
-    if (policy := problem.policy) is None:
-        return None
-    return RowPolicy(policy.advantages, policy.coefficient, policy.ratio, 1 - policy.clip_low, 1 + policy.clip_high)
+def seconds_of_rows(times: dict[str, float], rows: int, all_cases: dict[str, tuple[Head, dict]]) -> dict[str, float]:
+    """Seconds of 256 rows: calls less their products."""
+    seconds = {}
+    for name, (_, options) in all_cases.items():
+        if name in times:
+            sides = 1 if isinstance(options.get("support"), TopLogprobs) else 2
+            alone = times[name] - sides * times[PROJECT] - times[BACK_PROJECT]
+            seconds[name] = alone * 256 / rows
+    return seconds
 
 
 def eager(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:
@@ -208,7 +217,6 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     hidden.requires_grad_()
     all_cases = cases(hidden, weight)
     peers = losses_of_trl(hidden, weight, teacher, all_cases["SampledToken"][1]["target_ids"])
-    logits = (hidden[:256] @ weight.T).detach().float(), (teacher[:256] @ weight.T).float()
 
     def ours(head: Head, options: dict) -> None:
         hidden.grad = None
@@ -221,9 +229,9 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     runs = {("ours", name): partial(ours, *case) for name, case in all_cases.items()}
     runs |= {("trl", name): partial(theirs, loss) for name, loss in peers.items()}
     times = medians(interleaved(runs, arguments.repeats, device))
-    stages = {name: rows_alone(logits, *case) for name, case in all_cases.items() if name != "LoRA of rank 16"}
-    before, stages = ({name: stage[i] for name, stage in stages.items()} for i in range(2))
-    of_rows = medians(interleaved(stages, arguments.repeats, device, before))
+    rows = ROWS["cpu" if device.type == "cpu" else "gpu"]
+    narrow = rows_alone(rows, arguments.vocabulary, dtype, device)
+    of_rows = seconds_of_rows(medians(interleaved(narrow, arguments.repeats, device)), rows, all_cases)
     records = {}
     for name, (head, options) in all_cases.items():
         off, stick = errors_hidden(head, options, hidden, teacher)

@@ -10,7 +10,7 @@ from conftest import DEVICE
 from oracle import assert_near
 from problems import problem
 from test_row_divergence import INSTRUCTION_SETS, assert_rows, assert_same, device_of, every_kernel, logits, run
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_shards import Tables
 
 from scsdpo_kernels import SampledToken, TopK, TopLogprobs, linear_divergence, linear_divergence_per_token
 from scsdpo_kernels.arguments import problem_of
@@ -258,17 +258,6 @@ def test_values_and_gradients(kernels, divergence, own, support, monkeypatch):
     if support is None and kernels == "cpu":
         reference = given.to(torch.float64).run(**options, schedule="reference")
         torch.testing.assert_close((*reference[0], *reference[1:]), (*exact[0], *exact[1:]), rtol=1e-7, atol=1e-9)
-
-
-class Tables(TorchDispatchMode):
-    """How many tables of `mixtures` are made: two products each with a small matrix."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ == "mm" and args[1].shape == (8, 8):
-            self.count += 0.5
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("support", [None, TopK(20)], ids=["whole", "bucket"])

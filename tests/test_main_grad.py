@@ -1,5 +1,7 @@
 """`Head.main_grad`: a head's gradient that is added to the caller's fp32 buffer, and to nothing else."""
 
+from pathlib import Path
+
 import oracle
 import pytest
 import torch
@@ -195,6 +197,17 @@ def test_no_fp32_sum_of_the_head_for_few_tokens(monkeypatch):
     assert 2 * (held.logit_gradient.numel() + held.hidden.numel()) == 2 * 8 * (4096 + 64) < buffer.nbytes / 4
     _, _, exact = oracle.expected(given)
     assert relative_error(buffer, exact) < 5e-3
+
+
+@pytest.mark.parametrize("rows, gigabytes", [(2048, 0.64), (8192, 2.56), (8193, 2.49)])
+def test_what_waits_by_count(rows, gigabytes):
+    """The table of docs/parallel.md."""
+    vocabulary, width = 151936, 4096
+    one = rows <= chunked._group_rows(rows, width)
+    waits = 2 * rows * (vocabulary + width) if one else 4 * vocabulary * width
+    assert round(waits / 1e9, 2) == gigabytes and round(2 * vocabulary * width / 1e9, 2) == 1.24
+    page = (Path(__file__).parents[1] / "docs" / "parallel.md").read_text()
+    assert f"| {rows if one else 'more'} | {gigabytes} GB | 1.24 GB |" in page
 
 
 # ---------------------------------------------------------------------------------------------------------------------
