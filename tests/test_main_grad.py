@@ -400,7 +400,7 @@ def test_embeddings_that_are_tied_to_the_head():
     """Their gradient comes by autograd, in the same backward pass, and the hook adds it to the head's."""
     given, ids = problem(ROWS, D, V), torch.arange(ROWS) * 7
     weight = given.head.clone().requires_grad_()
-    given.but(hidden=F.embedding(ids, weight), teacher_head=given.head).call().loss.backward()
+    given.but(hidden=F.embedding(ids, weight), head=weight, teacher_head=given.head).call().loss.backward()
     tied = Hooks(given.head, tied=True)
     head = Head(tied.weight, main_grad=tied.weight.main_grad)
     given.but(hidden=F.embedding(ids, tied.weight), head=head, teacher_head=given.head).call().loss.backward()
