@@ -2,7 +2,7 @@
 
 Megatron-LM and Transformer Engine add a weight's gradient to `weight.main_grad` inside the layer's backward pass. The
 hooks of the weight's AccumulateGrad node then start the reduction over processes. `weight.grad_added_to_main_grad`, if
-it is True, tells them that there is nothing to add; but they want a gradient, without which some do not run at all.
+it is True, tells them that there is nothing to add; but they refuse a weight without a gradient, if reductions overlap.
 """
 
 import torch

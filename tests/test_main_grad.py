@@ -415,7 +415,7 @@ def test_a_weight_without_megatrons_attribute_gets_no_gradient():
     node.register_hook(lambda *_: reduced.append(weight.grad))
     weight.register_post_accumulate_grad_hook(lambda _: accumulated.append(weight.grad))
     given.but(head=Head(weight, main_grad=buffer)).call().loss.backward()
-    assert reduced == [None] and accumulated == [] and weight.grad is None
+    assert reduced == [None] and set(accumulated) <= {None} and weight.grad is None
     assert not hasattr(weight, "grad_added_to_main_grad") and (buffer != 0).any()
 
 

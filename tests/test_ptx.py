@@ -328,7 +328,7 @@ class OfPolicy(NamedTuple):
         assert losses[bad].isnan().all()
         if gradient is not None:
             error = (gradient.double() - self.gradient).norm(dim=1)
-            assert (error <= self.limit)[good].all(), (error / self.limit)[good]
+            assert (error <= self.limit)[good].all(), torch.stack([error, self.limit])[:, good]
             assert gradient[bad].isnan().all()
 
 
