@@ -358,6 +358,7 @@ def of_policy(case: Case, rows: Rows, ratios: str) -> OfPolicy:
     *_, own = exact_rows(*sides, 0 * weight, policy, 0.0)
     *_, stick = exact_rows(*sides, 0 * weight, policy, 0.0, torch.float32)
     limit = 3 * (stick.double() - own).norm(dim=1) + 1e-5 * (gradient - own).norm(dim=1) + 1e-6 * gradient.norm(dim=1)
+    limit = limit + 1e-18  # of long double's own, where both sides are one and the policy is clipped
     if case.gradient == torch.bfloat16:
         limit = limit + 2**-8 * gradient.norm(dim=1)
     if case.softcap:
