@@ -4,7 +4,7 @@
                                     [--output FOLDER]
 
 Three products (the head is frozen, but for its bias or adapter) and the rows, forward and backward, of fp32 inputs, or
-bf16 on a GPU; and the rows alone, from logits to the weighted gradient over them: a call with hidden states of 64
+bf16 on a GPU; and the rows alone, from logits to the weighted gradient over them: a call with hidden states of 96
 numbers, less the time of the same products by themselves. Medians of repeats that take turns. Gradients are compared
 with float64 on a subsample. TRL's losses, which need full logits, run on those that PyTorch projects.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from scsdpo_kernels import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs, linear_divergence
 from scsdpo_kernels.kernels import native
 
-WIDTH_OF_ROWS = 64  # where rows are measured: products are then a fraction of them
+WIDTH_OF_ROWS = 96  # where rows are measured: products are then a fraction of them
 CHUNK = 256  # rows of a product
 PROJECT, BACK_PROJECT = "projection", "back-projection"
 ROWS = {"cpu": 256, "gpu": 4096}  # a GPU takes longer for these than the host for a call

@@ -7,13 +7,13 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from inside import Inside
 from problems import Problem, problem
 from ranks import over
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from scsdpo_kernels import (
@@ -491,15 +491,14 @@ def test_data_and_vocabulary(group):
     assert_near("gradient of the head", layer.module.weight.grad, process.cut(of_head).cpu())
 
 
-class Tables(TorchDispatchMode):
-    """How many tables of `mixtures` are made: two products each with a small matrix."""
+class Tables(Inside):
+    """How many tables of `mixtures` are made: two products each with a small matrix. One row is that of a number."""
 
     count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ == "mm" and args[1].shape == (8, 8):
-            self.count += 0.5
-        return func(*args, **(kwargs or {}))
+    def saw(self, func, args, out):
+        is_product = func.overloadpacket.__name__ in ("mm", "matmul") and args[1].shape == (8, 8)
+        self.count += 0.5 * (is_product and len(args[0]) > 1)
 
 
 @over(1, 2)
