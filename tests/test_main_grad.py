@@ -119,6 +119,18 @@ def test_the_products_of_a_gpu(request, rows, dtype):
     assert relative_error(buffer, exact[2]) <= 1.01 * relative_error(plain[2], exact[2]) + 1e-6
 
 
+def test_products_of_bf16_numbers_are_not_rounded_to_bf16():
+    """Neither where they wait for backward nor in a sum over groups."""
+    generator = torch.Generator().manual_seed(0)
+    groups = [products.Factors(*(torch.randn(40, n, generator=generator).bfloat16() for n in (V, D))) for _ in range(2)]
+    exact = sum(2.5 * (g.double().T @ h.double()) for g, h in groups)
+    later, total = torch.zeros(V, D), products.HeadGradient(torch.zeros(V, D), torch.float32, 2, None)
+    for group in groups:
+        products.add_product(later, group, torch.tensor(2.5))
+        total.add(*group)
+    assert relative_error(later, exact) < 1e-6 and relative_error(2.5 * total.result(), exact) < 1e-6
+
+
 @pytest.mark.parametrize("scale", [1.0, -0.3, 3.0])
 def test_the_upstream_gradient_multiplies_and_the_buffer_keeps_what_it_had(logit_gradients, scale):
     given = problem(ROWS, D, V, dtype=torch.bfloat16, weighted=True)
