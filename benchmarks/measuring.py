@@ -111,12 +111,19 @@ def freed_memory_is_kept() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
-def interleaved(runs: dict, repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every repeat of every run, in turns, of which a first one does not count."""
+def interleaved(
+    runs: dict, repeats: int, device: torch.device, before: dict[str, Callable] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of every repeat of every run, in turns, of which a first one does not count.
+
+    before: what is done before a run, and not timed.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     with freed_memory_is_kept():
         for repeat in range(repeats + 1):
             for name, run in runs.items():
+                if before:
+                    before[name]()
                 elapsed = seconds(run, device)
                 if repeat:
                     times[name].append(elapsed)

@@ -4,9 +4,10 @@
                                     [--output FOLDER]
 
 Three products (the head is frozen, but for its bias or adapter) and the rows, forward and backward, of fp32 inputs, or
-bf16 on a GPU; and the rows alone, from logits to the weighted gradient over them: a call with hidden states of 96
-numbers, less the time of the same products by themselves. Medians of repeats that take turns. Gradients are compared
-with float64 on a subsample. TRL's losses, which need full logits, run on those that PyTorch projects.
+bf16 on a GPU; and the rows alone, from resident logits to the weighted gradient over them: row kernels by themselves,
+and of an objective on a part of the vocabulary what a call of narrow hidden states takes beyond Jensen-Shannon's, whose
+products are the same. Medians of repeats that take turns. Gradients are compared with float64 on a subsample. TRL's
+losses, which need full logits, run on those that PyTorch projects.
 
 Writes FOLDER/objectives-<machine>.json and prints its table; `benchmarks/report.py` puts it into docs/benchmarks.md.
 """
@@ -24,12 +25,13 @@ from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine
 from torch import Tensor
 
 from scsdpo_kernels import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs, linear_divergence
-from scsdpo_kernels.kernels import native
+from scsdpo_kernels.kernels import kernels_of, native
+from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, objective_of
 
-WIDTH_OF_ROWS = 96  # where rows are measured: products are then a fraction of them
-CHUNK = 256  # rows of a product
-PROJECT, BACK_PROJECT = "projection", "back-projection"
-ROWS = {"cpu": 256, "gpu": 4096}  # a GPU takes longer for these than the host for a call
+PLAIN, PROJECTION = "Jensen-Shannon, β = 0.5", "projection"
+# Narrow calls: few enough numbers of a hidden state, and so many tokens that a GPU takes longer than its host.
+NARROW = 96
+NARROW_TOKENS = {"cpu": 256, "gpu": 4096}
 
 
 def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
@@ -47,7 +49,7 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
     lora = LoRA(randn(16, width).mul(width**-0.5).requires_grad_(), randn(vocabulary, 16).mul(0.1).requires_grad_())
     head = Head(weight)
     return {
-        "Jensen-Shannon, β = 0.5": (head, {}),
+        PLAIN: (head, {}),
         "forward KL, β = 0": (head, {"beta": 0.0}),
         "reverse KL, β = 1": (head, {"beta": 1.0}),
         "Jeffreys, β = 0.5": (head, {"divergence": "jeffreys"}),
@@ -115,53 +117,76 @@ def losses_of_trl(hidden: Tensor, weight: Tensor, teacher: Tensor, target_ids: T
     }
 
 
-def rows_alone(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
-    """Calls of narrow hidden states, in which a head has what it has on the student's side; and their products."""
-    hidden, weight, teacher = reasoning(rows, WIDTH_OF_ROWS, vocabulary, dtype, device=device)
+def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tuple[Callable, Callable]:
+    """The row kernels of one chunk, on copies that they may change: what restores them, and what runs them."""
+    student, teacher = (x.clone() for x in logits)
+    ones, kernels = student.new_ones(len(student)), kernels_of(student.device)
+    options = first(options, len(student))
+    beta, clip = options.get("beta", 0.5), options.get("entry_clip") or 0.0
+    objective = objective_of(beta, 1.0, clip, options.get("divergence", "jensen_shannon"))
+    if objective.token_beta is not None:
+        objective = objective._replace(token_beta=kernels.shares(objective.kind, beta.double()))
+    policy = options.get("policy")
+    if policy is not None:
+        policy = RowPolicy(policy.advantages, ones, None, 1 - policy.clip_low, 1 + policy.clip_high)
+    given = PerRow(ones, options.get("target_ids"), options.get("old_logp"), policy=policy)
+    bias, softcap = None if head.bias is None else head.bias.detach(), head.softcap or 0.0
+
+    def restore() -> None:
+        student.copy_(logits[0])
+        teacher.copy_(logits[1])
+
+    def run() -> None:
+        if bias is not None or head.logit_scale != 1.0 or softcap:
+            kernels.head_logits(student, bias, head.logit_scale, softcap)
+        kernels.row_divergence(Logits(student, teacher, False, softcap), given, objective, student)
+
+    return restore, run
+
+
+def narrow_calls(vocabulary: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
+    """Of Jensen-Shannon and of every objective on a part of the vocabulary; and a projection of as many tokens."""
+    tokens = NARROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
+    hidden, weight, teacher = reasoning(tokens, NARROW, vocabulary, dtype, device=device)
     hidden.requires_grad_()
-    teacher_head = weight.clone()  # the student's own would be projected with it
+    teacher_head = weight.clone()  # both sides' logits, and no difference of them
 
     def call(head: Head, options: dict) -> None:
         hidden.grad = None
         other = teacher_of(options, teacher)
-        head = head._replace(bias=None if head.bias is None else head.bias.detach())
         linear_divergence(hidden, head, other, None if other is None else teacher_head, **options).loss.backward()
 
-    runs = {name: partial(call, *case) for name, case in cases(hidden, weight).items() if name != "LoRA of rank 16"}
-    chunk = hidden.detach()[:CHUNK]
-    if device.type == "cpu":
-        logits = native.empty(len(chunk), vocabulary, dtype=torch.float32)
-        gradient = native.empty(len(chunk), vocabulary, dtype=dtype).zero_()
-    else:
-        logits = torch.empty(len(chunk), vocabulary, device=device)
-        gradient = torch.zeros(len(chunk), vocabulary, dtype=dtype, device=device)
+    states, logits = hidden.detach()[:256], torch.empty(256, vocabulary, device=device)
 
     def project() -> None:
         """To fp32, as a call does it."""
-        for _ in range(0, rows, CHUNK):
+        for _ in range(0, tokens, len(states)):
             if device.type == "cpu":
-                native.matmul(chunk, weight.T, logits)
+                native.matmul(states, weight.T, logits)
             else:
-                torch.mm(chunk, weight.T, out_dtype=torch.float32, out=logits)
+                torch.mm(states, weight.T, out_dtype=torch.float32, out=logits)
 
-    def back_project() -> None:
-        for _ in range(0, rows, CHUNK):
-            if device.type == "cpu":
-                torch.mm(gradient, weight)
-            else:
-                torch.mm(gradient, weight, out_dtype=torch.float32)
-
-    return {**runs, PROJECT: project, BACK_PROJECT: back_project}
+    chosen = {name: case for name, case in cases(hidden, weight).items() if name == PLAIN or "support" in case[1]}
+    return {name: partial(call, *case) for name, case in chosen.items()} | {PROJECTION: project}
 
 
-def seconds_of_rows(times: dict[str, float], rows: int, all_cases: dict[str, tuple[Head, dict]]) -> dict[str, float]:
-    """Seconds of 256 rows: calls less their products."""
-    seconds = {}
+def seconds_of_rows(
+    all_cases: dict[str, tuple[Head, dict]], logits: tuple[Tensor, Tensor], repeats: int, dtype: torch.dtype
+) -> dict[str, float]:
+    """Of 256 rows, by name; an adapter's rows are those of a plain head."""
+    device, vocabulary = logits[0].device, logits[0].shape[1]
+    whole = {x: case for x, case in all_cases.items() if "support" not in case[1] and case[0].lora is None}
+    stages = {name: rows_alone(logits, *case) for name, case in whole.items()}
+    before, stages = ({name: stage[i] for name, stage in stages.items()} for i in range(2))
+    seconds = medians(interleaved(stages, repeats, device, before))
+    narrow = medians(interleaved(narrow_calls(vocabulary, dtype, device), repeats, device))
+    scale = 256 / NARROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
     for name, (_, options) in all_cases.items():
-        if name in times:
-            sides = 1 if isinstance(options.get("support"), TopLogprobs) else 2
-            alone = times[name] - sides * times[PROJECT] - times[BACK_PROJECT]
-            seconds[name] = alone * 256 / rows
+        if "support" in options:
+            beyond = narrow[name] - narrow[PLAIN]
+            if isinstance(options["support"], TopLogprobs):  # a projection less
+                beyond += narrow[PROJECTION]
+            seconds[name] = seconds[PLAIN] + beyond * scale
     return seconds
 
 
@@ -229,9 +254,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     runs = {("ours", name): partial(ours, *case) for name, case in all_cases.items()}
     runs |= {("trl", name): partial(theirs, loss) for name, loss in peers.items()}
     times = medians(interleaved(runs, arguments.repeats, device))
-    rows = ROWS["cpu" if device.type == "cpu" else "gpu"]
-    narrow = rows_alone(rows, arguments.vocabulary, dtype, device)
-    of_rows = seconds_of_rows(medians(interleaved(narrow, arguments.repeats, device)), rows, all_cases)
+    logits = (hidden[:256] @ weight.T).detach().float(), (teacher[:256] @ weight.T).float()
+    of_rows = seconds_of_rows(all_cases, logits, arguments.repeats, dtype)
     records = {}
     for name, (head, options) in all_cases.items():
         off, stick = errors_hidden(head, options, hidden, teacher)

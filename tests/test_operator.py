@@ -415,6 +415,9 @@ def test_heads_that_share_memory_but_not_shape_or_strides(case):
         assert oracle.relative_error(got, want) < 3e-6
 
 
+WAITING = {"item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
+
+
 class Waits(Inside):
     """Names of operators that would make the host wait for an accelerator."""
 
@@ -424,7 +427,7 @@ class Waits(Inside):
 
     def saw(self, func, args, out):
         name = func.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"):
+        if name in WAITING:
             self.names.append(name)
         if name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1]):
             self.names.append("index by a mask")
