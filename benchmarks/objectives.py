@@ -4,15 +4,17 @@
                                     [--output FOLDER]
 
 Three products (the head is frozen, but for its bias or adapter) and the rows, forward and backward, of fp32 inputs, or
-bf16 on a GPU; and the rows alone, from resident logits to the weighted gradient over them. Medians of repeats that take
-turns. Gradients are compared with float64 on a subsample. TRL's losses, which need full logits, run on those that
-PyTorch projects.
+bf16 on a GPU; and the rows alone, from resident logits to the weighted gradient over them: row kernels by themselves,
+and of an objective on a part of the vocabulary what a call of narrow hidden states takes beyond Jensen-Shannon's, whose
+products are the same. Medians of repeats that take turns. Gradients are compared with float64 on a subsample. TRL's
+losses, which need full logits, run on those that PyTorch projects.
 
 Writes FOLDER/objectives-<machine>.json and prints its table; `benchmarks/report.py` puts it into docs/benchmarks.md.
 """
 
 import argparse
 import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,15 +26,13 @@ from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine
 from torch import Tensor
 
 from scsdpo_kernels import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs, linear_divergence
-from scsdpo_kernels.arguments import problem_of
-from scsdpo_kernels.kernels import kernels_of
-from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy
-from scsdpo_kernels.linear_divergence import DEFAULTS
-from scsdpo_kernels.problem import Problem
-from scsdpo_kernels.schedules.products import apply_head
-from scsdpo_kernels.schedules.row_values import row_values
-from scsdpo_kernels.schedules.rows import Rows, shares
-from scsdpo_kernels.schedules.shards import Shard
+from scsdpo_kernels.kernels import kernels_of, native
+from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, objective_of
+
+PLAIN, PROJECTION = "Jensen-Shannon, β = 0.5", "projection"
+# Narrow calls: few enough numbers of a hidden state, and so many tokens that a GPU takes longer than its host.
+NARROW = 96
+NARROW_TOKENS = {"cpu": 256, "gpu": 4096}
 
 
 def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
@@ -50,7 +50,7 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
     lora = LoRA(randn(16, width).mul(width**-0.5).requires_grad_(), randn(vocabulary, 16).mul(0.1).requires_grad_())
     head = Head(weight)
     return {
-        "Jensen-Shannon, β = 0.5": (head, {}),
+        PLAIN: (head, {}),
         "forward KL, β = 0": (head, {"beta": 0.0}),
         "reverse KL, β = 1": (head, {"beta": 1.0}),
         "Jeffreys, β = 0.5": (head, {"divergence": "jeffreys"}),
@@ -119,41 +119,76 @@ def losses_of_trl(hidden: Tensor, weight: Tensor, teacher: Tensor, target_ids: T
 
 
 def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tuple[Callable, Callable]:
-    """The row stage of one chunk, on copies that it may change: what restores them, and what runs it."""
+    """The row kernels of one chunk, on copies that they may change: what restores them, and what runs them."""
     student, teacher = (x.clone() for x in logits)
-    rows, vocabulary = student.shape
-    hidden = student.new_zeros(rows, 1)
-    head = head._replace(weight=student.new_zeros(vocabulary, 1))  # not multiplied with: the logits are there
-    problem = problem_of(hidden, head, teacher_of(options, hidden), None, None, DEFAULTS | first(options, rows))
-    target, support, index = problem.target, problem.support, torch.arange(rows, device=student.device)
-    of_rows = Rows(
-        kept=index,
-        student=index,
-        teacher=index,
-        given=PerRow(student.new_ones(rows), *(() if target is None else target), policy=_row_policy(problem)),
-        support_ids=None if support is None else support.ids,
-        support_logp=None if support is None else support.logp,
-        are_all=True,
-        beta=shares(problem.objective, index, student.new_ones(rows)),
-    )
-    given = Logits(student, teacher if problem.teacher else None, difference=False, softcap=head.softcap or 0.0)
-    kernels, shard = kernels_of(student.device), Shard(problem.part, vocabulary)
+    ones, kernels = student.new_ones(len(student)), kernels_of(student.device)
+    options = first(options, len(student))
+    beta, clip = options.get("beta", 0.5), options.get("entry_clip") or 0.0
+    objective = objective_of(beta, 1.0, clip, options.get("divergence", "jensen_shannon"))
+    if objective.token_beta is not None:
+        objective = objective._replace(token_beta=kernels.shares(objective.kind, beta.double()))
+    policy = options.get("policy")
+    if policy is not None:
+        policy = RowPolicy(policy.advantages, ones, None, 1 - policy.clip_low, 1 + policy.clip_high)
+    given = PerRow(ones, options.get("target_ids"), options.get("old_logp"), policy=policy)
+    bias, softcap = None if head.bias is None else head.bias.detach(), head.softcap or 0.0
 
     def restore() -> None:
         student.copy_(logits[0])
         teacher.copy_(logits[1])
 
     def run() -> None:
-        apply_head(hidden, problem.student.head, student, kernels)
-        row_values(given, of_rows, problem.objective, support, kernels, shard, gradient=student)
+        if bias is not None or head.logit_scale != 1.0 or softcap:
+            kernels.head_logits(student, bias, head.logit_scale, softcap)
+        kernels.row_divergence(Logits(student, teacher, False, softcap), given, objective, student)
 
     return restore, run
 
 
-def _row_policy(problem: Problem) -> RowPolicy | None:
-    if (policy := problem.policy) is None:
-        return None
-    return RowPolicy(policy.advantages, policy.coefficient, policy.ratio, 1 - policy.clip_low, 1 + policy.clip_high)
+def narrow_calls(vocabulary: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
+    """Of Jensen-Shannon and of every objective on a part of the vocabulary; and a projection of as many tokens."""
+    tokens = NARROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
+    hidden, weight, teacher = reasoning(tokens, NARROW, vocabulary, dtype, device=device)
+    hidden.requires_grad_()
+    teacher_head = weight.clone()  # both sides' logits, and no difference of them
+
+    def call(head: Head, options: dict) -> None:
+        hidden.grad = None
+        other = teacher_of(options, teacher)
+        linear_divergence(hidden, head, other, None if other is None else teacher_head, **options).loss.backward()
+
+    states, logits = hidden.detach()[:256], torch.empty(256, vocabulary, device=device)
+
+    def project() -> None:
+        """To fp32, as a call does it."""
+        for _ in range(0, tokens, len(states)):
+            if device.type == "cpu":
+                native.matmul(states, weight.T, logits)
+            else:
+                torch.mm(states, weight.T, out_dtype=torch.float32, out=logits)
+
+    chosen = {name: case for name, case in cases(hidden, weight).items() if name == PLAIN or "support" in case[1]}
+    return {name: partial(call, *case) for name, case in chosen.items()} | {PROJECTION: project}
+
+
+def seconds_of_rows(
+    all_cases: dict[str, tuple[Head, dict]], logits: tuple[Tensor, Tensor], repeats: int, dtype: torch.dtype
+) -> dict[str, float]:
+    """Of 256 rows, by name. Those of a part of the vocabulary are differences, which want an idle machine."""
+    device, vocabulary = logits[0].device, logits[0].shape[1]
+    whole = {x: case for x, case in all_cases.items() if "support" not in case[1] and case[0].lora is None}
+    stages = {name: rows_alone(logits, *case) for name, case in whole.items()}
+    before, stages = ({name: stage[i] for name, stage in stages.items()} for i in range(2))
+    seconds = medians(interleaved(stages, repeats, device, before))
+    narrow = interleaved(narrow_calls(vocabulary, dtype, device), repeats, device)
+    scale = 256 / NARROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
+    for name, (_, options) in all_cases.items():
+        if "support" in options:
+            projections = int(isinstance(options["support"], TopLogprobs))  # that it does without
+            turns = zip(narrow[name], narrow[PLAIN], narrow[PROJECTION], strict=True)
+            beyond = statistics.median(own - plain + projections * product for own, plain, product in turns)
+            seconds[name] = seconds[PLAIN] + beyond * scale
+    return seconds
 
 
 def eager(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:
@@ -208,7 +243,6 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     hidden.requires_grad_()
     all_cases = cases(hidden, weight)
     peers = losses_of_trl(hidden, weight, teacher, all_cases["SampledToken"][1]["target_ids"])
-    logits = (hidden[:256] @ weight.T).detach().float(), (teacher[:256] @ weight.T).float()
 
     def ours(head: Head, options: dict) -> None:
         hidden.grad = None
@@ -221,9 +255,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     runs = {("ours", name): partial(ours, *case) for name, case in all_cases.items()}
     runs |= {("trl", name): partial(theirs, loss) for name, loss in peers.items()}
     times = medians(interleaved(runs, arguments.repeats, device))
-    stages = {name: rows_alone(logits, *case) for name, case in all_cases.items() if name != "LoRA of rank 16"}
-    before, stages = ({name: stage[i] for name, stage in stages.items()} for i in range(2))
-    of_rows = medians(interleaved(stages, arguments.repeats, device, before))
+    logits = (hidden[:256] @ weight.T).detach().float(), (teacher[:256] @ weight.T).float()
+    of_rows = seconds_of_rows(all_cases, logits, arguments.repeats, dtype)
     records = {}
     for name, (head, options) in all_cases.items():
         off, stick = errors_hidden(head, options, hidden, teacher)

@@ -22,8 +22,7 @@ from measuring import RESULTS, interleaved, machine, medians, timed, write
 
 from scsdpo_kernels import linear_divergence
 from scsdpo_kernels.kernels import kernels_of
-from scsdpo_kernels.kernels.contract import Logits, PerRow
-from scsdpo_kernels.problem import objective_of
+from scsdpo_kernels.kernels.contract import Logits, PerRow, objective_of
 from scsdpo_kernels.schedules.chunked import ALIGNMENT
 
 BETAS = (0.0, 0.5, 1.0)

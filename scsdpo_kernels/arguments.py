@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .checks import (
     as_head,
+    as_teacher_head,
     check_options,
     check_problem,
     check_schedule,
@@ -14,6 +15,7 @@ from .checks import (
     check_tensor,
     in_autocast,
 )
+from .main_grad import announced
 from .problem import (
     Head,
     Policy,
@@ -107,7 +109,7 @@ def _problem(
     teacher = None
     if teacher_hidden is not None:
         check_tensor("teacher_hidden", teacher_hidden)
-        teacher = Side(teacher_hidden, head if teacher_head is None else as_head("teacher_head", teacher_head))
+        teacher = Side(teacher_hidden, as_teacher_head(teacher_head, head))
     for name, tensor in (("token_weight", token_weight), ("target_ids", target_ids), ("old_logp", old_logp)):
         if tensor is not None:
             check_tensor(name, tensor)
@@ -150,7 +152,8 @@ def _prepared(problem: Problem) -> Problem:
     """Cast as autocast says, without gradients where none go, and with at least one leading axis."""
     problem = mapped(lambda path, x: x if path[0] == "student" else x.detach(), problem)
     student, teacher = problem.student, problem.teacher
-    weight = _autocast(student.head.weight)
+    weight = student.head.weight
+    weight = _autocast(weight if student.head.main_grad is None else announced(weight))
     cast = Side(_autocast(student.hidden), student.head._replace(weight=weight))
     if teacher is not None:
         # In this order: torch.compile cannot compare the addresses of two tensors.

@@ -61,11 +61,23 @@ def as_head(name: str, head: Tensor | Head) -> Head:
         _check_floats(f"{name}.lora.b", head.lora.b)
         _check_finite(f"{name}.lora.scale", head.lora.scale)
         head = head._replace(lora=head.lora._replace(scale=float(head.lora.scale)))
+    if head.main_grad is not None:
+        check_tensor(f"{name}.main_grad", head.main_grad)
     _check_finite(f"{name}.logit_scale", head.logit_scale)
     if head.softcap is not None:
         _check_above_0(f"{name}.softcap", head.softcap)
     softcap = None if head.softcap in (None, math.inf) else float(head.softcap)
     return head._replace(logit_scale=float(head.logit_scale), softcap=softcap)
+
+
+def as_teacher_head(head: Tensor | Head | None, student: Head) -> Head:
+    """The teacher's. None: the student's whole head, which nothing differentiates into on this side."""
+    if head is None:
+        return student._replace(main_grad=None)
+    head = as_head("teacher_head", head)
+    if head.main_grad is not None:
+        raise ValueError("teacher_head.main_grad: expected None, since a teacher has no gradient, got a tensor")
+    return head
 
 
 def _check_floats(name: str, tensor: Any) -> None:
@@ -253,7 +265,7 @@ def _check_rows(problem: Problem, device: torch.device) -> None:
 def _check_side(
     side: str, given, problem: Problem, name: str, dtypes: tuple[torch.dtype, ...], shard: VocabShard | None
 ) -> None:
-    hidden, (weight, bias, lora, _, _) = given
+    hidden, (weight, bias, lora, _, _, main_grad) = given
     device, leading = problem.student.hidden.device, problem.student.hidden.shape[:-1]
     check_tensor(f"{side}_hidden", hidden, device)
     check_tensor(name, weight, device)
@@ -283,6 +295,8 @@ def _check_side(
         check_tensor(f"{name}.bias", bias, device)
         if bias.shape != (vocabulary,):
             raise ValueError(f"{name}.bias: expected shape {(vocabulary,)}, got {tuple(bias.shape)}")
+    if main_grad is not None:
+        _check_main_grad(f"{name}.main_grad", main_grad, weight)
     if lora is None:
         return
     check_tensor(f"{name}.lora.a", lora.a, device)
@@ -294,6 +308,25 @@ def _check_side(
             f"{name}.lora: expected B of shape ({vocabulary}, {lora.a.shape[0]}) after A {tuple(lora.a.shape)}, "
             f"got {tuple(lora.b.shape)}"
         )
+
+
+def _check_main_grad(name: str, main_grad: Tensor, weight: Tensor) -> None:
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{name}: expected None under torch.compile, which does not see that backward changes it")
+    if main_grad.dtype != torch.float32:
+        raise TypeError(f"{name}: expected torch.float32, got {main_grad.dtype}")
+    check_tensor(name, main_grad, weight.device)
+    if main_grad.shape != weight.shape:
+        raise ValueError(f"{name}: expected the weight's shape {tuple(weight.shape)}, got {tuple(main_grad.shape)}")
+    if main_grad.requires_grad:
+        raise ValueError(f"{name}: expected a buffer that does not require grad, got one that does")
+    if not weight.requires_grad:
+        raise ValueError(f"{name}: expected None, or a weight that requires grad with it, got one that does not")
+    rows, columns = main_grad.stride()
+    if main_grad.numel() and (columns != 1 or rows < main_grad.shape[1]):
+        raise ValueError(f"{name}: expected rows of unit stride that do not overlap, got strides {(rows, columns)}")
+    if getattr(weight, "overwrite_main_grad", False):
+        raise ValueError(f"{name}: expected None, or a weight without overwrite_main_grad, since gradients are added")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -317,6 +350,8 @@ def check_schedule(name: str, problem: Problem) -> None:
         raise ValueError(f"schedule={name!r}: {reason}")
     if name == "reference" and problem.part is not None:
         raise ValueError("schedule='reference': it does not have shard; schedule='chunked' does")
+    if name == "reference" and problem.student.head.main_grad is not None:
+        raise ValueError("student_head.main_grad: expected None with schedule='reference'; schedule='chunked' has it")
 
 
 def why_not(name: str, device: torch.device) -> str | None:

@@ -4,7 +4,7 @@ Gradients are made in the forward pass and wait in the autograd node: dD/d(hidde
 backward multiplies by the loss's own gradient and hands over, once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -13,15 +13,18 @@ from torch import Tensor
 from torch._C import DispatchKeySet
 from torch._ops import OpOverload
 
+from . import main_grad
 from .kernels.contract import Scalars
 from .problem import PATHS, SCHEMA, WRT, Gradients, Problem, flatten, unflatten
 from .schedules import plan
 from .schedules.plan import Outcome, gradient_dtype
+from .schedules.products import Factors
 from .schedules.shards import Shard
 
 NAMESPACE = "scsdpo_kernels"  # torch.ops.scsdpo_kernels.divergence
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_RESULTS = 1 + len(Scalars._fields) + len(Gradients._fields)
+_RESULTS = 1 + len(Scalars._fields) + len(Gradients._fields) + 1
+_WEIGHT, _MAIN_GRAD = (PATHS.index(("student", "head", name)) for name in ("weight", "main_grad"))
 
 
 def _define(name: str, signature: str, forward: Callable, fake: Callable, function: type) -> OpOverload:
@@ -49,7 +52,7 @@ def _define(name: str, signature: str, forward: Callable, fake: Callable, functi
 
 
 def _operator_forward(*values) -> tuple[Tensor, ...]:
-    """The leaves of an Outcome, empty where they were not asked for."""
+    """The leaves of an Outcome, empty where they were not asked for. Of `Factors`, the second is the last one."""
     from .schedules import chunked  # not before the first call: it brings the compiled module
 
     leaves = iter(values)
@@ -58,7 +61,11 @@ def _operator_forward(*values) -> tuple[Tensor, ...]:
     hidden = problem.student.hidden
     with torch.autocast(hidden.device.type, enabled=False), _on(hidden.device):
         outcome = plan.run(problem, chunked.run, wanted)
-    leaves = (outcome.loss, *outcome.scalars, *outcome.gradients)
+    gradients, states = outcome.gradients, None
+    if isinstance(gradients.weight, Factors):
+        logit_gradient, states = gradients.weight
+        gradients = gradients._replace(weight=logit_gradient)
+    leaves = (outcome.loss, *outcome.scalars, *gradients, states)
     return tuple(hidden.new_empty(0, dtype=torch.float32) if x is None else x for x in leaves)
 
 
@@ -68,9 +75,12 @@ def _on(device: torch.device) -> AbstractContextManager:
 
 
 def _outcome(results: tuple) -> Outcome:
-    loss, *rest = results
+    loss, *rest, states = results
     count = len(Scalars._fields)
-    return Outcome(loss, Scalars(*rest[:count]), Gradients(*rest[count:]))
+    gradients = Gradients(*rest[count:])
+    if states.dim() == 2:
+        gradients = gradients._replace(weight=Factors(gradients.weight, states))
+    return Outcome(loss, Scalars(*rest[:count]), gradients)
 
 
 def _operator_fake(*values) -> tuple[Tensor, ...]:
@@ -98,7 +108,7 @@ def _operator_fake(*values) -> tuple[Tensor, ...]:
         policy_clipped=empty(problem.policy is not None, leading),
     )
     gradients = (gradient(values[i], want) for i, want in zip(WRT, wanted, strict=True))
-    return empty(True), *scalars, *gradients
+    return empty(True), *scalars, *gradients, empty(False)
 
 
 class _Divergence(torch.autograd.Function):
@@ -109,6 +119,7 @@ class _Divergence(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.dtypes = [None if values[i] is None else values[i].dtype for i in WRT]
         ctx.gradients = _outcome(output).gradients
+        ctx.main_grad = _rows_that_count(values)
         ctx.sole_holder = False
         return output
 
@@ -127,11 +138,20 @@ class _Divergence(torch.autograd.Function):
         _, *needed = ctx.needs_input_grad
         if grad_loss is None:
             return (None,) * (1 + len(needed))
+        if ctx.main_grad is not None and needed[_WEIGHT]:
+            main_grad.add(ctx.main_grad, gradients.weight, grad_loss)
+            needed[_WEIGHT] = False
         given = [
             _scaled(gradient, grad_loss, ctx.sole_holder).to(dtype) if needed[i] else None
             for i, gradient, dtype in zip(WRT, gradients, ctx.dtypes, strict=True)
         ]
         return None, *_at_inputs(given, len(needed))
+
+
+def _rows_that_count(values: Sequence) -> Tensor | None:
+    """Of main_grad: behind them the gradient is 0, and nothing is added."""
+    whole, vocabulary = values[_MAIN_GRAD], values[PATHS.index(("vocabulary",))]
+    return None if whole is None else whole[:vocabulary]
 
 
 def _at_inputs(gradients: list[Tensor | None], count: int) -> tuple[Tensor | None, ...]:
@@ -176,8 +196,10 @@ def _per_token_fake(*values) -> Tensor:
 class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operator: Callable, *values):
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values))
-        ctx.options = [None if isinstance(x, Tensor) else x for x in values]
+        # Other backward passes change main_grad, which nothing is computed from.
+        saved = [isinstance(x, Tensor) and i != _MAIN_GRAD for i, x in enumerate(values)]
+        ctx.save_for_backward(*(x if save else None for x, save in zip(values, saved, strict=True)))
+        ctx.options = [None if save else x for x, save in zip(values, saved, strict=True)]
         return operator(*values)
 
     @staticmethod
@@ -205,9 +227,12 @@ class _PerToken(torch.autograd.Function):
             weighted = weighted._replace(policy=policy._replace(coefficient=upstream * policy.coefficient))
         outcome = _outcome(_operator(*flatten(weighted), wanted))
         poison = torch.where(all_finite, 1.0, torch.nan)  # after an overflown loss scale no gradient is finite
+        if leaves[_MAIN_GRAD] is not None and needed[_WEIGHT]:
+            main_grad.add(_rows_that_count(leaves), outcome.gradients.weight, poison)
+            needed[_WEIGHT] = False
         given = [
-            (gradient * poison).to(leaves[i].dtype) if want else None
-            for i, gradient, want in zip(WRT, outcome.gradients, wanted, strict=True)
+            (gradient * poison).to(leaves[i].dtype) if needed[i] else None
+            for i, gradient in zip(WRT, outcome.gradients, strict=True)
         ]
         return None, *_at_inputs(given, len(needed))
 

@@ -35,6 +35,12 @@ class Head(NamedTuple):
         lora: a low-rank adapter.
         logit_scale: s, as in Cohere's models; Granite's divide by 1/s.
         softcap: c > 0, as in Gemma's models. None or inf: none.
+        main_grad: (V, D) fp32, to which every backward pass adds the weight's gradient in place of `weight.grad`,
+            without rounding to the weight's dtype: Megatron's `weight.main_grad`, or another buffer of micro-batches'
+            gradients. Of a student's head whose weight requires grad; not with schedule="reference" nor under
+            torch.compile. Until backward 4 V D bytes wait for it, or of a bf16 weight with N ≤ 2D tokens 2 N (V + D).
+            A weight that has Megatron's attribute `grad_added_to_main_grad` gets it set, and a gradient of zeros, so
+            that its hooks run; others get none.
     """
 
     weight: Tensor
@@ -42,6 +48,7 @@ class Head(NamedTuple):
     lora: LoRA | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    main_grad: Tensor | None = None
 
 
 class TopK(NamedTuple):
@@ -129,7 +136,7 @@ class Objective(NamedTuple):
     beta: float
     temperature: float
     entry_clip: float  # nats; 0: none
-    token_beta: Tensor | None = None  # (...,) in place of beta. Of a chunk's rows (C,) float64
+    token_beta: Tensor | None = None  # (...,) in place of beta. Of a chunk's rows (C,) float64, or `Kernels.shares`'
 
 
 def share_range(divergence: str) -> str:
@@ -220,7 +227,7 @@ class Gradients(NamedTuple):
 
 def is_spread(path: tuple[str, ...]) -> bool:
     """Whether a leaf of a problem has a row for each entry of the vocabulary."""
-    return "head" in path and path[-1] in ("weight", "bias", "b")
+    return "head" in path and path[-1] in ("weight", "bias", "b", "main_grad")
 
 
 def shortest_head(problem: Problem) -> int | None:

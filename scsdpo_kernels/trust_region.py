@@ -65,7 +65,7 @@ class TrustRegionTeacher:
         )
         bias = self._bias(reference, student)
         if self._interpolates:
-            self.head = mapped(lambda path, x: x.detach(), student)._replace(bias=bias)
+            self.head = mapped(lambda path, x: x.detach(), student)._replace(bias=bias, main_grad=None)
         else:
             weight = torch.cat([reference.weight.detach(), student.weight.detach()], dim=1)
             self.head = Head(weight, bias, _beside(reference, student))

@@ -83,7 +83,11 @@ def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) 
             hidden states that are not the same on every process; heads of unequal length that shared_prefix does not
             allow.
     """
-    weight = problem.student.head.weight
+    weight, main_grad = problem.student.head.weight, problem.student.head.main_grad
+    if main_grad is not None and (_is_dtensor(weight) or _is_dtensor(main_grad)):
+        raise ValueError(
+            "student_head.main_grad: expected plain tensors of this process's part, and a VocabShard, got a DTensor"
+        )
     apart, whole = _is_dtensor(weight), {}
     if apart:
         shard, whole = _shard_of_dtensor(problem, shard, shared_prefix)
@@ -114,7 +118,7 @@ def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) 
             raise ValueError(
                 f"{name}: expected this process's {size} of {vocabulary} rows, got shape {tuple(tensor.shape)}"
             )
-        return tensor if path[-1] == "weight" else tensor[:size]  # without padding
+        return tensor if path[-1] in ("weight", "main_grad") else tensor[:size]  # without padding
 
     parts = mapped(local, problem)
     if problem.teacher is not None and problem.teacher.head.weight is weight:

@@ -26,6 +26,7 @@ if DEVICE == "cpu":
 ON_PROCESSOR = {
     "test_entry_clip",
     "test_linear_divergence",
+    "test_main_grad",
     "test_objectives",
     "test_operator",
     "test_per_token",
@@ -51,6 +52,7 @@ SHORT = {
         "test_importance_ratio_is_a_detached_weight",
         "test_chunked_equals_reference_in_every_field",
     ),
+    "test_main_grad": ("test_two_losses_add_up_and_a_forward_alone_adds_nothing", "test_refusals"),
     "test_matmul": ("test_is_torchs_product", "test_bf16_with_its_instructions", "test_nothing_to_do"),
     "test_operator": (
         "test_opcheck_of_every_argument",

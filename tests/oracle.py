@@ -159,7 +159,7 @@ def _policy(policy, logp: Tensor, old_logp: Tensor | None) -> tuple[Tensor, Tens
 
 
 def logits(hidden: Tensor, head: Tensor | Head) -> Tensor:
-    weight, bias, lora, logit_scale, softcap = Head(head) if isinstance(head, Tensor) else head
+    weight, bias, lora, logit_scale, softcap, _ = Head(head) if isinstance(head, Tensor) else head
     z = hidden @ weight.T
     if lora is not None:
         z = z + lora.scale * (hidden @ lora.a.T) @ lora.b.T

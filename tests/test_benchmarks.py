@@ -251,7 +251,9 @@ def test_objectives():
         # A softcap's logits are not subtracted before they are rounded: plain PyTorch's fp32 is no worse.
         limit = 2 if name == "softcap" else 0.3
         assert record["seconds"] > 0 and record["error_hidden"] < limit * record["error_hidden_eager"], name
-        assert record.get("seconds_of_256_rows", 0) > 0 or "LoRA" in name
+        part = name.startswith(("TopK", "TopLogprobs", "SampledToken"))  # a difference of times, which may be any
+        assert "LoRA" in name or part or record["seconds_of_256_rows"] > 0
+        assert ("seconds_of_256_rows" in record) == ("LoRA" not in name)
     shape = {"rows": 16, "width": 128, "vocabulary": 301}
     shown = objectives.table({"machine": measuring.machine(CPU), "shape": shape, "repeats": 1, "objectives": records})
     assert all(f"\n| {name} | " in shown for name in records) and len(records) == 19

@@ -10,11 +10,13 @@ from conftest import DEVICE
 from oracle import assert_near
 from problems import problem
 from test_row_divergence import INSTRUCTION_SETS, assert_rows, assert_same, device_of, every_kernel, logits, run
+from test_shards import Tables
 
 from scsdpo_kernels import SampledToken, TopK, TopLogprobs, linear_divergence, linear_divergence_per_token
 from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import native, row_divergence_triton
 from scsdpo_kernels.kernels.contract import Logits, PerRow, Scalars
+from scsdpo_kernels.kernels.mixture import mixtures
 from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import ENDS, flatten, objective_of
 from scsdpo_kernels.schedules import chunked
@@ -174,6 +176,15 @@ def test_a_beta_that_is_nan_is_nan_in_its_row(kernel, divergence):
     assert (scalars.student_entropy >= 0).all()  # known all the same
 
 
+@pytest.mark.parametrize("divergence", ENDS)
+def test_constants_of_a_beta_have_one_row_of_bits(divergence):
+    """Whichever others a table has: a call makes one for all of its chunks."""
+    betas = torch.rand(300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    table = mixtures(divergence, betas)
+    for rows in (slice(0, 1), slice(7, 8), slice(100, 116), slice(3, 300)):
+        assert torch.equal(table[rows], mixtures(divergence, betas[rows]))
+
+
 def in_parts(kernel, student, teacher, objective, cut):
     """A row's divergence and gradient, of two parts whose sums are put together as processes do."""
     rows = native if kernel != "triton" else row_divergence_triton
@@ -247,6 +258,16 @@ def test_values_and_gradients(kernels, divergence, own, support, monkeypatch):
     if support is None and kernels == "cpu":
         reference = given.to(torch.float64).run(**options, schedule="reference")
         torch.testing.assert_close((*reference[0], *reference[1:]), (*exact[0], *exact[1:]), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("support", [None, TopK(20)], ids=["whole", "bucket"])
+def test_a_gpus_constants_are_made_once_a_call(kernels, support, monkeypatch):
+    monkeypatch.setattr(chunked, "MIN_ROWS", 4)
+    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 0)
+    given = problem(12, D, V, 0.5)
+    with Tables() as tables:
+        given.run(beta=a_beta_each((12,), "jeffreys"), divergence="jeffreys", support=support)
+    assert tables.count == (kernels != "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from inside import Inside
 from torch.utils._pytree import tree_leaves
 
 import scsdpo_kernels
@@ -32,7 +32,7 @@ MODULES = {
 LAW = (
     "scsdpo",  # knows public names of scsdpo_kernels
     "__init__ > scsdpo_loss > linear_divergence > trust_region, pass_rates > question_weights",
-    "arguments, ops > checks > vocab_shard",
+    "arguments, ops > checks, main_grad > vocab_shard",
     "schedules",  # chunked and reference know neither each other nor torch.library
     "kernels",  # native alone knows _C
     "problem",  # torch only
@@ -167,8 +167,8 @@ def test_public_heads_and_supports():
     }
     assert fields == {
         "Head": (
-            ("weight", "bias", "lora", "logit_scale", "softcap"),
-            {"bias": None, "lora": None, "logit_scale": 1.0, "softcap": None},
+            ("weight", "bias", "lora", "logit_scale", "softcap", "main_grad"),
+            {"bias": None, "lora": None, "logit_scale": 1.0, "softcap": None, "main_grad": None},
         ),
         "LoRA": (("a", "b", "scale"), {"scale": 1.0}),
         "TopK": (("k", "tail"), {"tail": "bucket"}),
@@ -202,17 +202,16 @@ def test_a_typo_names_the_function_that_was_called(function):
         function(hidden, head, hidden, **own, tmperature=2.0)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Numbers in the largest tensor that is made; a view makes none."""
+class LargestTensor(Inside):
+    """Numbers in the largest tensor that is made; what lies in an argument's memory is not."""
 
     numel = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in [] if func.is_view else tree_leaves(out):
-            if isinstance(x, torch.Tensor):
+    def saw(self, func, args, out):
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
                 self.numel = max(self.numel, x.numel())
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -15,13 +15,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ptx_gpu import Compiled
+from test_policy import exact_rows
 from test_question_weights import by_hand
 from test_row_divergence import assert_rows, logits
 
-from scsdpo_kernels.kernels.contract import Logits, PerRow, Scalars
+from scsdpo_kernels import PolicyGradient
+from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, Scalars
 from scsdpo_kernels.problem import objective_of
 from scsdpo_kernels.schedules.chunked import ALIGNMENT
-from scsdpo_kernels.schedules.shards import merge_statistics
+from scsdpo_kernels.schedules.shards import merge_statistics, of_target
 
 TEMPERATURE = 0.75
 SEEDS = (None, 1)  # approximate instructions: exact; wrong by their bounds
@@ -305,6 +307,122 @@ def test_parts_of_rows(sm_80, case):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Rows with a policy-gradient loss of their targets.
+
+
+class OfPolicy(NamedTuple):
+    """What is given of each row of a case, and what comes of it in float64; how far a gradient may be off, by row."""
+
+    given: PerRow
+    losses: torch.Tensor
+    clipped: torch.Tensor
+    gradient: torch.Tensor
+    limit: torch.Tensor
+
+    def check(self, case: Case, rows: Rows, losses, clipped, gradient) -> None:
+        good = rows.some(lambda name: name != "NaN")
+        torch.testing.assert_close(losses[good].double(), self.losses[good], rtol=4e-6, atol=1e-6)
+        assert torch.equal(clipped[good].double(), self.clipped[good])
+        assert self.clipped[good].any() == (self.given.policy.ratio is not None or self.given.old_logp is not None)
+        bad = rows.some(lambda name: name == "NaN")
+        assert losses[bad].isnan().all()
+        if gradient is not None:
+            error = (gradient.double() - self.gradient).norm(dim=1)
+            assert (error <= self.limit)[good].all(), torch.stack([error, self.limit])[:, good]
+            assert gradient[bad].isnan().all()
+
+
+def of_policy(case: Case, rows: Rows, ratios: str) -> OfPolicy:
+    """Targets at a row's peak and elsewhere; some rows have no advantage, and some ratios are beyond their bounds."""
+    generator = torch.Generator().manual_seed(1)
+    count, v = rows.student.shape
+    advantages, coefficient = torch.randn(count, generator=generator), torch.linspace(-1, 2, count)
+    advantages[2] = 0
+    target = torch.where(torch.arange(count) % 2 == 0, rows.student.nan_to_num(-torch.inf).argmax(1), v - 1)
+    logp = torch.log_softmax(rows.student.double() / TEMPERATURE, -1).gather(1, target[:, None])[:, 0]
+    ratio = 0.4 + 1.2 * torch.rand(count, generator=generator)
+    old_logp = (logp - ratio.double().log()).float() if ratios == "old_logp" else None
+    weight = torch.where(rows.weight == 0, 0.0, torch.linspace(1, -1, count))
+    given = PerRow(weight, target, old_logp, 2.0,
+                   RowPolicy(advantages, coefficient, ratio if ratios == "ratio" else None, 0.7, 1.1))  # fmt: skip
+    if ratios == "old_logp":
+        ratio = (logp - old_logp.double()).exp()
+        weight = weight.double() * ratio.clamp(max=2.0).nan_to_num(1.0)
+    else:
+        ratio = ratio.double() if ratios == "ratio" else None
+    policy = PolicyGradient(advantages, coefficient=coefficient, ratio=ratio, clip_low=0.3, clip_high=0.1)
+    beta, clip = KINDS[case.kind]
+    seen = torch.where(rows.weight[:, None] == 0, rows.student.double(), rows.seen)  # of no weight there is nothing
+    sides = rows.student.float(), seen, target, {"beta": beta, "entry_clip": clip or None}
+    losses, clipped, gradient = exact_rows(*sides, weight, policy, 0.0)
+    *_, own = exact_rows(*sides, 0 * weight, policy, 0.0)
+    *_, stick = exact_rows(*sides, 0 * weight, policy, 0.0, torch.float32)
+    limit = 3 * (stick.double() - own).norm(dim=1) + 1e-5 * (gradient - own).norm(dim=1) + 1e-6 * gradient.norm(dim=1)
+    limit = limit + 1e-18  # of long double's own, where both sides are one and the policy is clipped
+    if case.gradient == torch.bfloat16:
+        limit = limit + 2**-8 * gradient.norm(dim=1)
+    if case.softcap:
+        gradient = gradient * (1 - (rows.student.double() / case.softcap) ** 2).clamp(min=0)
+    return OfPolicy(given, losses, clipped, gradient, limit)
+
+
+POLICIES = [
+    (Case("forward", 2301), "old_logp"),
+    (Case("forward", 37, logits=torch.float64), "on-policy"),
+    (Case("reverse", 2064, difference=True, gradient=torch.bfloat16), "ratio"),
+    (Case("jensen_shannon", 2301), "on-policy"),
+    (Case("jensen_shannon", 2320, gradient=torch.bfloat16, softcap=50.0), "ratio"),
+    (Case("jensen_shannon", 2064, gradient=None), "old_logp"),
+    (Case("clipped", 2301), "old_logp"),
+]
+
+
+def run_policy(compiled, case: Case, rows: Rows, of: OfPolicy):
+    gradient = None
+    if case.gradient is not None:
+        gradient = padded(torch.full(rows.student.shape, torch.nan), case.gradient, torch.nan)
+    logits = Logits(padded(rows.student), padded(rows.teacher), case.difference, case.softcap)
+    scalars = compiled.row_divergence_triton.row_divergence(logits, of.given, case.objective, gradient)
+    return scalars.policy_loss, scalars.policy_clipped, gradient
+
+
+@pytest.mark.parametrize("case, ratios", POLICIES, ids=lambda x: x if isinstance(x, str) else label(x))
+def test_whole_rows_with_a_policy(sm_80, case, ratios):
+    rows = rows_of(case)
+    expected = of_policy(case, rows, ratios)
+    for sm_80.seed in SEEDS:
+        expected.check(case, rows, *run_policy(sm_80, case, rows, expected))
+
+
+@pytest.mark.parametrize("case", PARTS, ids=label)
+def test_parts_of_rows_with_a_policy(sm_80, case):
+    """The target is in one part, and the other has its own entries' share of the gradient."""
+    rows, kernels = rows_of(case), sm_80.row_divergence_triton
+    expected = of_policy(case, rows, "ratio")
+    cut, target = case.vocabulary - 240, expected.given.target
+    starts = (0, cut)
+    parts = [
+        Logits(*(padded(x[:, of]) for x in (rows.student, rows.teacher)), case.difference, case.softcap)
+        for of in (slice(0, cut), slice(cut, None))
+    ]
+    assert (target < cut).any() and (target >= cut).any()
+    for sm_80.seed in SEEDS:
+        own = [kernels.row_statistics(part, TEMPERATURE) for part in parts]
+        known = merge_statistics(torch.stack([torch.stack([x.double() for x in of]) for of in own]), TEMPERATURE)
+        terms = sum(kernels.row_terms(part, case.objective, known) for part in parts)
+        at_target = rows.student.gather(1, target[:, None])[:, 0].double()
+        (_, losses, clipped), weight, slope = of_target(at_target / TEMPERATURE - known.student_lse, expected.given)
+        gradients = []
+        for part, start in zip(parts, starts, strict=True):
+            column = target - start
+            column = torch.where((column >= 0) & (column < part.student.shape[1]), column, -1)
+            given = PerRow(weight, column, policy=expected.given.policy._replace(coefficient=slope.float()))
+            gradients.append(padded(torch.full(part.student.shape, torch.nan), case.gradient, torch.nan))
+            kernels.row_gradient(part, case.objective, known, terms, given, gradients[-1])
+        expected.check(case, rows, losses, clipped, torch.cat(gradients, dim=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The other kernels.
 
 
@@ -385,6 +503,8 @@ FAULTS = [
     ("kernels/divergence_triton.py", "-tl.floor(base(maximum) * bits)", "-(base(maximum) * bits)"),
     # Threads may be ahead of others by more than a block of the row.
     ("kernels/row_divergence_triton.py", "    tl.debug_barrier()  # see _write_gradient", "    pass"),
+    # A target's entry is written by its block, and then alone.
+    ("kernels/row_divergence_triton.py", "    tl.debug_barrier()  # after what the blocks have", "    pass  #"),
 ]
 
 
@@ -406,3 +526,10 @@ def test_a_bias_that_is_fused_in_one_place_and_not_in_another(faulty):
 def test_a_gradient_without_its_barrier(faulty):
     with pytest.raises(RuntimeError, match=r"RaceError: \d+ writes of \d+ bytes"):
         faulty.row_divergence_triton.row_divergence(*in_place(rows_of(IN_PLACE)))
+
+
+def test_a_target_without_its_barrier(faulty):
+    case, ratios = POLICIES[0]
+    rows = rows_of(case)
+    with pytest.raises(RuntimeError, match=r"RaceError: \d+ writes of \d+ bytes"):
+        run_policy(faulty, case, rows, of_policy(case, rows, ratios))

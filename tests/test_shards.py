@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 import torch.distributed as dist
+from inside import Inside
 from problems import Problem, problem
 from ranks import over
 from torch import Tensor
@@ -25,6 +26,7 @@ from scsdpo_kernels import (
     linear_divergence,
     linear_divergence_per_token,
 )
+from scsdpo_kernels.kernels import triton_kernels
 from scsdpo_kernels.schedules import chunked
 
 V, D, ROWS, OWN_WIDTH = 67, 16, 37, 12
@@ -487,3 +489,27 @@ def test_data_and_vocabulary(group):
     assert_near("loss", total, exact.loss)
     assert_near("gradient of hidden states", mine.hidden.grad / 2, of_hidden[tokens])
     assert_near("gradient of the head", layer.module.weight.grad, process.cut(of_head).cpu())
+
+
+class Tables(Inside):
+    """How many tables of `mixtures` are made: two products each with a small matrix. One row is that of a number."""
+
+    count = 0
+
+    def saw(self, func, args, out):
+        is_product = func.overloadpacket.__name__ in ("mm", "matmul") and args[1].shape == (8, 8)
+        self.count += 0.5 * (is_product and len(args[0]) > 1)
+
+
+@over(1, 2)
+def test_a_gpus_constants_are_made_once_a_call(group):
+    """Of a share of each token's own, and not for each chunk's sums and gradient again."""
+    process, given = Process(group), problem(12, D, V, weighted=True)
+    beta = torch.linspace(0, 1, 12)
+    with pytest.MonkeyPatch.context() as patch, Tables() as tables:
+        patch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
+        patch.setattr(chunked, "MIN_ROWS", 4)
+        patch.setattr(chunked, "BUFFER_BYTES", {"cpu": 0, "gpu": 0})
+        got = process.part(given).run(beta=beta.to(process.device), shard=process.shard())
+    assert tables.count == 1
+    process.assert_exact(got, oracle.expected(given, beta=beta))

@@ -12,6 +12,7 @@ class Kernels(NamedTuple):
     row_statistics: Callable
     row_terms: Callable
     row_gradient: Callable
+    shares: Callable  # what these take as the β of each row: once for all chunks
     head_logits: Callable
     tail_gradient: Callable
 
@@ -39,6 +40,7 @@ def _kernels(rows: ModuleType, logits: ModuleType) -> Kernels:
         rows.row_statistics,
         rows.row_terms,
         rows.row_gradient,
+        rows.shares,
         logits.head_logits,
         logits.tail_gradient,
     )

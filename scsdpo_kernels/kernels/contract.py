@@ -1,9 +1,12 @@
-"""What is said to row kernels, and what they return: a chunk of C rows of logits."""
+"""What is said to row kernels, and what they return: a chunk of C rows of logits, and an objective."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
+
+from ..problem import Objective as Objective
+from ..problem import objective_of as objective_of
 
 
 class Logits(NamedTuple):

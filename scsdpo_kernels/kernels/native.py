@@ -141,6 +141,11 @@ def row_gradient(
     return divergence[0]
 
 
+def shares(kind: str, beta: Tensor) -> Tensor:
+    """(K,) float64 as they are: a row's constants are made where it is computed."""
+    return beta
+
+
 def _logits(logits: Logits) -> _C.Logits:
     student, teacher, difference, softcap = logits
     assert student.shape == teacher.shape and student.dtype == teacher.dtype and student.dtype != torch.float16

@@ -548,8 +548,14 @@ def _numbers(objective: Objective, importance_clip: float, softcap: float) -> Nu
     return Numbers(1.0 / objective.temperature, objective.entry_clip, importance_clip, inverse_softcap, constants)
 
 
+def shares(kind: str, beta: Tensor) -> Tensor:
+    """The constants of (K,) float64: a table of `mixtures`, whose rows an objective may have as its token_beta."""
+    return mixtures(kind, beta)
+
+
 def _shares(objective: Objective) -> Tensor | None:
-    return None if objective.token_beta is None else mixtures(objective.kind, objective.token_beta)
+    beta = objective.token_beta
+    return beta if beta is None or beta.dim() == 2 else shares(objective.kind, beta)
 
 
 def _ends(logits: Logits, objective: Objective) -> Ends | None:

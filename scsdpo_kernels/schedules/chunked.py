@@ -49,6 +49,8 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
     head, rows = plan.student.head, plan.rows
     count, device = len(rows.given.weight), plan.student.hidden.device
     kernels = kernels_of(device)
+    if rows.beta is not None:
+        rows = rows._replace(beta=kernels.shares(plan.objective.kind, rows.beta))
     if head.logit_scale != 1.0:
         rows = rows._replace(given=_scaled(rows.given, head.logit_scale))
     on_cpu = products.on_cpu(plan.student.hidden)
@@ -58,8 +60,9 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
     keeps = plan.wanted.weight is not None and dtype.itemsize == 2
     groups = _split(slice(0, count), _group_rows(count, head.weight.shape[1]) if keeps else most)
     scalars = torch.empty(rows.given.scalars, count, dtype=torch.float32, device=device)
-    sums = products.head_sums(plan.whole_head, plan.wanted, plan.grad_hidden, len(groups), plan.shard.size)
-    buffers = _buffers(plan, groups, most, dtype)
+    later = keeps and len(groups) == 1 and head.main_grad is not None
+    sums = products.head_sums(plan.whole_head, plan.wanted, plan.grad_hidden, len(groups), plan.shard.size, later)
+    buffers = _buffers(plan, groups, most, dtype, later)
     for group in groups:
         chosen = rows.chunk(group)
         states = plan.student.hidden[group if rows.are_all else chosen.student]
@@ -117,7 +120,7 @@ def _project(
     return logits, adapted
 
 
-def _buffers(plan: Plan, groups: list[slice], most: int, dtype: torch.dtype) -> Buffers:
+def _buffers(plan: Plan, groups: list[slice], most: int, dtype: torch.dtype, keeps: bool) -> Buffers:
     vocabulary, device = plan.student.head.weight.shape[0], plan.student.hidden.device
     stride = max(1, -(-vocabulary // ALIGNMENT)) * ALIGNMENT
     group = max((x.stop - x.start for x in groups), default=0)
@@ -125,7 +128,7 @@ def _buffers(plan: Plan, groups: list[slice], most: int, dtype: torch.dtype) -> 
     sides = 1 if plan.teacher is None else 2
     logits = products.empty(sides * chunk, stride, dtype=torch.float32, device=device)[:, :vocabulary]
     kept = None
-    if group > chunk:
+    if group > chunk or keeps:
         kept = products.empty(group, stride + ALIGNMENT, dtype=dtype, device=device)[:, :vocabulary]
     return Buffers(logits, kept)
 

@@ -217,7 +217,10 @@ def _dtypes(student: Side, wanted: list[bool]) -> Gradients:
     lora_a, lora_b = (None, None) if student.head.lora is None else student.head.lora[:2]
     tensors = (student.hidden, student.head.weight, student.head.bias, lora_a, lora_b)
     dtypes = (gradient_dtype(x) if x is not None and want else None for x, want in zip(tensors, wanted, strict=True))
-    return Gradients(*dtypes)
+    dtypes = Gradients(*dtypes)
+    if dtypes.weight is not None and student.head.main_grad is not None:
+        return dtypes._replace(weight=student.head.main_grad.dtype)
+    return dtypes
 
 
 def gradient_dtype(tensor: Tensor) -> torch.dtype:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,6 +170,7 @@ def head_sums(
     grad_hidden: Tensor | None,
     groups: int,
     vocabulary: int | None = None,  # its first rows, which alone count; None: all
+    later: bool = False,  # one group's product for the weight is left to whoever takes the result
 ) -> Gradients:
     """Where gradients are summed over groups: grad_hidden, and a sum of each wanted dtype for a part of the head."""
     lora_a, lora_b = (None, None) if head.lora is None else head.lora[:2]
@@ -178,7 +180,7 @@ def head_sums(
 
     return Gradients(
         hidden=grad_hidden,
-        weight=sum_of(HeadGradient, head.weight, wanted.weight, vocabulary),
+        weight=LaterProduct() if later else sum_of(HeadGradient, head.weight, wanted.weight, vocabulary),
         bias=sum_of(BiasGradient, head.bias, wanted.bias, vocabulary),
         lora_a=sum_of(HeadGradient, lora_a, wanted.lora_a, None),
         lora_b=sum_of(HeadGradient, lora_b, wanted.lora_b, vocabulary, 2 * groups),
@@ -224,7 +226,9 @@ class HeadGradient:
     def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
         beta = min(self.terms, 1)
         self.terms += 1
-        mixed = on_cpu(hidden) and hidden.dtype != logit_gradient.dtype
+        # A CPU's library rounds a product of bf16 numbers to bf16.
+        exact = self.dtype == torch.float32 and logit_gradient.dtype != torch.float32
+        mixed = on_cpu(hidden) and (hidden.dtype != logit_gradient.dtype or exact)
         if not mixed:
             hidden = hidden.to(logit_gradient.dtype)
         if mixed and self.sum.dtype == torch.float32:
@@ -256,6 +260,37 @@ class HeadGradient:
 
     def result(self) -> Tensor:
         return self.whole.to(self.dtype)
+
+
+class Factors(NamedTuple):
+    """What an LM head's gradient Gᵀ h is a product of."""
+
+    logit_gradient: Tensor  # G, (N, V), 16 bits
+    hidden: Tensor  # h, (N, D)
+
+
+class LaterProduct:
+    """The gradient of a head whose one group's factors wait for backward, which adds their product to `main_grad`.
+
+    They take 2 N (V + D) bytes where an fp32 sum takes 4 V D: half of that for N = D tokens, and about as much for
+    N = 2D, the most that a group has. The sum would stand beside G in the forward pass, too. In slabs, the product
+    costs there what it costs here, and is scaled in fp32.
+    """
+
+    def add(self, logit_gradient: Tensor, hidden: Tensor) -> None:
+        self.factors = Factors(logit_gradient, hidden.clone())  # the caller may change hidden states until then
+
+    def result(self) -> Factors:
+        return self.factors
+
+
+def add_product(total: Tensor, factors: Factors, by: Tensor) -> None:
+    """total += by · Gᵀ h, each entry of the product in fp32: a slab of it exists at a time."""
+    for start in range(0, len(total), SLAB_ROWS):
+        rows = total[start : start + SLAB_ROWS]
+        product = HeadGradient(rows, torch.float32, 1, None)
+        product.add(factors.logit_gradient[:, start : start + SLAB_ROWS], factors.hidden)
+        rows.addcmul_(product.result(), by)
 
 
 def _mm(left: Tensor, right: Tensor, out: Tensor) -> None:

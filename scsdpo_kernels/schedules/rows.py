@@ -20,7 +20,7 @@ class Rows(NamedTuple):
     support_ids: Tensor | None  # (K, S) int64, -1: an empty slot
     support_logp: Tensor | None  # (K, S)
     are_all: bool  # the rows are all rows, in order
-    beta: Tensor | None = None  # (K,) float64 in place of the objective's; NaN: out of range
+    beta: Tensor | None = None  # (K,) float64 in place of the objective's, or `Kernels.shares`'; NaN: out of range
 
     def chunk(self, which: slice) -> "Rows":
         whole = which.start == 0 and which.stop == len(self.kept)
