@@ -23,7 +23,7 @@ from inputs import reasoning
 from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine, medians, write
 from torch import Tensor
 
-from scsdpo_kernels import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs, linear_divergence
+from scsdpo_kernels import Head, LoRA, PolicyGradient, RoutedHeads, SampledToken, TopK, TopLogprobs, linear_divergence
 from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import kernels_of
 from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy
@@ -48,7 +48,8 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
     ids = target["target_ids"][:, None] + torch.arange(100, device=device) * (vocabulary // 101)
     named = TopLogprobs(ids % vocabulary, torch.full(ids.shape, -5.0, device=device))
     lora = LoRA(randn(16, width).mul(width**-0.5).requires_grad_(), randn(vocabulary, 16).mul(0.1).requires_grad_())
-    head = Head(weight)
+    head, own, another = Head(weight), Head(weight.clone()), Head(weight.clone())
+    turns = torch.arange(len(hidden), device=device) % 2
     return {
         "Jensen-Shannon, β = 0.5": (head, {}),
         "forward KL, β = 0": (head, {"beta": 0.0}),
@@ -69,6 +70,8 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
         "logit scale": (head._replace(logit_scale=0.5), {}),
         "LoRA of rank 16": (head._replace(lora=lora), {}),
         "policy gradient": (head, {**target, "policy": PolicyGradient(randn(len(hidden)))}),
+        "one teacher, a head of its own": (head, {"teacher_head": own}),
+        "two teachers, taking turns": (head, {"teacher_head": RoutedHeads([own, another], turns)}),
     }
 
 
@@ -79,6 +82,8 @@ def first(options: dict, rows: int) -> dict:
         options["support"] = support._replace(ids=support.ids[:rows], logp=support.logp[:rows])
     if (policy := options.get("policy")) is not None:
         options["policy"] = policy._replace(advantages=policy.advantages[:rows])
+    if isinstance(other := options.get("teacher_head"), RoutedHeads):
+        options["teacher_head"] = other._replace(index=other.index[:rows])
     return options
 
 
@@ -136,7 +141,7 @@ def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tupl
         are_all=True,
         beta=shares(problem.objective, index, student.new_ones(rows)),
     )
-    given = Logits(student, teacher if problem.teacher else None, difference=False, softcap=head.softcap or 0.0)
+    given = Logits(student, teacher if problem.teachers else None, difference=False, softcap=head.softcap or 0.0)
     kernels, shard = kernels_of(student.device), Shard(problem.part, vocabulary)
 
     def restore() -> None:
@@ -174,7 +179,9 @@ def eager(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:
     return sum(divergences) / 2
 
 
-def in_dtype(head: Head, dtype: torch.dtype) -> Head:
+def in_dtype(head: Head | RoutedHeads, dtype: torch.dtype) -> Head | RoutedHeads:
+    if isinstance(head, RoutedHeads):
+        return head._replace(heads=[in_dtype(x, dtype) for x in head.heads])
     lora, bias = head.lora, head.bias
     return head._replace(
         weight=head.weight.to(dtype),
@@ -190,6 +197,8 @@ def errors_hidden(head: Head, options: dict, hidden: Tensor, teacher: Tensor) ->
     def ours(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:
         schedule = "reference" if hidden.dtype == torch.float64 else "auto"
         given = first(options, len(hidden))
+        if "teacher_head" in given:
+            given["teacher_head"] = in_dtype(given["teacher_head"], hidden.dtype)
         return linear_divergence(hidden, head, teacher_of(options, teacher), **given, schedule=schedule).loss
 
     def gradient(loss: Callable, dtype: torch.dtype) -> Tensor:
@@ -221,7 +230,12 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     runs = {("ours", name): partial(ours, *case) for name, case in all_cases.items()}
     runs |= {("trl", name): partial(theirs, loss) for name, loss in peers.items()}
     times = medians(interleaved(runs, arguments.repeats, device))
-    stages = {name: rows_alone(logits, *case) for name, case in all_cases.items() if name != "LoRA of rank 16"}
+    without_products = {
+        name: (head, options)
+        for name, (head, options) in all_cases.items()
+        if head.lora is None and "teacher_head" not in options
+    }
+    stages = {name: rows_alone(logits, *case) for name, case in without_products.items()}
     before, stages = ({name: stage[i] for name, stage in stages.items()} for i in range(2))
     of_rows = medians(interleaved(stages, arguments.repeats, device, before))
     records = {}

@@ -176,8 +176,10 @@ def _per_token_fake(*values) -> Tensor:
 class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operator: Callable, *values):
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in values))
-        ctx.options = [None if isinstance(x, Tensor) else x for x in values]
+        ctx.lengths = [len(x) if isinstance(x, list | tuple) else None for x in values]
+        flat = [x for value in values for x in (value if isinstance(value, list | tuple) else (value,))]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in flat))
+        ctx.options = [None if isinstance(x, Tensor) else x for x in flat]
         return operator(*values)
 
     @staticmethod
@@ -188,9 +190,8 @@ class _PerToken(torch.autograd.Function):
                 "linear_divergence_per_token: double backward (create_graph=True) is not supported; "
                 "schedule='reference' has it"
             )
-        leaves = [
-            option if tensor is None else tensor for tensor, option in zip(ctx.saved_tensors, ctx.options, strict=True)
-        ]
+        flat = (x if tensor is None else tensor for tensor, x in zip(ctx.saved_tensors, ctx.options, strict=True))
+        leaves = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
         problem: Problem = unflatten(iter(leaves))
         _, *needed = ctx.needs_input_grad
         wanted = [needed[i] for i in WRT]

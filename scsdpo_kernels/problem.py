@@ -5,9 +5,10 @@ them, `flatten` lists them, `unflatten` puts them together again.
 """
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -42,6 +43,23 @@ class Head(NamedTuple):
     lora: LoRA | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+
+
+class RoutedHeads(NamedTuple):
+    """LM heads of K teachers, one of which teaches each token: a rollout's domain, say, has its own expert.
+
+    A token is projected once by the student's head and once by its teacher's.
+
+    Args:
+        heads: K tensors (V, D_k) or `Head`, each of its own width and of its own teacher's dtype. One tensor may be in
+            several of them, as with adapters on one base model.
+        index: (...,) integers in [0, K), the number of each token's teacher. It is not looked at where a token is not
+            computed, except that teachers whose hidden states are given for their own tokens alone have all tokens of
+            that index.
+    """
+
+    heads: Sequence[Tensor | Head]
+    index: Tensor
 
 
 class TopK(NamedTuple):
@@ -191,7 +209,9 @@ class Part(NamedTuple):
 
 class Problem(NamedTuple):
     student: Side
-    teacher: Side | None  # None: support.logp is all that is known of it
+    # Empty: support.logp is all that is known. With a route, hidden may be (n, D) of the n tokens that it leads there.
+    teachers: tuple[Side, ...]
+    route: Tensor | None  # (...,) integers: which teacher each token has. None: there is one
     token_weight: Tensor  # (...,)
     rows: Tensor | None  # (R,) flat indices
     objective: Objective
@@ -218,16 +238,19 @@ class Gradients(NamedTuple):
     lora_b: Any
 
 
-def is_spread(path: tuple[str, ...]) -> bool:
+Path = tuple[str | int, ...]  # names of fields, and numbers in tuples
+
+
+def is_spread(path: Path) -> bool:
     """Whether a leaf of a problem has a row for each entry of the vocabulary."""
     return "head" in path and path[-1] in ("weight", "bias", "b")
 
 
 def shortest_head(problem: Problem) -> int | None:
-    """Rows of the shorter head, None where both have as many."""
-    if problem.teacher is None or len(problem.student.head.weight) == len(problem.teacher.head.weight):
-        return None
-    return int(min(len(problem.student.head.weight), len(problem.teacher.head.weight)))
+    """Rows of the shortest head, None where all have as many."""
+    student = len(problem.student.head.weight)
+    lengths = [len(teacher.head.weight) for teacher in problem.teachers]
+    return None if all(length == student for length in lengths) else int(min(student, *lengths))
 
 
 def cut(problem: Problem) -> Problem:
@@ -242,26 +265,38 @@ def cut(problem: Problem) -> Problem:
 # The flat form.
 
 _KINDS = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"}
+# A list of numbers has this in place of None; no number of a head is infinite.
+_NO_NUMBER = math.inf
 
 
 def _leaves(tree: type, before: tuple[str, ...] = (), optional: bool = False) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Path and torch.library's type of every value in a tree; those of a group that may be None may be None."""
-    for name, (plain, may_be_none) in _fields(tree).items():
-        may_be_none = may_be_none or optional
-        if plain in _KINDS:
-            yield (*before, name), _KINDS[plain] + ("?" if may_be_none else "")
+    """Path and torch.library's type of every value in a tree; those of a group that may be None may be None.
+
+    The values of a tuple of groups are lists, one of each value of a group.
+    """
+    for name, field in _fields(tree).items():
+        may_be_none = field.may_be_none or optional
+        if field.plain in _KINDS:
+            yield (*before, name), _KINDS[field.plain] + ("?" if may_be_none else "")
         else:
-            yield from _leaves(plain, (*before, name), may_be_none)
+            for path, kind in _leaves(field.plain, (*before, name), may_be_none):
+                yield path, kind.replace("float?", "float") + "[]" if field.is_tuple else kind
+
+
+class _Field(NamedTuple):
+    plain: Any  # its type without None, or that of a tuple's groups
+    may_be_none: bool
+    is_tuple: bool
 
 
 @functools.cache
-def _fields(tree: type) -> dict[str, tuple[Any, bool]]:
-    """Type of each field without None, and whether it may be None."""
+def _fields(tree: type) -> dict[str, _Field]:
     fields = {}
     for name, kind in get_type_hints(tree).items():
         kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         (plain,) = (x for x in kinds if x is not NoneType)
-        fields[name] = plain, NoneType in kinds
+        is_tuple = get_origin(plain) is tuple
+        fields[name] = _Field(get_args(plain)[0] if is_tuple else plain, NoneType in kinds, is_tuple)
     return fields
 
 
@@ -285,17 +320,35 @@ def flatten(problem: Problem) -> list:
 
 
 def _at(value: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
+    for depth, name in enumerate(path):
         value = None if value is None else getattr(value, name)
+        if type(value) is tuple:
+            return [_in_list(_at(group, path[depth + 1 :]), path) for group in value]
     return value
+
+
+def _in_list(value: Any, path: tuple[str, ...]) -> Any:
+    return _NO_NUMBER if value is None and path in _NUMBERS else value
+
+
+def _out_of_list(value: Any) -> Any:
+    return None if type(value) is float and value == _NO_NUMBER else value
+
+
+_NUMBERS = {path for path, kind in zip(PATHS, _TYPES, strict=True) if kind == "float[]"}
 
 
 def unflatten(values: Iterator, tree: type = Problem) -> Any:
     """Takes a tree's leaves from `values`. A group that may be None is None where its first value is."""
     fields = []
-    for plain, may_be_none in _fields(tree).values():
+    for plain, may_be_none, is_tuple in _fields(tree).values():
         if plain in _KINDS:
             fields.append(next(values))
+            continue
+        if is_tuple:
+            lists = [next(values) for _ in range(_count(plain))]
+            groups = zip(*lists, strict=True)
+            fields.append(tuple(unflatten(map(_out_of_list, group), plain) for group in groups))
             continue
         group = unflatten(values, plain)
         first = group
@@ -305,10 +358,17 @@ def unflatten(values: Iterator, tree: type = Problem) -> Any:
     return tree(*fields)
 
 
-def mapped(function: Any, value: Any, path: tuple[str, ...] = ()) -> Any:
+@functools.cache
+def _count(tree: type) -> int:
+    return len(list(_leaves(tree)))
+
+
+def mapped(function: Any, value: Any, path: Path = ()) -> Any:
     """The same tree with function(path, tensor) in place of every tensor."""
     if isinstance(value, Tensor):
         return function(path, value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(mapped(function, x, (*path, name)) for name, x in value._asdict().items()))
+    if isinstance(value, tuple):
+        return tuple(mapped(function, x, (*path, number)) for number, x in enumerate(value))
     return value
