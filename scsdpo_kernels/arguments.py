@@ -186,11 +186,17 @@ def _teachers(given: tuple[Side, ...], student_weight: Tensor, student_cast: Ten
 
     for hidden, head in given:
         head = mapped(lambda path, x: x if path == ("weight",) else x.detach(), head)
-        # In this order: torch.compile cannot compare the addresses of two tensors.
-        shared = student_cast is not student_weight and head.weight.data_ptr() == student_weight.data_ptr()
+        shared = student_cast is not student_weight and _is_one(head.weight, student_weight)
         weight = student_cast.detach() if shared else once(head.weight)
         teachers.append(Side(once(hidden), head._replace(weight=weight)))
     return tuple(teachers)
+
+
+def _is_one(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same or, as a parameter and what is detached of it, the same numbers."""
+    if a is b or torch.compiler.is_compiling():  # it cannot compare two addresses
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 def _autocast(tensor: Tensor) -> Tensor:

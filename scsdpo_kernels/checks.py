@@ -242,8 +242,10 @@ def check_problem(
     _check_side("student_hidden", student, problem, "student_head", dtypes, shard)
     apart = any(x.hidden is not problem.teachers[0].hidden for x in problem.teachers)
     for number, teacher in enumerate(problem.teachers):
-        hidden = name_of(("teachers", number, "hidden"), numbered=apart)
-        head = name_of(("teachers", number, "head", "weight"), numbered=problem.route is not None)
+        hidden, head = "teacher_hidden", "teacher_head"
+        if problem.route is not None:
+            hidden = name_of(("teachers", number, "hidden"), numbered=apart)
+            head = name_of(("teachers", number, "head", "weight"), numbered=True)
         named = "student_head (which the teacher shares)" if shares_head else head
         _check_side(hidden, teacher, problem, named, dtypes, shard)
         if shard is None:

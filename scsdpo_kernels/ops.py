@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._C import DispatchKeySet
 from torch._ops import OpOverload
 
+from .checks import in_autocast
 from .kernels.contract import Scalars
 from .problem import PATHS, SCHEMA, WRT, Gradients, Problem, flatten, unflatten
 from .schedules import plan
@@ -56,10 +57,14 @@ def _operator_forward(*values) -> tuple[Tensor, ...]:
     problem: Problem = unflatten(leaves)
     (wanted,) = leaves
     hidden = problem.student.hidden
-    with torch.autocast(hidden.device.type, enabled=False), _on(hidden.device):
+    with _without_autocast(hidden.device), _on(hidden.device):
         outcome = plan.run(problem, chunked.run, wanted)
     leaves = (outcome.loss, *outcome.scalars, *outcome.gradients)
     return tuple(hidden.new_empty(0, dtype=torch.float32) if x is None else x for x in leaves)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, enabled=False) if in_autocast(device.type) else nullcontext()
 
 
 def _on(device: torch.device) -> AbstractContextManager:

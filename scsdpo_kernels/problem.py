@@ -4,7 +4,6 @@ torch.library takes no trees, so the operators' arguments are the leaves of a `P
 them, `flatten` lists them, `unflatten` puts them together again.
 """
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
@@ -269,39 +268,42 @@ _KINDS = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"
 _NO_NUMBER = math.inf
 
 
-def _leaves(tree: type, before: tuple[str, ...] = (), optional: bool = False) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Path and torch.library's type of every value in a tree; those of a group that may be None may be None.
+class _Layout(NamedTuple):
+    """A tree of named tuples, of which a problem may have one, none or a tuple."""
 
-    The values of a tuple of groups are lists, one of each value of a group.
-    """
-    for name, field in _fields(tree).items():
-        may_be_none = field.may_be_none or optional
-        if field.plain in _KINDS:
-            yield (*before, name), _KINDS[field.plain] + ("?" if may_be_none else "")
-        else:
-            for path, kind in _leaves(field.plain, (*before, name), may_be_none):
-                yield path, kind.replace("float?", "float") + "[]" if field.is_tuple else kind
-
-
-class _Field(NamedTuple):
-    plain: Any  # its type without None, or that of a tuple's groups
+    tree: type
+    fields: "tuple[_Layout | None, ...]"  # None: a value
+    paths: tuple[tuple[str, ...], ...]  # of all values; a tuple of trees has two, a list of tensors and one of numbers
+    kinds: tuple[str, ...]  # torch.library's types of them
+    are_tensors: tuple[bool, ...]
     may_be_none: bool
     is_tuple: bool
 
 
-@functools.cache
-def _fields(tree: type) -> dict[str, _Field]:
-    fields = {}
+def _layout(tree: type, may_be_none: bool = False, is_tuple: bool = False) -> _Layout:
+    """The values of a group that may be None may be None."""
+    fields, paths, kinds = [], [], []
     for name, kind in get_type_hints(tree).items():
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        (plain,) = (x for x in kinds if x is not NoneType)
-        is_tuple = get_origin(plain) is tuple
-        fields[name] = _Field(get_args(plain)[0] if is_tuple else plain, NoneType in kinds, is_tuple)
-    return fields
+        options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        (plain,) = (x for x in options if x is not NoneType)
+        optional = may_be_none or NoneType in options
+        if plain in _KINDS:
+            fields.append(None)
+            paths.append((name,))
+            kinds.append(_KINDS[plain] + ("?" if optional else ""))
+            continue
+        many = get_origin(plain) is tuple
+        group = _layout(get_args(plain)[0] if many else plain, optional, many)
+        fields.append(group)
+        paths += ((name, *path) for path in ((("tensors",), ("numbers",)) if many else group.paths))
+        kinds += ("Tensor?[]", "float[]") if many else group.kinds
+    are_tensors = tuple(kind.startswith("Tensor") for kind in kinds)
+    return _Layout(tree, tuple(fields), tuple(paths), tuple(kinds), are_tensors, may_be_none, is_tuple)
 
 
-PATHS, _TYPES = zip(*_leaves(Problem), strict=True)
-SCHEMA = ", ".join(f"{kind} {'_'.join(path)}" for path, kind in zip(PATHS, _TYPES, strict=True))
+_PROBLEM = _layout(Problem)
+PATHS = _PROBLEM.paths
+SCHEMA = ", ".join(f"{kind} {'_'.join(path)}" for path, kind in zip(PATHS, _PROBLEM.kinds, strict=True))
 # What takes gradients, in the order of `Gradients`.
 WRT = tuple(
     PATHS.index(path)
@@ -316,51 +318,65 @@ WRT = tuple(
 
 
 def flatten(problem: Problem) -> list:
-    return [_at(problem, path) for path in PATHS]
+    return _flat(problem, _PROBLEM)
 
 
-def _at(value: Any, path: tuple[str, ...]) -> Any:
-    for depth, name in enumerate(path):
-        value = None if value is None else getattr(value, name)
-        if type(value) is tuple:
-            return [_in_list(_at(group, path[depth + 1 :]), path) for group in value]
-    return value
+def _flat(group: Any, layout: _Layout) -> list:
+    if group is None:
+        return [None] * len(layout.paths)
+    values = []
+    for value, inner in zip(group, layout.fields, strict=True):
+        if inner is None:
+            values.append(value)
+        elif inner.is_tuple:
+            tensors, numbers = [], []
+            for x in value:
+                for leaf, is_tensor in zip(_flat(x, inner), inner.are_tensors, strict=True):
+                    if is_tensor:
+                        tensors.append(leaf)
+                    else:
+                        numbers.append(_NO_NUMBER if leaf is None else leaf)
+            values += (tensors, numbers)
+        else:
+            values += _flat(value, inner)
+    return values
 
 
-def _in_list(value: Any, path: tuple[str, ...]) -> Any:
-    return _NO_NUMBER if value is None and path in _NUMBERS else value
-
-
-def _out_of_list(value: Any) -> Any:
-    return None if type(value) is float and value == _NO_NUMBER else value
-
-
-_NUMBERS = {path for path, kind in zip(PATHS, _TYPES, strict=True) if kind == "float[]"}
-
-
-def unflatten(values: Iterator, tree: type = Problem) -> Any:
+def unflatten(values: Iterator, layout: _Layout = _PROBLEM) -> Any:
     """Takes a tree's leaves from `values`. A group that may be None is None where its first value is."""
     fields = []
-    for plain, may_be_none, is_tuple in _fields(tree).values():
-        if plain in _KINDS:
+    for inner in layout.fields:
+        if inner is None:
             fields.append(next(values))
-            continue
-        if is_tuple:
-            lists = [next(values) for _ in range(_count(plain))]
-            groups = zip(*lists, strict=True)
-            fields.append(tuple(unflatten(map(_out_of_list, group), plain) for group in groups))
-            continue
-        group = unflatten(values, plain)
-        first = group
-        while isinstance(first, tuple):
-            first = first[0]
-        fields.append(None if may_be_none and first is None else group)
-    return tree(*fields)
+        elif inner.is_tuple:
+            fields.append(tuple(_groups(next(values), next(values), inner)))
+        else:
+            group = unflatten(values, inner)
+            first = group
+            while isinstance(first, tuple):
+                first = first[0]
+            fields.append(None if inner.may_be_none and first is None else group)
+    return layout.tree(*fields)
 
 
-@functools.cache
-def _count(tree: type) -> int:
-    return len(list(_leaves(tree)))
+def _groups(tensors: list[Tensor | None], numbers: list[float], layout: _Layout) -> Iterator[Any]:
+    rest, other = iter(tensors), (None if x == _NO_NUMBER else x for x in numbers)
+    for _ in range(len(tensors) // sum(layout.are_tensors)):
+        yield unflatten(iter([next(rest) if is_tensor else next(other) for is_tensor in layout.are_tensors]), layout)
+
+
+def leaves(group: Any, layout: _Layout = _PROBLEM, before: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every value of a tree with its path."""
+    names = layout.tree._fields
+    for name, inner, value in zip(names, layout.fields, group or [None] * len(names), strict=True):
+        path = (*before, name)
+        if inner is None:
+            yield path, value
+        elif inner.is_tuple:
+            for number, x in enumerate(value):
+                yield from leaves(x, inner, (*path, number))
+        else:
+            yield from leaves(value, inner, path)
 
 
 def mapped(function: Any, value: Any, path: Path = ()) -> Any:
@@ -368,7 +384,8 @@ def mapped(function: Any, value: Any, path: Path = ()) -> Any:
     if isinstance(value, Tensor):
         return function(path, value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(function, x, (*path, name)) for name, x in value._asdict().items()))
+        names = zip(value._fields, value, strict=True)
+        return type(value)(*[x if x is None else mapped(function, x, (*path, name)) for name, x in names])
     if isinstance(value, tuple):
         return tuple(mapped(function, x, (*path, number)) for number, x in enumerate(value))
     return value

@@ -3,14 +3,14 @@
 import dataclasses
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .problem import PATHS, Part, Path, Problem, Side, flatten, is_spread, mapped
+from .problem import Part, Path, Problem, Side, is_spread, leaves, mapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,7 +257,7 @@ _SUMMED = (("student", "hidden"), ("student", "head", "lora", "a"))
 def _described(problem: Problem, schedule: str) -> dict[str, Any]:
     own_rows = problem.part.sequence_parallel
     described: dict[str, Any] = {"schedule": schedule, "grad mode": torch.is_grad_enabled()}
-    for path, value in _leaves(problem):
+    for path, value in leaves(problem):
         if path in (("part", "start"), ("vocabulary",)):  # each process has its own
             continue
         name = name_of(path, problem.route is not None)
@@ -282,15 +282,6 @@ def _described(problem: Problem, schedule: str) -> dict[str, Any]:
     if not own_rows:
         described["token_weight's rows"] = zlib.crc32(bytes(problem.counts.flatten().tolist()))
     return described
-
-
-def _leaves(problem: Problem) -> Iterator[tuple[Path, Any]]:
-    """Path and value of each, those of teachers one by one."""
-    for path, value in zip(PATHS, flatten(problem), strict=True):
-        if path[0] == "teachers":
-            yield from (((path[0], number, *path[1:]), x) for number, x in enumerate(value))
-        else:
-            yield path, value
 
 
 def _expect_same_rows(hidden: Tensor, shard: VocabShard) -> None:

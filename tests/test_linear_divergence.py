@@ -421,3 +421,11 @@ def test_a_token_has_the_same_bits_whichever_tokens_stand_beside_it(dtype, teach
     apart = given.tokens(some).call(**options, target_ids=ids[some])
     for x, y in zip(known(apart).values(), known(together).values(), strict=True):
         assert torch.equal(x, y[some])
+
+
+def test_one_number_that_is_all_weights():
+    """Expanded, it has no memory of its own for each token."""
+    given = problem(9, vocabulary=101)
+    for x, y in zip(given.run(token_weight=torch.full((1,), 2.0).expand(9)), given.run(token_weight=torch.full((9,), 2.0)),
+                    strict=True):  # fmt: skip
+        assert torch.equal(x.loss, y.loss) if hasattr(x, "loss") else torch.equal(x, y)

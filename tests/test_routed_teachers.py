@@ -88,6 +88,12 @@ def routed(rows=(5, 9), widths=WIDTHS, vocabulary=V, distance=0.5, scale=2.0, dt
     return Routed(student.but(teacher=None), teachers, index)
 
 
+def in_dtype(given: Problem, dtype: torch.dtype) -> Problem:
+    """Also the teachers' heads; not the numbers of teachers."""
+    sides = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, tuple(given))
+    return Problem(*sides, given.token_weight)
+
+
 def of_tokens(options: dict, some: Tensor) -> dict:
     """Options with the tokens that a mask has."""
     return tree_map_only(Tensor, lambda x: x[some] if x.shape[: some.dim()] == some.shape else x, options)
@@ -211,9 +217,7 @@ def test_values_and_gradients(chunks, name, beta):
         beta = 0.7  # the reverse KL is infinite where the teacher alone forbids
     options = {"beta": beta}
     exact = exactly(case, **options)
-    wide = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, tuple(case.given()))
-    weight = case.student.token_weight
-    reference = Problem(*wide, weight).run(**options, schedule="reference")
+    reference = in_dtype(case.given(), torch.float64).run(**options, schedule="reference")
     for x, y in zip((reference[0].divergence, *reference[1:]), (exact[0].divergence, *exact[1:]), strict=True):
         torch.testing.assert_close(x.double(), y, rtol=1e-9, atol=1e-11)
     got = case.given().run(**options)
@@ -484,10 +488,14 @@ def test_compiled_with_other_numbers_of_tokens_and_caps():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_autocast(compiled, monkeypatch):
+def test_autocast(compiled):
     """Heads and hidden states are cast, a weight that two teachers have once."""
-    case = one_weight(routed(widths=(16, 16, 16)))
-    given, expected = case.given("one tensor"), case.given("one tensor").to(torch.bfloat16).run()
+    case = routed(widths=(16, 16, 16))
+    weight = case.teachers[0][1]
+    heads = Head(weight), Head(weight, softcap=3.0), Head(weight, logit_scale=0.5)
+    case = case.but(teachers=[(x, head) for (x, _), head in zip(case.teachers, heads, strict=True)])
+    given = case.given("one tensor")
+    expected = in_dtype(given, torch.bfloat16).run()
 
     def run(hidden: Tensor, head: Tensor):
         return given.but(hidden=hidden, head=head).call()

@@ -109,7 +109,8 @@ def _project(
     if taught:
         logits = logits._replace(teacher=buffer[length : 2 * length])
     for (hidden, teacher_head), inside in taught:
-        teacher_states, out = hidden[rows.teacher[inside]], logits.teacher[inside]
+        out = logits.teacher if len(taught) == 1 else logits.teacher[inside]
+        teacher_states = hidden[chunk if rows.are_all else rows.teacher[inside]]
         if plan.difference:
             teacher_states = teacher_states - states
             teacher_head = teacher_head._replace(bias=None)

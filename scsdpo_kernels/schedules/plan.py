@@ -97,13 +97,11 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
 def _with_shared_head(problem: Problem) -> Problem:
     """One tensor for a weight that both sides have: what a schedule tells a shared head by."""
     weight = problem.student.head.weight
-    shared = [_same_storage(weight, teacher.head.weight) for teacher in problem.teachers]
-    if not any(shared):
-        return problem
-    sides = zip(problem.teachers, shared, strict=True)
-    return problem._replace(
-        teachers=tuple(x._replace(head=x.head._replace(weight=weight)) if same else x for x, same in sides)
-    )
+    teachers = []
+    for side in problem.teachers:
+        shared = _same_storage(weight, side.head.weight)
+        teachers.append(side._replace(head=side.head._replace(weight=weight)) if shared else side)
+    return problem._replace(teachers=tuple(teachers))
 
 
 def _may_subtract(problem: Problem) -> bool:
@@ -159,7 +157,8 @@ def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, tuple[Teac
         states, index = as_teachers_matrix(problem, number, kept.index[taught])
         teachers.append(Teacher(side._replace(hidden=states), taught))
         teacher_rows.append(index)
-    weight = problem.token_weight.reshape(-1)[kept.index].float()
+    weight = problem.token_weight.reshape(-1)
+    weight = (weight.contiguous() if kept.are_all else weight[kept.index]).float()
     if kept.right is not None:  # the list was not checked: if it is wrong, poison the result with NaN
         weight = torch.where(kept.right, weight, torch.nan)
     given, target = PerRow(weight), problem.target

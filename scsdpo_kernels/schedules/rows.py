@@ -121,9 +121,9 @@ def kept_rows(
             raise ValueError("rows: expected every row whose token_weight, or policy's advantage, is not 0, once")
         return Chosen(rows, head_is_finite, _of_teachers(problem, told, len(rows)))
     of_teachers = _of_teachers(problem, told, int(told["count"]))
+    if told["count"] == len(keep):
+        return Chosen(torch.arange(len(keep), device=keep.device), head_is_finite, of_teachers)
     ranks = torch.arange(1, int(told["count"]) + 1, device=keep.device)
-    if len(ranks) == len(keep):
-        return Chosen(ranks - 1, head_is_finite, of_teachers)
     # The k-th kept row is where the running count reaches k: as torch.nonzero, without waiting for the device again.
     return Chosen(torch.searchsorted(keep.cumsum(0), ranks), head_is_finite, of_teachers)
 
