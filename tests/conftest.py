@@ -114,7 +114,10 @@ def unchecked(monkeypatch):
     """What a GPU does with `rows=`, where nothing is checked."""
     from scsdpo_kernels.schedules import rows
 
-    monkeypatch.setattr(rows, "kept_rows", lambda problem, **_: rows.Chosen(problem.rows, True, [len(problem.rows)]))
+    def kept_rows(problem, **_):
+        return rows.Chosen(problem.rows, True, [len(problem.rows)] * len(problem.teachers))
+
+    monkeypatch.setattr(rows, "kept_rows", kept_rows)
 
 
 @pytest.fixture(params=["cpu", "triton"] if DEVICE == "cpu" else ["cpu"])
