@@ -25,7 +25,7 @@ from inputs import reasoning
 from measuring import RESULTS, SUBSAMPLE, described, error, interleaved, machine, medians, write
 from torch import Tensor
 
-from scsdpo_kernels import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs, linear_divergence
+from scsdpo_kernels import Head, LoRA, PolicyGradient, RoutedHeads, SampledToken, TopK, TopLogprobs, linear_divergence
 from scsdpo_kernels.kernels import kernels_of, native
 from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, objective_of
 
@@ -48,7 +48,8 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
     ids = target["target_ids"][:, None] + torch.arange(100, device=device) * (vocabulary // 101)
     named = TopLogprobs(ids % vocabulary, torch.full(ids.shape, -5.0, device=device))
     lora = LoRA(randn(16, width).mul(width**-0.5).requires_grad_(), randn(vocabulary, 16).mul(0.1).requires_grad_())
-    head = Head(weight)
+    head, own, another = Head(weight), Head(weight.clone()), Head(weight.clone())
+    turns = torch.arange(len(hidden), device=device) % 2
     return {
         PLAIN: (head, {}),
         "forward KL, β = 0": (head, {"beta": 0.0}),
@@ -69,6 +70,8 @@ def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
         "logit scale": (head._replace(logit_scale=0.5), {}),
         "LoRA of rank 16": (head._replace(lora=lora), {}),
         "policy gradient": (head, {**target, "policy": PolicyGradient(randn(len(hidden)))}),
+        "one teacher, a head of its own": (head, {"teacher_head": own}),
+        "two teachers, taking turns": (head, {"teacher_head": RoutedHeads([own, another], turns)}),
     }
 
 
@@ -79,6 +82,8 @@ def first(options: dict, rows: int) -> dict:
         options["support"] = support._replace(ids=support.ids[:rows], logp=support.logp[:rows])
     if (policy := options.get("policy")) is not None:
         options["policy"] = policy._replace(advantages=policy.advantages[:rows])
+    if isinstance(other := options.get("teacher_head"), RoutedHeads):
+        options["teacher_head"] = other._replace(index=other.index[:rows])
     return options
 
 
@@ -176,7 +181,8 @@ def seconds_of_rows(
 ) -> dict[str, float]:
     """Of 256 rows, by name. Those of a part of the vocabulary are differences, which want an idle machine."""
     device, vocabulary = logits[0].device, logits[0].shape[1]
-    whole = {x: case for x, case in all_cases.items() if "support" not in case[1] and case[0].lora is None}
+    others = ("support", "teacher_head")  # a part of the vocabulary, and other products
+    whole = {x: case for x, case in all_cases.items() if case[0].lora is None and not any(o in case[1] for o in others)}
     stages = {name: rows_alone(logits, *case) for name, case in whole.items()}
     before, stages = ({name: stage[i] for name, stage in stages.items()} for i in range(2))
     seconds = medians(interleaved(stages, repeats, device, before))
@@ -209,7 +215,9 @@ def eager(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:
     return sum(divergences) / 2
 
 
-def in_dtype(head: Head, dtype: torch.dtype) -> Head:
+def in_dtype(head: Head | RoutedHeads, dtype: torch.dtype) -> Head | RoutedHeads:
+    if isinstance(head, RoutedHeads):
+        return head._replace(heads=[in_dtype(x, dtype) for x in head.heads])
     lora, bias = head.lora, head.bias
     return head._replace(
         weight=head.weight.to(dtype),
@@ -225,6 +233,8 @@ def errors_hidden(head: Head, options: dict, hidden: Tensor, teacher: Tensor) ->
     def ours(head: Head, hidden: Tensor, teacher: Tensor) -> Tensor:
         schedule = "reference" if hidden.dtype == torch.float64 else "auto"
         given = first(options, len(hidden))
+        if "teacher_head" in given:
+            given["teacher_head"] = in_dtype(given["teacher_head"], hidden.dtype)
         return linear_divergence(hidden, head, teacher_of(options, teacher), **given, schedule=schedule).loss
 
     def gradient(loss: Callable, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ except ImportError as error:
 
 from .linear_divergence import LinearDivergence, linear_divergence, linear_divergence_per_token
 from .pass_rates import PassRates
-from .problem import Head, LoRA, PolicyGradient, SampledToken, TopK, TopLogprobs
+from .problem import Head, LoRA, PolicyGradient, RoutedHeads, SampledToken, TopK, TopLogprobs
 from .question_weights import question_weights
 from .scsdpo_loss import scsdpo_loss, step_denominator
 from .trust_region import TrustRegionTeacher
@@ -23,6 +23,7 @@ __all__ = [
     "LoRA",
     "PassRates",
     "PolicyGradient",
+    "RoutedHeads",
     "SampledToken",
     "TopK",
     "TopLogprobs",

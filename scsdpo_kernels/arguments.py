@@ -1,5 +1,6 @@
 """From the arguments of a call to one checked problem: of a vocabulary that is spread, this process's part of it."""
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from .checks import (
     as_head,
+    as_routed,
     as_teacher_head,
     check_options,
     check_problem,
@@ -18,9 +20,11 @@ from .checks import (
 from .main_grad import announced
 from .problem import (
     Head,
+    Path,
     Policy,
     PolicyGradient,
     Problem,
+    RoutedHeads,
     SampledToken,
     Side,
     Support,
@@ -62,8 +66,8 @@ def check_keywords(function: str, options: dict[str, Any]) -> None:
 def problem_of(
     student_hidden: Tensor,
     student_head: Tensor | Head,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | Head | None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_head: Tensor | Head | RoutedHeads | None,
     token_weight: Tensor | None,
     options: DivergenceOptions,  # all of them
 ) -> Problem:
@@ -95,8 +99,8 @@ def problem_of(
 def _problem(
     student_hidden: Tensor,
     student_head: Tensor | Head,
-    teacher_hidden: Tensor | None,
-    teacher_head: Tensor | Head | None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None,
+    teacher_head: Tensor | Head | RoutedHeads | None,
     token_weight: Tensor | None,
     options: DivergenceOptions,
 ) -> Problem:
@@ -106,16 +110,20 @@ def _problem(
     support, target_ids, old_logp = options["support"], options["target_ids"], options["old_logp"]
     check_teacher(teacher_hidden, teacher_head, support, options["shared_prefix"])
     check_options(options)
-    teacher = None
-    if teacher_hidden is not None:
+    teachers, route = (), None
+    if isinstance(teacher_head, RoutedHeads):
+        teachers, route = as_routed(teacher_hidden, teacher_head, student_hidden.shape[:-1])
+    elif teacher_hidden is not None:
         check_tensor("teacher_hidden", teacher_hidden)
-        teacher = Side(teacher_hidden, as_teacher_head(teacher_head, head))
+        own = head._replace(main_grad=None) if teacher_head is None else as_teacher_head("teacher_head", teacher_head)
+        teachers = (Side(teacher_hidden, own),)
     for name, tensor in (("token_weight", token_weight), ("target_ids", target_ids), ("old_logp", old_logp)):
         if tensor is not None:
             check_tensor(name, tensor)
     return Problem(
         student=Side(student_hidden, head),
-        teacher=teacher,
+        teachers=teachers,
+        route=route,
         token_weight=token_weight,
         rows=options["rows"],
         objective=objective_of(
@@ -150,25 +158,49 @@ def _policy(given: PolicyGradient | None, hidden: Tensor) -> Policy | None:
 
 def _prepared(problem: Problem) -> Problem:
     """Cast as autocast says, without gradients where none go, and with at least one leading axis."""
-    problem = mapped(lambda path, x: x if path[0] == "student" else x.detach(), problem)
-    student, teacher = problem.student, problem.teacher
+    student, given = problem.student, problem.teachers
+    problem = mapped(
+        lambda path, x: x if path[0] in ("student", "teachers") else x.detach(), problem._replace(teachers=())
+    )
     weight = student.head.weight
     weight = _autocast(weight if student.head.main_grad is None else announced(weight))
     cast = Side(_autocast(student.hidden), student.head._replace(weight=weight))
-    if teacher is not None:
-        # In this order: torch.compile cannot compare the addresses of two tensors.
-        shared = weight is not student.head.weight and teacher.head.weight.data_ptr() == student.head.weight.data_ptr()
-        own = weight.detach() if shared else _autocast(teacher.head.weight)
-        teacher = Side(_autocast(teacher.hidden), teacher.head._replace(weight=own))
     rows = None if problem.rows is None else problem.rows.contiguous()
-    problem = problem._replace(student=cast, teacher=teacher, rows=rows)
+    problem = problem._replace(student=cast, teachers=_teachers(given, student.head.weight, weight), rows=rows)
     if student.hidden.dim() > 1:
         return problem
 
-    def with_axis(path: tuple[str, ...], tensor: Tensor) -> Tensor:
-        return tensor if "head" in path or path[0] == "rows" else tensor.unsqueeze(0)
+    def with_axis(path: Path, tensor: Tensor) -> Tensor:
+        is_matrix = path[0] == "teachers" and tensor.dim() > 1  # a teacher's own tokens
+        return tensor if "head" in path or path[0] == "rows" or is_matrix else tensor.unsqueeze(0)
 
     return mapped(with_axis, problem)
+
+
+def _teachers(given: tuple[Side, ...], student_weight: Tensor, student_cast: Tensor) -> tuple[Side, ...]:
+    """Detached and cast, a tensor that several have but once."""
+    teachers, seen = [], []
+
+    def once(tensor: Tensor) -> Tensor:
+        for known, result in seen:
+            if known is tensor:
+                return result
+        seen.append((tensor, _autocast(tensor.detach())))
+        return seen[-1][1]
+
+    for hidden, head in given:
+        head = mapped(lambda path, x: x if path == ("weight",) else x.detach(), head)
+        shared = student_cast is not student_weight and _is_one(head.weight, student_weight)
+        weight = student_cast.detach() if shared else once(head.weight)
+        teachers.append(Side(once(hidden), head._replace(weight=weight)))
+    return tuple(teachers)
+
+
+def _is_one(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same or, as a parameter and what is detached of it, the same numbers."""
+    if a is b or torch.compiler.is_compiling():  # it cannot compare two addresses
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -8,8 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .problem import ENDS, Head, LoRA, PolicyGradient, Problem, SampledToken, TopK, TopLogprobs, share_range
-from .vocab_shard import VocabShard, check_lengths
+from .problem import (
+    ENDS,
+    Head,
+    LoRA,
+    PolicyGradient,
+    Problem,
+    RoutedHeads,
+    SampledToken,
+    Side,
+    TopK,
+    TopLogprobs,
+    share_range,
+)
+from .vocab_shard import VocabShard, check_lengths, name_of
 
 SCHEDULES = ("auto", "chunked", "reference")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -70,14 +82,36 @@ def as_head(name: str, head: Tensor | Head) -> Head:
     return head._replace(logit_scale=float(head.logit_scale), softcap=softcap)
 
 
-def as_teacher_head(head: Tensor | Head | None, student: Head) -> Head:
-    """The teacher's. None: the student's whole head, which nothing differentiates into on this side."""
-    if head is None:
-        return student._replace(main_grad=None)
-    head = as_head("teacher_head", head)
+def as_teacher_head(name: str, head: Tensor | Head) -> Head:
+    head = as_head(name, head)
     if head.main_grad is not None:
-        raise ValueError("teacher_head.main_grad: expected None, since a teacher has no gradient, got a tensor")
+        raise ValueError(f"{name}.main_grad: expected None, since a teacher has no gradient, got a tensor")
     return head
+
+
+def as_routed(hidden: Any, given: RoutedHeads, leading: torch.Size) -> tuple[tuple[Side, ...], Tensor]:
+    """A side for each teacher, and which of them each token has; `leading`: the shape of student_hidden without D."""
+    heads, index = given
+    if not isinstance(heads, list | tuple) or isinstance(heads, Head):
+        raise TypeError(f"teacher_head.heads: expected a list of tensors and Heads, got {type(heads).__name__}")
+    if len(heads) == 0:
+        raise ValueError("teacher_head.heads: expected at least one head, got none")
+    check_tensor("teacher_head.index", index)
+    if index.dtype not in _INTEGERS:
+        raise TypeError(f"teacher_head.index: expected integers, got {index.dtype}")
+    if isinstance(hidden, Tensor):
+        _check_leading("teacher_hidden", hidden, leading)
+        hidden = [hidden] * len(heads)
+    elif not isinstance(hidden, list | tuple):
+        got = type(hidden).__name__
+        raise TypeError(f"teacher_hidden: expected a tensor, or a list of one for each head, got {got}")
+    if len(hidden) != len(heads):
+        raise ValueError(f"teacher_hidden: expected {len(heads)} tensors, one for each head, got {len(hidden)}")
+    for number, tensor in enumerate(hidden):
+        check_tensor(f"teacher_hidden[{number}]", tensor)
+    names = (name_of(("teachers", number, "head", "weight"), numbered=True) for number in range(len(heads)))
+    checked = (as_teacher_head(name, head) for name, head in zip(names, heads, strict=True))
+    return tuple(map(Side, hidden, checked)), index
 
 
 def _check_floats(name: str, tensor: Any) -> None:
@@ -213,15 +247,20 @@ def check_problem(
 ) -> None:
     """Everything that needs tensors. `shares_head`: the teacher has the student's head, which errors then name."""
     dtypes = (*_DTYPES, torch.float64) if schedule == "reference" else _DTYPES
-    student, teacher, support, target = problem.student, problem.teacher, problem.support, problem.target
+    student, support, target = problem.student, problem.support, problem.target
     device, leading = student.hidden.device, student.hidden.shape[:-1]
-    _check_side("student", student, problem, "student_head", dtypes, shard)
-    if teacher is not None:
-        head = "student_head (which the teacher shares)" if shares_head else "teacher_head"
-        _check_side("teacher", teacher, problem, head, dtypes, shard)
+    _check_side("student_hidden", student, problem, "student_head", dtypes, shard)
+    apart = any(x.hidden is not problem.teachers[0].hidden for x in problem.teachers)
+    for number, teacher in enumerate(problem.teachers):
+        hidden, head = "teacher_hidden", "teacher_head"
+        if problem.route is not None:
+            hidden = name_of(("teachers", number, "hidden"), numbered=apart)
+            head = name_of(("teachers", number, "head", "weight"), numbered=True)
+        named = "student_head (which the teacher shares)" if shares_head else head
+        _check_side(hidden, teacher, problem, named, dtypes, shard)
         if shard is None:
-            check_lengths(len(student.head.weight), len(teacher.head.weight), shared_prefix)
-    per_token = {"token_weight": problem.token_weight}
+            check_lengths(head, len(student.head.weight), len(teacher.head.weight), shared_prefix)
+    per_token = {"token_weight": problem.token_weight, "teacher_head.index": problem.route}
     per_token["beta"] = problem.objective.token_beta
     if target is not None:
         per_token |= {"target_ids": target.ids, "old_logp": target.old_logp}
@@ -263,22 +302,25 @@ def _check_rows(problem: Problem, device: torch.device) -> None:
 
 
 def _check_side(
-    side: str, given, problem: Problem, name: str, dtypes: tuple[torch.dtype, ...], shard: VocabShard | None
+    hidden_name: str,
+    given: Side,
+    problem: Problem,
+    name: str,
+    dtypes: tuple[torch.dtype, ...],
+    shard: VocabShard | None,
 ) -> None:
     hidden, (weight, bias, lora, _, _, main_grad) = given
     device, leading = problem.student.hidden.device, problem.student.hidden.shape[:-1]
-    check_tensor(f"{side}_hidden", hidden, device)
+    check_tensor(hidden_name, hidden, device)
     check_tensor(name, weight, device)
     if hidden.dtype not in dtypes:
-        raise TypeError(f"{side}_hidden: expected one of {_names(dtypes)}, got {hidden.dtype}")
-    if hidden.dim() < 1 or hidden.shape[:-1] != leading:
-        raise ValueError(
-            f"{side}_hidden: expected shape (..., D) with the leading shape of student_hidden {tuple(leading)}, "
-            f"got {tuple(hidden.shape)}"
-        )
+        raise TypeError(f"{hidden_name}: expected one of {_names(dtypes)}, got {hidden.dtype}")
+    of_its_own = problem.route is not None and hidden.dim() == 2  # `schedules.rows` looks at how many these are
+    if given is problem.student or not of_its_own:
+        _check_leading(hidden_name, hidden, leading)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{name}: expected shape (V, {hidden.shape[-1]}) after {side}_hidden {tuple(hidden.shape)}, "
+            f"{name}: expected shape (V, {hidden.shape[-1]}) after {hidden_name} {tuple(hidden.shape)}, "
             f"got {tuple(weight.shape)}"
         )
     vocabulary = len(weight) if shard is None else shard.stop - shard.start
@@ -290,7 +332,7 @@ def _check_side(
     if vocabulary == 0 and shard is None:
         raise ValueError(f"{name}: expected a vocabulary of at least one entry, got shape {tuple(weight.shape)}")
     if weight.dtype not in dtypes or (weight.dtype != hidden.dtype and not in_autocast(hidden.device.type)):
-        raise TypeError(f"{name}: expected {side}_hidden's dtype {hidden.dtype}, got {weight.dtype}")
+        raise TypeError(f"{name}: expected {hidden_name}'s dtype {hidden.dtype}, got {weight.dtype}")
     if bias is not None:
         check_tensor(f"{name}.bias", bias, device)
         if bias.shape != (vocabulary,):
@@ -327,6 +369,14 @@ def _check_main_grad(name: str, main_grad: Tensor, weight: Tensor) -> None:
         raise ValueError(f"{name}: expected rows of unit stride that do not overlap, got strides {(rows, columns)}")
     if getattr(weight, "overwrite_main_grad", False):
         raise ValueError(f"{name}: expected None, or a weight without overwrite_main_grad, since gradients are added")
+
+
+def _check_leading(name: str, hidden: Tensor, leading: torch.Size) -> None:
+    if hidden.dim() < 1 or hidden.shape[:-1] != leading:
+        raise ValueError(
+            f"{name}: expected shape (..., D) with the leading shape of student_hidden {tuple(leading)}, "
+            f"got {tuple(hidden.shape)}"
+        )
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

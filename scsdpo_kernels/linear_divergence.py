@@ -8,6 +8,7 @@ Jensen-Shannon divergence (1-β) KL(p‖m) + β KL(q‖m), m = (1-β) p + β q, 
 """
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .arguments import DivergenceOptions, check_keywords, problem_of
-from .problem import Head, PolicyGradient, Problem, SampledToken, TopK, TopLogprobs
+from .problem import Head, PolicyGradient, Problem, RoutedHeads, SampledToken, TopK, TopLogprobs
 from .vocab_shard import VocabShard
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class LinearDivergence(NamedTuple):
 def linear_divergence(
     student_hidden: Tensor,
     student_head: Tensor | Head,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Tensor | Head | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_head: Tensor | Head | RoutedHeads | None = None,
     *,
     token_weight: Tensor | None = None,
     beta: float | Tensor = 0.5,
@@ -75,9 +76,12 @@ def linear_divergence(
     Args:
         student_hidden: (..., D) bf16, fp16 or fp32: what the model hands to its LM head.
         student_head: (V, D) of the same dtype, or a `Head` that has more than a weight.
-        teacher_hidden: (..., D_t) bf16, fp16 or fp32. None with support=TopLogprobs(...).
+        teacher_hidden: (..., D_t) bf16, fp16 or fp32. None with support=TopLogprobs(...). With `RoutedHeads`, each
+            token's own teacher's, or a list of one tensor for each teacher k, of its own width and dtype: (..., D_k),
+            of which the tokens of other teachers are not looked at, or (n_k, D_k) of the n_k tokens whose index is k
+            alone, in the order of all tokens.
         teacher_head: (V, D_t) of the teacher's dtype, or a `Head`. None: the student's whole head, whose
-            `_replace(bias=...)` is that head with another bias.
+            `_replace(bias=...)` is that head with another bias. `RoutedHeads`: several teachers, one for each token.
         token_weight: (...,) any finite numbers. None: ones.
         beta: the teacher's share. 0: forward KL(q‖p). 1: reverse KL(p‖q). Between: `divergence`. A tensor (...,) of
             floating-point numbers is a share of each token's own, which nothing differentiates into; it is not looked
@@ -104,7 +108,8 @@ def linear_divergence(
             any others, for a caller who knows them. On a GPU the operator waits for the device once, to learn how many
             tokens have a weight and to check values; with `rows` it never does. What would have raised then gives NaN:
             an incomplete list NaN in the loss and all gradients, a target outside the vocabulary NaN in its log-
-            probabilities, a support with wrong ids or a beta out of its range NaN for its token.
+            probabilities, a support with wrong ids or a beta out of its range NaN for its token. With `RoutedHeads`
+            it waits all the same, for the number of each teacher's tokens, and then checks the index.
         shard: the vocabulary is spread over a process group, as in Megatron's tensor parallelism. Weights, biases and
             LoRA's B are this process's part; ids are the whole vocabulary's. Every process calls this with the same
             tokens (or, with `shard.sequence_parallel`, each with its own) and gets the same results and the whole
@@ -129,7 +134,7 @@ def linear_divergence(
         loss, _, scalars = _on_full_logits(problem)
     else:
         loss, scalars = ops.divergence(problem)
-    has_target, has_teacher = problem.target is not None, problem.teacher is not None
+    has_target, has_teacher = problem.target is not None, bool(problem.teachers)
     has_policy = problem.policy is not None
     there = (True, True, has_teacher, has_target, has_target and has_teacher, old_logp is not None)
     there += (has_policy, has_policy)
@@ -149,8 +154,8 @@ DEFAULTS = {
 def linear_divergence_per_token(
     student_hidden: Tensor,
     student_head: Tensor | Head,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Tensor | Head | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_head: Tensor | Head | RoutedHeads | None = None,
     **options: "Unpack[DivergenceOptions]",
 ) -> Tensor:
     """Importance ratio · D(p_n, q_n) of every token, for a caller who makes the loss of them: any upstream gradient.

@@ -14,6 +14,7 @@ from torch._C import DispatchKeySet
 from torch._ops import OpOverload
 
 from . import main_grad
+from .checks import in_autocast
 from .kernels.contract import Scalars
 from .problem import PATHS, SCHEMA, WRT, Gradients, Problem, flatten, unflatten
 from .schedules import plan
@@ -59,7 +60,7 @@ def _operator_forward(*values) -> tuple[Tensor, ...]:
     problem: Problem = unflatten(leaves)
     (wanted,) = leaves
     hidden = problem.student.hidden
-    with torch.autocast(hidden.device.type, enabled=False), _on(hidden.device):
+    with _without_autocast(hidden.device), _on(hidden.device):
         outcome = plan.run(problem, chunked.run, wanted)
     gradients, states = outcome.gradients, None
     if isinstance(gradients.weight, Factors):
@@ -67,6 +68,10 @@ def _operator_forward(*values) -> tuple[Tensor, ...]:
         gradients = gradients._replace(weight=logit_gradient)
     leaves = (outcome.loss, *outcome.scalars, *gradients, states)
     return tuple(hidden.new_empty(0, dtype=torch.float32) if x is None else x for x in leaves)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, enabled=False) if in_autocast(device.type) else nullcontext()
 
 
 def _on(device: torch.device) -> AbstractContextManager:
@@ -196,10 +201,12 @@ def _per_token_fake(*values) -> Tensor:
 class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operator: Callable, *values):
+        ctx.lengths = [len(x) if isinstance(x, list | tuple) else None for x in values]
+        flat = [x for value in values for x in (value if isinstance(value, list | tuple) else (value,))]
         # Other backward passes change main_grad, which nothing is computed from.
-        saved = [isinstance(x, Tensor) and i != _MAIN_GRAD for i, x in enumerate(values)]
-        ctx.save_for_backward(*(x if save else None for x, save in zip(values, saved, strict=True)))
-        ctx.options = [None if save else x for x, save in zip(values, saved, strict=True)]
+        saved = [isinstance(x, Tensor) and x is not values[_MAIN_GRAD] for x in flat]
+        ctx.save_for_backward(*(x if save else None for x, save in zip(flat, saved, strict=True)))
+        ctx.options = [None if save else x for x, save in zip(flat, saved, strict=True)]
         return operator(*values)
 
     @staticmethod
@@ -210,9 +217,8 @@ class _PerToken(torch.autograd.Function):
                 "linear_divergence_per_token: double backward (create_graph=True) is not supported; "
                 "schedule='reference' has it"
             )
-        leaves = [
-            option if tensor is None else tensor for tensor, option in zip(ctx.saved_tensors, ctx.options, strict=True)
-        ]
+        flat = (x if tensor is None else tensor for tensor, x in zip(ctx.saved_tensors, ctx.options, strict=True))
+        leaves = [next(flat) if n is None else [next(flat) for _ in range(n)] for n in ctx.lengths]
         problem: Problem = unflatten(iter(leaves))
         _, *needed = ctx.needs_input_grad
         wanted = [needed[i] for i in WRT]

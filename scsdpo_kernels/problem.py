@@ -4,10 +4,10 @@ torch.library takes no trees, so the operators' arguments are the leaves of a `P
 them, `flatten` lists them, `unflatten` puts them together again.
 """
 
-import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -49,6 +49,23 @@ class Head(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
     main_grad: Tensor | None = None
+
+
+class RoutedHeads(NamedTuple):
+    """LM heads of K teachers, one of which teaches each token: a rollout's domain, say, has its own expert.
+
+    A token is projected once by the student's head and once by its teacher's.
+
+    Args:
+        heads: K tensors (V, D_k) or `Head`, each of its own width and of its own teacher's dtype. One tensor may be in
+            several of them, as with adapters on one base model.
+        index: (...,) integers in [0, K), the number of each token's teacher. It is not looked at where a token is not
+            computed, except that teachers whose hidden states are given for their own tokens alone have all tokens of
+            that index.
+    """
+
+    heads: Sequence[Tensor | Head]
+    index: Tensor
 
 
 class TopK(NamedTuple):
@@ -198,7 +215,9 @@ class Part(NamedTuple):
 
 class Problem(NamedTuple):
     student: Side
-    teacher: Side | None  # None: support.logp is all that is known of it
+    # Empty: support.logp is all that is known. With a route, hidden may be (n, D) of the n tokens that it leads there.
+    teachers: tuple[Side, ...]
+    route: Tensor | None  # (...,) integers: which teacher each token has. None: there is one
     token_weight: Tensor  # (...,)
     rows: Tensor | None  # (R,) flat indices
     objective: Objective
@@ -225,16 +244,19 @@ class Gradients(NamedTuple):
     lora_b: Any
 
 
-def is_spread(path: tuple[str, ...]) -> bool:
+Path = tuple[str | int, ...]  # names of fields, and numbers in tuples
+
+
+def is_spread(path: Path) -> bool:
     """Whether a leaf of a problem has a row for each entry of the vocabulary."""
     return "head" in path and path[-1] in ("weight", "bias", "b", "main_grad")
 
 
 def shortest_head(problem: Problem) -> int | None:
-    """Rows of the shorter head, None where both have as many."""
-    if problem.teacher is None or len(problem.student.head.weight) == len(problem.teacher.head.weight):
-        return None
-    return int(min(len(problem.student.head.weight), len(problem.teacher.head.weight)))
+    """Rows of the shortest head, None where all have as many."""
+    student = len(problem.student.head.weight)
+    lengths = [len(teacher.head.weight) for teacher in problem.teachers]
+    return None if all(length == student for length in lengths) else int(min(student, *lengths))
 
 
 def cut(problem: Problem) -> Problem:
@@ -249,31 +271,46 @@ def cut(problem: Problem) -> Problem:
 # The flat form.
 
 _KINDS = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"}
+# A list of numbers has this in place of None; no number of a head is infinite.
+_NO_NUMBER = math.inf
 
 
-def _leaves(tree: type, before: tuple[str, ...] = (), optional: bool = False) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Path and torch.library's type of every value in a tree; those of a group that may be None may be None."""
-    for name, (plain, may_be_none) in _fields(tree).items():
-        may_be_none = may_be_none or optional
-        if plain in _KINDS:
-            yield (*before, name), _KINDS[plain] + ("?" if may_be_none else "")
-        else:
-            yield from _leaves(plain, (*before, name), may_be_none)
+class _Layout(NamedTuple):
+    """A tree of named tuples, of which a problem may have one, none or a tuple."""
+
+    tree: type
+    fields: "tuple[_Layout | None, ...]"  # None: a value
+    paths: tuple[tuple[str, ...], ...]  # of all values; a tuple of trees has two, a list of tensors and one of numbers
+    kinds: tuple[str, ...]  # torch.library's types of them
+    are_tensors: tuple[bool, ...]
+    may_be_none: bool
+    is_tuple: bool
 
 
-@functools.cache
-def _fields(tree: type) -> dict[str, tuple[Any, bool]]:
-    """Type of each field without None, and whether it may be None."""
-    fields = {}
+def _layout(tree: type, may_be_none: bool = False, is_tuple: bool = False) -> _Layout:
+    """The values of a group that may be None may be None."""
+    fields, paths, kinds = [], [], []
     for name, kind in get_type_hints(tree).items():
-        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-        (plain,) = (x for x in kinds if x is not NoneType)
-        fields[name] = plain, NoneType in kinds
-    return fields
+        options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        (plain,) = (x for x in options if x is not NoneType)
+        optional = may_be_none or NoneType in options
+        if plain in _KINDS:
+            fields.append(None)
+            paths.append((name,))
+            kinds.append(_KINDS[plain] + ("?" if optional else ""))
+            continue
+        many = get_origin(plain) is tuple
+        group = _layout(get_args(plain)[0] if many else plain, optional, many)
+        fields.append(group)
+        paths += ((name, *path) for path in ((("tensors",), ("numbers",)) if many else group.paths))
+        kinds += ("Tensor?[]", "float[]") if many else group.kinds
+    are_tensors = tuple(kind.startswith("Tensor") for kind in kinds)
+    return _Layout(tree, tuple(fields), tuple(paths), tuple(kinds), are_tensors, may_be_none, is_tuple)
 
 
-PATHS, _TYPES = zip(*_leaves(Problem), strict=True)
-SCHEMA = ", ".join(f"{kind} {'_'.join(path)}" for path, kind in zip(PATHS, _TYPES, strict=True))
+_PROBLEM = _layout(Problem)
+PATHS = _PROBLEM.paths
+SCHEMA = ", ".join(f"{kind} {'_'.join(path)}" for path, kind in zip(PATHS, _PROBLEM.kinds, strict=True))
 # What takes gradients, in the order of `Gradients`.
 WRT = tuple(
     PATHS.index(path)
@@ -288,34 +325,74 @@ WRT = tuple(
 
 
 def flatten(problem: Problem) -> list:
-    return [_at(problem, path) for path in PATHS]
+    return _flat(problem, _PROBLEM)
 
 
-def _at(value: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        value = None if value is None else getattr(value, name)
-    return value
+def _flat(group: Any, layout: _Layout) -> list:
+    if group is None:
+        return [None] * len(layout.paths)
+    values = []
+    for value, inner in zip(group, layout.fields, strict=True):
+        if inner is None:
+            values.append(value)
+        elif inner.is_tuple:
+            tensors, numbers = [], []
+            for x in value:
+                for leaf, is_tensor in zip(_flat(x, inner), inner.are_tensors, strict=True):
+                    if is_tensor:
+                        tensors.append(leaf)
+                    else:
+                        numbers.append(_NO_NUMBER if leaf is None else leaf)
+            values += (tensors, numbers)
+        else:
+            values += _flat(value, inner)
+    return values
 
 
-def unflatten(values: Iterator, tree: type = Problem) -> Any:
+def unflatten(values: Iterator, layout: _Layout = _PROBLEM) -> Any:
     """Takes a tree's leaves from `values`. A group that may be None is None where its first value is."""
     fields = []
-    for plain, may_be_none in _fields(tree).values():
-        if plain in _KINDS:
+    for inner in layout.fields:
+        if inner is None:
             fields.append(next(values))
-            continue
-        group = unflatten(values, plain)
-        first = group
-        while isinstance(first, tuple):
-            first = first[0]
-        fields.append(None if may_be_none and first is None else group)
-    return tree(*fields)
+        elif inner.is_tuple:
+            fields.append(tuple(_groups(next(values), next(values), inner)))
+        else:
+            group = unflatten(values, inner)
+            first = group
+            while isinstance(first, tuple):
+                first = first[0]
+            fields.append(None if inner.may_be_none and first is None else group)
+    return layout.tree(*fields)
 
 
-def mapped(function: Any, value: Any, path: tuple[str, ...] = ()) -> Any:
+def _groups(tensors: list[Tensor | None], numbers: list[float], layout: _Layout) -> Iterator[Any]:
+    rest, other = iter(tensors), (None if x == _NO_NUMBER else x for x in numbers)
+    for _ in range(len(tensors) // sum(layout.are_tensors)):
+        yield unflatten(iter([next(rest) if is_tensor else next(other) for is_tensor in layout.are_tensors]), layout)
+
+
+def leaves(group: Any, layout: _Layout = _PROBLEM, before: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every value of a tree with its path."""
+    names = layout.tree._fields
+    for name, inner, value in zip(names, layout.fields, group or [None] * len(names), strict=True):
+        path = (*before, name)
+        if inner is None:
+            yield path, value
+        elif inner.is_tuple:
+            for number, x in enumerate(value):
+                yield from leaves(x, inner, (*path, number))
+        else:
+            yield from leaves(value, inner, path)
+
+
+def mapped(function: Any, value: Any, path: Path = ()) -> Any:
     """The same tree with function(path, tensor) in place of every tensor."""
     if isinstance(value, Tensor):
         return function(path, value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(function, x, (*path, name)) for name, x in value._asdict().items()))
+        names = zip(value._fields, value, strict=True)
+        return type(value)(*[x if x is None else mapped(function, x, (*path, name)) for name, x in names])
+    if isinstance(value, tuple):
+        return tuple(mapped(function, x, (*path, number)) for number, x in enumerate(value))
     return value

@@ -6,6 +6,7 @@ Tokens of questions with weight 0 count in the denominator and cost nothing else
 """
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from .arguments import DivergenceOptions, check_keywords
 from .checks import check_number, check_policy, check_tensor
 from .linear_divergence import LinearDivergence, linear_divergence
-from .problem import Head, PolicyGradient
+from .problem import Head, PolicyGradient, RoutedHeads
 from .question_weights import question_weights
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ REDUCTIONS = ("token-mean", "weighted-token-mean", "sequence-mean", "sum")
 def scsdpo_loss(
     student_hidden: Tensor,
     student_head: Tensor | Head,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Tensor | Head | None = None,
+    teacher_hidden: Tensor | Sequence[Tensor] | None = None,
+    teacher_head: Tensor | Head | RoutedHeads | None = None,
     *,
     rewards: Tensor | None = None,
     question_ids: Tensor | None = None,
@@ -51,8 +52,8 @@ def scsdpo_loss(
     Args:
         student_hidden: (B, T, D), as of `linear_divergence`.
         student_head: (V, D), or a `Head`.
-        teacher_hidden: (B, T, D_t). None with support=TopLogprobs(...).
-        teacher_head: (V, D_t), or a `Head`. None: the student's whole head.
+        teacher_hidden: (B, T, D_t), or with `RoutedHeads` a list of tensors. None with support=TopLogprobs(...).
+        teacher_head: (V, D_t), a `Head` or `RoutedHeads`. None: the student's whole head.
         rewards: (B,) one per rollout.
         question_ids: (B,) integers; rollouts of a question share one.
         question_weight: (B,) instead of the two above, from `question_weights` or `PassRates.update`.

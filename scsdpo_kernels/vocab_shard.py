@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .problem import PATHS, Part, Problem, flatten, is_spread, mapped
+from .problem import Part, Path, Problem, Side, is_spread, leaves, mapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,7 @@ def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) 
             allow.
     """
     weight, main_grad = problem.student.head.weight, problem.student.head.main_grad
+    numbered = problem.route is not None
     if main_grad is not None and (_is_dtensor(weight) or _is_dtensor(main_grad)):
         raise ValueError(
             "student_head.main_grad: expected plain tensors of this process's part, and a VocabShard, got a DTensor"
@@ -94,9 +95,9 @@ def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) 
     if shard is None:
         return problem, None
 
-    def local(path: tuple[str, ...], tensor: Tensor) -> Tensor:
+    def local(path: Path, tensor: Tensor) -> Tensor:
         spread = is_spread(path)
-        name = name_of(path)
+        name = name_of(path, numbered)
         vocabulary, size = shard.part.vocabulary, shard.stop - shard.start
         if _is_dtensor(tensor):
             _expect_placement(name, tensor, 0 if spread else None)
@@ -110,7 +111,7 @@ def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) 
         if not spread or tensor.dim() == 0:
             return tensor
         length = len(tensor)
-        if apart and length == whole[path[0]]:
+        if apart and length == whole[path[: path.index("head")]]:
             return tensor[shard.start : shard.stop]
         if length <= size:
             return tensor
@@ -121,25 +122,39 @@ def local_part(problem: Problem, shard: VocabShard | None, shared_prefix: bool) 
         return tensor if path[-1] in ("weight", "main_grad") else tensor[:size]  # without padding
 
     parts = mapped(local, problem)
-    if problem.teacher is not None and problem.teacher.head.weight is weight:
-        head = parts.teacher.head._replace(weight=parts.student.head.weight)
-        parts = parts._replace(teacher=parts.teacher._replace(head=head))
-    lengths = [len(x.head.weight) for x in (parts.student, parts.teacher) if x is not None and x.head.weight.dim() > 0]
+    teachers = []
+    for given, teacher in zip(problem.teachers, parts.teachers, strict=True):
+        shared = given.head.weight is weight
+        head = teacher.head._replace(weight=parts.student.head.weight) if shared else teacher.head
+        teachers.append(teacher._replace(head=head))
+    parts = parts._replace(teachers=tuple(teachers))
+    sides = {_head_name(path, numbered): side.head.weight for path, side in _sides(parts).items()}
+    lengths = {name: len(weight) for name, weight in sides.items() if weight.dim() > 0}
     if not apart:
         _check_own_lengths(lengths, shard, shared_prefix)
     size = shard.stop - shard.start
-    return parts._replace(vocabulary=size if any(x > size for x in lengths) else None), shard
+    return parts._replace(vocabulary=size if any(x > size for x in lengths.values()) else None), shard
+
+
+def _sides(problem: Problem) -> dict[Path, Side]:
+    """All of them by their paths, the student's first."""
+    return {("student",): problem.student} | {("teachers", k): side for k, side in enumerate(problem.teachers)}
+
+
+def _head_name(path: Path, numbered: bool) -> str:
+    return name_of((*path, "head", "weight"), numbered)
 
 
 def _shard_of_dtensor(
     problem: Problem, shard: VocabShard | None, shared_prefix: bool
-) -> tuple[VocabShard, dict[str, int]]:
-    """Which part of the vocabulary a student's head, a DTensor, has here, and the rows of both sides' whole heads."""
+) -> tuple[VocabShard, dict[Path, int]]:
+    """Which part of the vocabulary a student's head, a DTensor, has here, and the rows of all sides' whole heads."""
     weight = problem.student.head.weight
     _expect_placement("student_head", weight, 0)
     processes = weight.device_mesh.size()
-    whole = {"student": len(weight), "teacher": _whole_length(problem, -(-len(weight) // processes), processes)}
-    check_lengths(*whole.values(), shared_prefix)
+    whole = {path: _whole_length(side.head.weight, weight, processes) for path, side in _sides(problem).items()}
+    for path, length in whole.items():
+        check_lengths(_head_name(path, problem.route is not None), len(weight), length, shared_prefix)
     own, bounds = _bounds(weight, min(whole.values()))
     if shard is None:
         shard = VocabShard(*own, group=weight.device_mesh.get_group(), bounds=bounds)
@@ -152,34 +167,35 @@ def _shard_of_dtensor(
     return shard, whole
 
 
-def _check_own_lengths(lengths: list[int], shard: VocabShard, shared_prefix: bool) -> None:
-    """ValueError where this process's parts of two heads have not as many rows as each other, and should have."""
-    if len(lengths) < 2:
+def _check_own_lengths(lengths: dict[str, int], shard: VocabShard, shared_prefix: bool) -> None:
+    """ValueError where this process's parts of the heads have not as many rows as each other, and should have."""
+    if "student_head" not in lengths:
         return
-    check_lengths(*lengths, shared_prefix)
-    if len(set(lengths)) > 1 and shard.stop != shard.part.vocabulary:  # rows of other tokens, most likely
+    student = lengths["student_head"]
+    for name, length in lengths.items():
+        check_lengths(name, student, length, shared_prefix)
+        if length != student and shard.stop != shard.part.vocabulary:  # rows of other tokens, most likely
+            raise ValueError(
+                f"{name}: expected as many rows of {shard.start} to {shard.stop} as student_head has, "
+                f"{student}, since only the part that ends a shared prefix may be longer, got {length}"
+            )
+
+
+def check_lengths(name: str, student: int, length: int, shared_prefix: bool) -> None:
+    """ValueError where a teacher's head has not as many rows as the student's, and not because they share a prefix."""
+    if student != length and not shared_prefix:
         raise ValueError(
-            f"teacher_head: expected as many rows of {shard.start} to {shard.stop} as student_head has, "
-            f"{lengths[0]}, since only the part that ends a shared prefix may be longer, got {lengths[1]}"
+            f"{name}: expected the {student} rows of student_head, or shared_prefix=True, with which the first "
+            f"{min(student, length)} are both sides' tokens and the others are forbidden, got {length} rows"
         )
 
 
-def check_lengths(student: int, teacher: int, shared_prefix: bool) -> None:
-    """ValueError where heads have not as many rows as each other, and not because they share a prefix."""
-    if student != teacher and not shared_prefix:
-        raise ValueError(
-            f"teacher_head: expected the {student} rows of student_head, or shared_prefix=True, with which the first "
-            f"{min(student, teacher)} are both sides' tokens and the others are forbidden, got {teacher} rows"
-        )
-
-
-def _whole_length(problem: Problem, size: int, processes: int) -> int:
-    """Rows of a teacher's whole head beside a DTensor; the student's where the teacher's is a part."""
-    length, teacher = len(problem.student.head.weight), problem.teacher
-    if teacher is None or teacher.head.weight.dim() == 0:
-        return length
-    weight = teacher.head.weight
-    return len(weight) if _is_dtensor(weight) or processes == 1 or len(weight) > size else length
+def _whole_length(weight: Tensor, student: Tensor, processes: int) -> int:
+    """Rows of a side's whole head beside a student's that is a DTensor; the student's where this is a part."""
+    if weight.dim() == 0:
+        return len(student)
+    size = -(-len(student) // processes)
+    return len(weight) if _is_dtensor(weight) or processes == 1 or len(weight) > size else len(student)
 
 
 def _bounds(tensor: Tensor, vocabulary: int) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]]:
@@ -190,12 +206,20 @@ def _bounds(tensor: Tensor, vocabulary: int) -> tuple[tuple[int, int], tuple[tup
     return bounds[tensor.device_mesh.get_local_rank()], bounds
 
 
-def name_of(path: tuple[str, ...]) -> str:
-    """What a user calls a leaf of a problem."""
-    if path[0] in ("student", "teacher"):
-        side, part, *rest = path
+def name_of(path: Path, numbered: bool = False) -> str:
+    """What a user calls a leaf of a problem. numbered: teachers are in lists."""
+    if path[0] in ("student", "teachers"):
+        side, *rest = path
+        if side == "teachers":
+            number, *rest = rest
+        part, *rest = rest
+        which = ""
+        if side == "teachers" and numbered:
+            which = f".heads[{number}]" if part == "head" else f"[{number}]"
         rest = [] if rest == ["weight"] else rest
-        return ".".join([f"{side}_{part}", *rest])
+        return ".".join([f"{side.removesuffix('s')}_{part}{which}", *rest])
+    if path[0] == "route":
+        return "teacher_head.index"
     if path[0] == "target":
         return "target_ids" if path[-1] == "ids" else path[-1]
     return path[-1] if path[0] == "objective" else ".".join(path)
@@ -222,9 +246,11 @@ def agreed(shard: VocabShard, check: Callable[[], Problem], schedule: str) -> Pr
         raise ValueError(f"shard: arguments were refused on other processes, {'; '.join(refused)}")
     first = every[0][0]
     for rank, (other, _) in enumerate(every):
-        apart = [name for name in first if first[name] != other[name]]
+        apart = [name for name in first | other if first.get(name) != other.get(name)]
         if apart:
-            differences = (f"{name}: {first[name]} on process 0, {other[name]} on process {rank}" for name in apart)
+            differences = (
+                f"{name}: {first.get(name)} on process 0, {other.get(name)} on process {rank}" for name in apart
+            )
             raise ValueError(f"shard: expected the same on every process, got {'; '.join(differences)}")
     return result
 
@@ -236,11 +262,12 @@ _SUMMED = (("student", "hidden"), ("student", "head", "lora", "a"))
 def _described(problem: Problem, schedule: str) -> dict[str, Any]:
     own_rows = problem.part.sequence_parallel
     described: dict[str, Any] = {"schedule": schedule, "grad mode": torch.is_grad_enabled()}
-    for path, value in zip(PATHS, flatten(problem), strict=True):
+    for path, value in leaves(problem):
         if path in (("part", "start"), ("vocabulary",)):  # each process has its own
             continue
+        name = name_of(path, problem.route is not None)
         if not isinstance(value, Tensor):
-            described[name_of(path)] = value
+            described[name] = value
             continue
         shape = list(value.shape)
         if is_spread(path):
@@ -251,9 +278,12 @@ def _described(problem: Problem, schedule: str) -> dict[str, Any]:
             ("student", "hidden"),
             ("student", "head", "lora", "a"),
         )
-        described[name_of(path)] = (shape, str(value.dtype), needs)
+        described[name] = (shape, str(value.dtype), needs)
     if problem.objective.token_beta is not None and not own_rows:
         described["beta's numbers"] = zlib.crc32(repr(problem.objective.token_beta.tolist()).encode())
+    if problem.route is not None and not own_rows:
+        computed = torch.where(problem.counts, problem.route.long(), 0)
+        described["teacher_head.index's numbers"] = zlib.crc32(repr(computed.tolist()).encode())
     if not own_rows:
         described["token_weight's rows"] = zlib.crc32(bytes(problem.counts.flatten().tolist()))
     return described

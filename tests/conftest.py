@@ -32,6 +32,7 @@ ON_PROCESSOR = {
     "test_per_token",
     "test_policy",
     "test_properties",
+    "test_routed_teachers",
     "test_scsdpo_loss",
     "test_shared_prefix",
     "test_transformers",
@@ -108,6 +109,17 @@ def gpu_kernels(monkeypatch):
     from scsdpo_kernels.schedules import chunked
 
     monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """What a GPU does with `rows=`, where nothing is checked."""
+    from scsdpo_kernels.schedules import rows
+
+    def kept_rows(problem, **_):
+        return rows.Chosen(problem.rows, True, [len(problem.rows)] * len(problem.teachers))
+
+    monkeypatch.setattr(rows, "kept_rows", kept_rows)
 
 
 @pytest.fixture(params=["cpu", "triton"] if DEVICE == "cpu" else ["cpu"])

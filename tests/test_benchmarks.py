@@ -248,15 +248,15 @@ def test_objectives():
     arguments = argparse.Namespace(rows=16, width=128, vocabulary=301, repeats=1)
     records = objectives.measure(arguments, CPU)
     for name, record in records.items():
-        # A softcap's logits are not subtracted before they are rounded: plain PyTorch's fp32 is no worse.
-        limit = 2 if name == "softcap" else 0.3
+        # Logits of a softcap or of another head are not subtracted before they are rounded: PyTorch's fp32 is no worse.
+        limit = 2 if name == "softcap" or "teacher" in name else 0.3
         assert record["seconds"] > 0 and record["error_hidden"] < limit * record["error_hidden_eager"], name
         part = name.startswith(("TopK", "TopLogprobs", "SampledToken"))  # a difference of times, which may be any
-        assert "LoRA" in name or part or record["seconds_of_256_rows"] > 0
-        assert ("seconds_of_256_rows" in record) == ("LoRA" not in name)
+        assert "LoRA" in name or "teacher" in name or part or record["seconds_of_256_rows"] > 0
+        assert ("seconds_of_256_rows" in record) == ("LoRA" not in name and "teacher" not in name)
     shape = {"rows": 16, "width": 128, "vocabulary": 301}
     shown = objectives.table({"machine": measuring.machine(CPU), "shape": shape, "repeats": 1, "objectives": records})
-    assert all(f"\n| {name} | " in shown for name in records) and len(records) == 19
+    assert all(f"\n| {name} | " in shown for name in records) and len(records) == 21
 
 
 def test_peaks_are_over_inputs_and_gradients():

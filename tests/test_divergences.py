@@ -20,7 +20,6 @@ from scsdpo_kernels.kernels.mixture import mixtures
 from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import ENDS, flatten, objective_of
 from scsdpo_kernels.schedules import chunked
-from scsdpo_kernels.schedules import rows as row_choice
 from scsdpo_kernels.schedules.shards import merge_statistics
 
 DIVERGENCES = tuple(name for name in ENDS if name != "jensen_shannon")
@@ -400,9 +399,8 @@ def test_what_does_not_fit_raises_by_name(options, error, message):
             problem(4, D, V).call(**options, schedule=schedule)
 
 
-def test_unchecked_shares_give_nan_in_their_token(kernels, monkeypatch):
-    """What a GPU does with `rows=`, where nothing is checked; a token of weight 0 may hold anything."""
-    monkeypatch.setattr(row_choice, "kept_rows", lambda problem, **_: (problem.rows, True))
+def test_unchecked_shares_give_nan_in_their_token(kernels, unchecked):
+    """A token of weight 0 may hold anything."""
     given = problem(5, D, V).but(token_weight=torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0]))
     beta = torch.tensor([0.5, 7.0, 1.5, torch.nan, 1.0])
     result, grad, _ = given.run(beta=beta, rows=torch.arange(5))

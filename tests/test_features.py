@@ -15,6 +15,7 @@ from scsdpo_kernels import (
     Head,
     LoRA,
     PolicyGradient,
+    RoutedHeads,
     SampledToken,
     TopK,
     TopLogprobs,
@@ -33,6 +34,7 @@ class Feature(NamedTuple):
     head: dict = {}  # noqa: RUF012 what the student's Head has beside its weight, and so the teacher's
     per_token: bool = False
     more_rows: int = 0  # the student's head has than the teacher's
+    teachers: int = 1
 
 
 def _features() -> dict[str, Feature]:
@@ -62,6 +64,7 @@ def _features() -> dict[str, Feature]:
         "`Head(softcap=...)`": Feature(head={"softcap": 3.0}),
         "`Head(logit_scale=...)`": Feature(head={"logit_scale": 0.4}),
         "`Head(lora=...)`": Feature(head={"lora": LoRA(*lora)}),
+        "`RoutedHeads`": Feature(teachers=3),
         "`shared_prefix`": Feature({"shared_prefix": True, "target_ids": ids % 60}, more_rows=7),
     }
 
@@ -88,6 +91,9 @@ def gradients(feature: Feature, beta: float, schedule: str, device: str, dtype: 
     head = Head(*tree_map_only(Tensor, differentiable, Head(weight, **feature.head)))
     given = None if isinstance(options.get("support"), TopLogprobs) else teacher.to(device, dtype)
     other = weight[: -feature.more_rows].to(device, dtype) if feature.more_rows else None
+    if feature.teachers > 1:
+        heads = [(weight * (1 + k)).to(device, dtype) for k in range(feature.teachers)]
+        other = RoutedHeads(heads, torch.arange(ROWS, device=device) % feature.teachers)
     if feature.per_token:
         loss = linear_divergence_per_token(hidden, head, given, other, **options).square().sum()
     else:

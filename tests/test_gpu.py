@@ -14,6 +14,7 @@ from oracle import relative_error
 from scsdpo_kernels import (
     Head,
     LoRA,
+    RoutedHeads,
     SampledToken,
     TopK,
     TopLogprobs,
@@ -274,6 +275,28 @@ def test_the_host_waits_once_or_never():
         assert waits(run) == 1
         assert waits(lambda run=run, every=every: run(rows=every)) == 0
     assert waits(lambda: question_weights(rewards, batch["question_ids"])) == 0
+
+
+def test_several_teachers_are_waited_for_once():
+    """For the number of each one's tokens, with `rows` too, which then is right or refused."""
+    hidden, weight, teacher, head = problem(64, vocabulary=5003, width=256, own=True)
+    index, rows = torch.arange(64, device="cuda") % 3, torch.arange(64, device="cuda")
+    own = [teacher[index == k] for k in range(3)]
+    heads = [weight, head, head * 2]
+
+    def run(index=index, **options):
+        return fused(hidden, weight, own, RoutedHeads(heads, index), **options)
+
+    together, *_ = run()
+    for k in range(3):
+        alone, *_ = fused(hidden, weight, teacher, heads[k])
+        mine = index == k
+        torch.testing.assert_close(together.divergence[mine], alone.divergence[mine], rtol=1e-3, atol=1e-6)
+    assert waits(run) == 1 and waits(lambda: run(rows=rows)) == 1
+    for x, y in zip(run(rows=rows)[1:], run()[1:], strict=True):
+        assert relative_error(x, y) < 2e-3
+    with pytest.raises(ValueError, match=r"teacher_head\.index: .* got 0 to 3"):
+        run(index=torch.where(rows == 5, 3, index), rows=rows)
 
 
 @pytest.mark.parametrize("count", [0, 1, 8, 256, 3000])

@@ -421,3 +421,11 @@ def test_a_token_has_the_same_bits_whichever_tokens_stand_beside_it(dtype, teach
     apart = given.tokens(some).call(**options, target_ids=ids[some])
     for x, y in zip(known(apart).values(), known(together).values(), strict=True):
         assert torch.equal(x, y[some])
+
+
+def test_one_number_that_is_all_weights():
+    """Expanded, it has no memory of its own for each token."""
+    given = problem(9, vocabulary=101)
+    one, many = (given.run(token_weight=x) for x in (torch.full((1,), 2.0).expand(9), torch.full((9,), 2.0)))
+    for x, y in zip((one[0].loss, *one[1:]), (many[0].loss, *many[1:]), strict=True):
+        assert torch.equal(x, y)

@@ -22,7 +22,6 @@ from scsdpo_kernels import (
 )
 from scsdpo_kernels.kernels import kernels_of, triton_kernels
 from scsdpo_kernels.schedules import chunked, products
-from scsdpo_kernels.schedules import rows as row_choice
 
 BETAS = (0.0, 0.3, 1.0)
 V, D = 307, 24
@@ -558,12 +557,6 @@ def test_infinite_divergences_of_rows_of_weight_0_reach_no_gradient(kernels):
     leaves = given.leaves()
     out = leaves.call(linear_divergence_per_token, **options)
     assert all((x == 0).all() for x in (*gradients, *torch.autograd.grad(out, leaves.trained, torch.zeros(4))))
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """What a GPU does with `rows=`, where nothing is checked."""
-    monkeypatch.setattr(row_choice, "kept_rows", lambda problem, **_: (problem.rows, True))
 
 
 def test_unchecked_ids_of_a_support_give_nan_in_their_row(kernels, unchecked):

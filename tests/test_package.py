@@ -163,7 +163,7 @@ def test_public_heads_and_supports():
     """Named tuples that other people's scripts make, in this order."""
     fields = {
         name: (getattr(scsdpo_kernels, name)._fields, getattr(scsdpo_kernels, name)._field_defaults)
-        for name in ("Head", "LoRA", "TopK", "TopLogprobs", "SampledToken", "PolicyGradient")
+        for name in ("Head", "LoRA", "RoutedHeads", "TopK", "TopLogprobs", "SampledToken", "PolicyGradient")
     }
     assert fields == {
         "Head": (
@@ -171,6 +171,7 @@ def test_public_heads_and_supports():
             {"bias": None, "lora": None, "logit_scale": 1.0, "softcap": None, "main_grad": None},
         ),
         "LoRA": (("a", "b", "scale"), {"scale": 1.0}),
+        "RoutedHeads": (("heads", "index"), {}),
         "TopK": (("k", "tail"), {"tail": "bucket"}),
         "TopLogprobs": (("ids", "logp", "tail"), {"tail": "bucket"}),
         "SampledToken": ((), {}),

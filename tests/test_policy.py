@@ -382,10 +382,7 @@ def test_what_does_not_fit_raises_by_name(error, options, message, schedule):
         problem(4, D, V).call(**options, schedule=schedule)
 
 
-def test_unchecked_targets_give_nan_in_their_row(kernels, monkeypatch):
-    from scsdpo_kernels.schedules import rows as row_choice
-
-    monkeypatch.setattr(row_choice, "kept_rows", lambda problem, **_: (problem.rows, True))
+def test_unchecked_targets_give_nan_in_their_row(kernels, unchecked):
     given = problem(4, D, V).but(token_weight=torch.tensor([1.0, 0.0, 0.0, 0.0]))
     options = {"support": TopK(5)} if kernels == "cpu" else {}  # native row kernels take checked ids
     policy = PolicyGradient(torch.tensor([1.0, 1.0, 2.0, 0.0]))

@@ -23,7 +23,6 @@ from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.linear_divergence import DEFAULTS
 from scsdpo_kernels.problem import flatten
 from scsdpo_kernels.schedules import chunked, products
-from scsdpo_kernels.schedules import rows as row_choice
 
 SHORT, LONG, D = 283, 307, 24
 LONGER = ("student", "teacher")
@@ -236,9 +235,8 @@ def test_targets_that_one_side_does_not_have_are_refused(longer, schedule):
 
 
 @of_each_longer
-def test_unchecked_targets_that_one_side_does_not_have_are_nan(longer, gpu_kernels, monkeypatch):
+def test_unchecked_targets_that_one_side_does_not_have_are_nan(longer, gpu_kernels, unchecked):
     """As any id outside the vocabulary, where a GPU is given `rows=`."""
-    monkeypatch.setattr(row_choice, "kept_rows", lambda problem, **_: (problem.rows, True))
     given, ids = unequal(longer, 4), torch.tensor([3, SHORT, 0, 1])
     result, grad_hidden, _ = given.run(target_ids=ids, rows=torch.arange(4), **PREFIX)
     assert result.student_logp.isnan().tolist() == [False, True, False, False] and grad_hidden.isfinite().all()

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from scsdpo.head import distill, head_of, hidden_states, patch_lm_head, unpatch_lm_head
+from scsdpo_kernels import RoutedHeads
 
 SIZES = {"vocab_size": 151, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
@@ -215,3 +216,8 @@ def test_lora_on_the_head_goes_the_operators_way():
     with torch.no_grad():
         own = hidden_states(model, ids, attention, 5)
     assert (distill(model, ids, attention, 5, mask=None, teacher_hidden=own).divergence == 0).all()
+
+
+def test_several_teachers_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"teacher_head: expected .* got RoutedHeads; distill takes one teacher"):
+        distill(nn.Linear(2, 2), torch.zeros(1, 2), None, 1, mask=None, teacher_head=RoutedHeads([], torch.zeros(1, 1)))

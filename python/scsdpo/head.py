@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scsdpo_kernels import Head, LinearDivergence, linear_divergence, scsdpo_loss
+from scsdpo_kernels import Head, LinearDivergence, RoutedHeads, linear_divergence, scsdpo_loss
 
 from . import forward, measured
 from .forward import base_model, inside_forward
@@ -81,6 +81,8 @@ def distill(
             `mask` that attention_mask calls padding, as in a batch that is padded on the right (on a GPU the loss is
             NaN then); teacher_hidden of another head than the student's without teacher_head.
     """
+    if isinstance(teacher_head, RoutedHeads):
+        raise TypeError("teacher_head: expected a Head, a tensor or None, got RoutedHeads; distill takes one teacher")
     _check_tokens(tokens, input_ids)
     if mask is None and question_ids is not None:
         raise ValueError("question_ids: expected None with mask=None, whose loss has no questions")

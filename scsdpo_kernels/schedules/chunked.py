@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels import Kernels, kernels_of
 from ..kernels.contract import Logits, PerRow
-from ..problem import Gradients
+from ..problem import Gradients, Side
 from . import products
 from .plan import Plan
 from .row_values import row_values
@@ -70,7 +70,7 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
         for chunk in _split(group, most):
             inside = slice(chunk.start - group.start, chunk.stop - group.start)
             some = rows.chunk(chunk)
-            logits, own = _project(plan, states[inside], some, buffers.logits, kernels)
+            logits, own = _project(plan, states[inside], some, chunk, buffers.logits, kernels)
             adapted.append(own)
             if buffers.kept is None:
                 gradient, inside = view_as(logits.student, dtype), slice(None)
@@ -96,28 +96,38 @@ def _scaled(given: PerRow, by: float) -> PerRow:
 
 
 def _project(
-    plan: Plan, states: Tensor, rows: Rows, buffer: Tensor, kernels: Kernels
+    plan: Plan, states: Tensor, rows: Rows, chunk: slice, buffer: Tensor, kernels: Kernels
 ) -> tuple[Logits, Tensor | None]:  # and h Aᵀ (C, r) of the student's adapter
-    """A chunk's logits of both sides."""
+    """A chunk's logits of both sides, the teacher's of each slice of it with the head of its own."""
     head, length = plan.student.head, len(states)
     logits = Logits(buffer[:length], None, plan.difference, head.softcap or 0.0)
-    if plan.teacher is None:
+    taught = []
+    for side, which in plan.teachers:
+        inside = slice(max(which.start, chunk.start) - chunk.start, min(which.stop, chunk.stop) - chunk.start)
+        if inside.start < inside.stop:
+            taught.append((side, inside))
+    at_once = len(taught) == 1 and not products.on_cpu(states) and _has_head_of(taught[0][0], plan)
+    if not at_once:
         products.project(states, head.weight, logits.student)
-        return logits, products.apply_head(states, head, logits.student, kernels)
-    hidden, teacher_head = plan.teacher
-    teacher_states = hidden[rows.teacher]
-    logits = logits._replace(teacher=buffer[length : 2 * length])
-    if plan.difference:
-        teacher_states = teacher_states - states
-        teacher_head = teacher_head._replace(bias=None)
-    if not products.on_cpu(states) and teacher_head.weight is head.weight and hidden.dtype == states.dtype:
-        products.project(torch.cat([states, teacher_states]), head.weight, buffer[: 2 * length])
-    else:
-        products.project(states, head.weight, logits.student)
-        products.project(teacher_states, teacher_head.weight, logits.teacher)
-    adapted = products.apply_head(states, head, logits.student, kernels)
-    products.apply_head(teacher_states, teacher_head, logits.teacher, kernels)
-    return logits, adapted
+    if taught:
+        logits = logits._replace(teacher=buffer[length : 2 * length])
+    for (hidden, teacher_head), inside in taught:
+        out = logits.teacher if len(taught) == 1 else logits.teacher[inside]
+        teacher_states = hidden[chunk if rows.are_all else rows.teacher[inside]]
+        if plan.difference:
+            teacher_states = teacher_states - states
+            teacher_head = teacher_head._replace(bias=None)
+        if at_once:
+            products.project(torch.cat([states, teacher_states]), head.weight, buffer[: 2 * length])
+        else:
+            products.project(teacher_states, teacher_head.weight, out)
+        products.apply_head(teacher_states, teacher_head, out, kernels)
+    return logits, products.apply_head(states, head, logits.student, kernels)
+
+
+def _has_head_of(teacher: Side, plan: Plan) -> bool:
+    """Whether the student's weight is a teacher's, for hidden states of one dtype."""
+    return teacher.head.weight is plan.student.head.weight and teacher.hidden.dtype == plan.student.hidden.dtype
 
 
 def _buffers(plan: Plan, groups: list[slice], most: int, dtype: torch.dtype, keeps: bool) -> Buffers:
@@ -125,7 +135,7 @@ def _buffers(plan: Plan, groups: list[slice], most: int, dtype: torch.dtype, kee
     stride = max(1, -(-vocabulary // ALIGNMENT)) * ALIGNMENT
     group = max((x.stop - x.start for x in groups), default=0)
     chunk = min(group, most)
-    sides = 1 if plan.teacher is None else 2
+    sides = 2 if plan.teachers else 1
     logits = products.empty(sides * chunk, stride, dtype=torch.float32, device=device)[:, :vocabulary]
     kept = None
     if group > chunk or keeps:

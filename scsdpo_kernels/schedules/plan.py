@@ -1,5 +1,6 @@
 """From a problem to what a schedule computes, the kept rows of it, and from there to what the operator returns."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,13 +10,18 @@ from torch import Tensor
 from ..kernels.contract import PerRow, RowPolicy, Scalars
 from ..problem import Gradients, Head, Objective, Problem, Side, Support, cut
 from . import rows as row_choice
-from .rows import Rows, as_matrix, complete, valid_support
+from .rows import Rows, as_matrix, as_teachers_matrix, complete, valid_support
 from .shards import Shard
+
+
+class Teacher(NamedTuple):
+    side: Side  # hidden: (M, D)
+    rows: slice  # of the plan's: those that have this teacher
 
 
 class Plan(NamedTuple):
     student: Side  # hidden: (M, D), of which `rows` are computed
-    teacher: Side | None
+    teachers: tuple[Teacher, ...]  # one after the other they have all rows, or there is none
     rows: Rows
     objective: Objective
     support: Support | None
@@ -39,7 +45,9 @@ class Outcome(NamedTuple):
 class Kept(NamedTuple):
     """The rows of this process, before those of others join them."""
 
-    index: Tensor  # (K,) int64 among all rows
+    index: Tensor  # (K,) int64 among all rows; those of one teacher after another's
+    are_all: bool  # these are all rows, in order
+    taught: tuple[slice, ...]  # each teacher's of them
     right: Tensor | None  # () bool: whether a list that nobody has checked is complete. None: it was checked
     head_is_finite: bool
 
@@ -51,10 +59,10 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
     shard = Shard(problem.part, problem.student.head.weight.shape[0])
     may_subtract = _may_subtract(problem)
     kept = _keep(problem, shard, may_subtract, is_prefix)
-    student, teacher, rows = _sides(problem, kept, shard)
+    student, teachers, rows = _sides(problem, kept, shard)
     counts = None
     if problem.part is not None and problem.part.sequence_parallel:
-        student, teacher, rows, counts = _gather_rows(student, teacher, rows, shard)
+        student, teachers, rows, counts = _gather_rows(student, teachers, rows, shard)
 
     wanted = _dtypes(problem.student, wanted)
     hidden = problem.student.hidden
@@ -66,10 +74,11 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
         partial = partial.view(-1, hidden.shape[-1])
     elif partial is not None:  # processes add these up, in fp32
         partial = torch.zeros(len(rows.given.weight), hidden.shape[-1], device=hidden.device)
-        computed = rows._replace(kept=torch.arange(len(partial), device=hidden.device))
+        if counts is None:
+            computed = rows._replace(kept=torch.arange(len(partial), device=hidden.device))
     plan = Plan(
         student=student,
-        teacher=teacher,
+        teachers=teachers,
         rows=computed,
         objective=problem.objective,
         support=problem.support,
@@ -87,18 +96,21 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
 
 def _with_shared_head(problem: Problem) -> Problem:
     """One tensor for a weight that both sides have: what a schedule tells a shared head by."""
-    if problem.teacher is None or not _same_storage(problem.student.head.weight, problem.teacher.head.weight):
-        return problem
-    head = problem.teacher.head._replace(weight=problem.student.head.weight)
-    return problem._replace(teacher=problem.teacher._replace(head=head))
+    weight = problem.student.head.weight
+    teachers = []
+    for side in problem.teachers:
+        shared = _same_storage(weight, side.head.weight)
+        teachers.append(side._replace(head=side.head._replace(weight=weight)) if shared else side)
+    return problem._replace(teachers=tuple(teachers))
 
 
 def _may_subtract(problem: Problem) -> bool:
     """Whether both sides have one linear fp32 head, so that it may be applied to their difference."""
-    student, teacher = problem.student, problem.teacher
+    if len(problem.teachers) != 1:
+        return False
+    student, teacher = problem.student, problem.teachers[0]
     return (
-        teacher is not None
-        and student.head.weight.dtype == teacher.hidden.dtype == torch.float32
+        student.head.weight.dtype == teacher.hidden.dtype == torch.float32
         and not student.head.softcap
         and _is_same(student.head, teacher.head)
     )
@@ -122,7 +134,7 @@ def _same_storage(a: Tensor, b: Tensor) -> bool:
 def _keep(problem: Problem, shard: Shard, may_subtract: bool, is_prefix: bool) -> Kept:
     """Chooses and checks the rows to compute: the one wait for a GPU, and none with the caller's own list."""
     unchecked = problem.rows is not None and problem.token_weight.device.type != "cpu"
-    index, head_is_finite = row_choice.kept_rows(
+    index, head_is_finite, of_teachers = row_choice.kept_rows(
         problem,
         vocabulary=shard.vocabulary,
         is_prefix=is_prefix,
@@ -130,17 +142,23 @@ def _keep(problem: Problem, shard: Shard, may_subtract: bool, is_prefix: bool) -
         summed_head=problem.student.head.weight.sum() if may_subtract and not unchecked else None,
     )
     right = complete(problem.rows, problem.counts.reshape(-1)) if unchecked else None
-    return Kept(index, right, head_is_finite)
+    are_all = problem.rows is None and len(index) == problem.token_weight.numel()
+    if len(of_teachers) > 1:
+        index, are_all = index[problem.route.reshape(-1)[index].argsort(stable=True)], False
+    ends = [0, *itertools.accumulate(of_teachers)]
+    return Kept(index, are_all, tuple(map(slice, ends, ends[1:])), right, head_is_finite)
 
 
-def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | None, Rows]:
-    """Both sides' hidden states as matrices, and the kept rows in them."""
+def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, tuple[Teacher, ...], Rows]:
+    """All sides' hidden states as matrices, and the kept rows in them."""
     student_states, student_rows = as_matrix(problem.student.hidden, kept.index)
-    teacher, teacher_rows = problem.teacher, None
-    if teacher is not None:
-        teacher_states, teacher_rows = as_matrix(teacher.hidden, kept.index)
-        teacher = teacher._replace(hidden=teacher_states)
-    weight = problem.token_weight.reshape(-1)[kept.index].float()
+    teachers, teacher_rows = [], []
+    for number, (side, taught) in enumerate(zip(problem.teachers, kept.taught, strict=True)):
+        states, index = as_teachers_matrix(problem, number, kept.index[taught])
+        teachers.append(Teacher(side._replace(hidden=states), taught))
+        teacher_rows.append(index)
+    weight = problem.token_weight.reshape(-1)
+    weight = (weight.contiguous() if kept.are_all else weight[kept.index]).float()
     if kept.right is not None:  # the list was not checked: if it is wrong, poison the result with NaN
         weight = torch.where(kept.right, weight, torch.nan)
     given, target = PerRow(weight), problem.target
@@ -155,14 +173,21 @@ def _sides(problem: Problem, kept: Kept, shard: Shard) -> tuple[Side, Side | Non
     rows = Rows(
         kept=kept.index,
         student=student_rows,
-        teacher=teacher_rows,
+        teacher=_joined(teacher_rows),
         given=given,
         support_ids=support_ids,
         support_logp=support_logp,
-        are_all=problem.rows is None and len(kept.index) == problem.token_weight.numel(),
+        are_all=kept.are_all,
         beta=row_choice.shares(problem.objective, kept.index, weight),
     )
-    return problem.student._replace(hidden=student_states), teacher, rows
+    return problem.student._replace(hidden=student_states), tuple(teachers), rows
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """Those of one teacher, mostly, as they are."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return torch.cat(parts)
 
 
 def _policy(problem: Problem, kept: Tensor) -> RowPolicy | None:
@@ -188,29 +213,43 @@ def _support(problem: Problem, kept: Tensor, vocabulary: int) -> tuple[Tensor | 
     return torch.where(computed, ids, -1), torch.where(computed, logp, -torch.inf)
 
 
-def _gather_rows(student: Side, teacher: Side | None, rows: Rows, shard: Shard) -> tuple:
+def _gather_rows(student: Side, teachers: tuple[Teacher, ...], rows: Rows, shard: Shard) -> tuple:
     """Hidden states and rows of all processes, where each has its own, and how many rows each has."""
-    own = student.hidden[rows.student], None if teacher is None else teacher.hidden[rows.teacher]
+    own = [x.rows.stop - x.rows.start for x in teachers] or [len(rows.kept)]
+    times = shard.gather(torch.tensor(own, device=rows.kept.device))  # of each process's teachers
+    of_teachers = times.tolist()
+    counts = [sum(x) for x in of_teachers]
     weight, target, old_logp, importance_clip, policy = rows.given
     of_policy = () if policy is None else policy[:3]
     carried = weight, target, old_logp, rows.support_ids, rows.support_logp, rows.beta, *of_policy
-    (states, teacher_states, *carried), counts = shard.gather_rows((*own, *carried))
+    states = shard.gather_rows(student.hidden[rows.student], counts)
+    carried = [None if x is None else shard.gather_rows(x, counts) for x in carried]
     index = torch.arange(len(states), device=states.device)
+    gathered, teacher_rows, end = [], [], 0
+    for teacher, lengths in zip(teachers, zip(*of_teachers, strict=True), strict=False):
+        hidden = shard.gather_rows(teacher.side.hidden[rows.teacher[teacher.rows]], lengths)
+        start, end = end, end + sum(lengths)
+        gathered.append(Teacher(teacher.side._replace(hidden=hidden), slice(start, end)))
+        teacher_rows.append(index[: end - start])
+    if len(teachers) > 1:  # each process has its own in their order, and all processes' come one after the other
+        teacher_of = torch.arange(len(teachers), device=index.device).repeat(len(of_teachers))
+        teacher_of = teacher_of.repeat_interleave(times.flatten(), output_size=len(index))
+        index = teacher_of.argsort(stable=True)
+        carried = [None if x is None else x[index] for x in carried]
     weight, target, old_logp, support_ids, support_logp, beta, *of_policy = carried
     if policy is not None:
         policy = RowPolicy(*of_policy, *policy[3:])
     rows = Rows(
         kept=index,
         student=index,
-        teacher=None if teacher is None else index,
+        teacher=_joined(teacher_rows),
         given=PerRow(weight, target, old_logp, importance_clip, policy),
         support_ids=support_ids,
         support_logp=support_logp,
-        are_all=True,
+        are_all=len(teachers) < 2,
         beta=beta,
     )
-    teacher = None if teacher is None else teacher._replace(hidden=teacher_states)
-    return student._replace(hidden=states), teacher, rows, counts
+    return student._replace(hidden=states), tuple(gathered), rows, counts
 
 
 def _dtypes(student: Side, wanted: list[bool]) -> Gradients:
@@ -265,13 +304,15 @@ def _outcome(
         losses = losses + torch.where(coefficient == 0, 0.0, coefficient * of_rows.policy_loss.double())
     loss = losses.sum().float()
     if counts is not None:
+        if not rows.are_all:
+            scalars = torch.empty_like(scalars).index_copy_(1, rows.kept, scalars)
         scalars = scalars.split(counts, dim=1)[shard.rank]
     if kept.right is not None and len(kept.index) == 0:  # nothing above has become NaN
         for result in (loss, *gradients):
             _ = result is None or result.masked_fill_(~kept.right, torch.nan)
     token_weight = problem.token_weight
     per_token = scalars
-    if scalars.shape[1] < token_weight.numel() or problem.rows is not None:
+    if not kept.are_all:
         per_token = scalars.new_zeros(len(scalars), token_weight.numel())
         per_token[:, kept.index] = scalars
     results = Scalars.of(field.clone() for field in per_token.view(len(scalars), *token_weight.shape))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.contract import Scalars
 from ..problem import ENDS, Head, Objective, Problem, Support, cut
-from .rows import as_matrix, complete, kept_rows, shares, valid_support
+from .rows import as_matrix, as_teachers_matrix, complete, kept_rows, shares, valid_support
 
 
 def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
@@ -18,15 +18,14 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
     All are fp32, or float64 for float64 hidden states.
     """
     is_prefix, problem = problem.vocabulary is not None, cut(problem)
-    student, teacher, target, support = problem.student, problem.teacher, problem.target, problem.support
+    student, target, support = problem.student, problem.target, problem.support
     token_weight, temperature = problem.token_weight, problem.objective.temperature
-    kept, _ = kept_rows(problem, vocabulary=student.head.weight.shape[0], summed_head=None, is_prefix=is_prefix)
+    kept = kept_rows(problem, vocabulary=student.head.weight.shape[0], summed_head=None, is_prefix=is_prefix).index
     weight, counts = token_weight.reshape(-1)[kept].double(), problem.counts.reshape(-1)
     weight = torch.where(complete(kept, counts), weight, torch.nan)
-    log_p = _log_probabilities(_rows(student.hidden, kept), student.head, temperature)
-    log_q = None
-    if teacher is not None:
-        log_q = _log_probabilities(_rows(teacher.hidden, kept), teacher.head, temperature).detach()
+    states, index = as_matrix(student.hidden, kept)
+    log_p = _log_probabilities(states[index], student.head, temperature)
+    log_q = _of_teachers(problem, kept)
 
     def at_target(log: Tensor) -> Tensor:  # (R, V) to (R,)
         return log.gather(-1, target.ids.reshape(-1)[kept].long().unsqueeze(-1)).squeeze(-1)
@@ -81,9 +80,17 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
     return loss, per_token, Scalars(*(x if x is None else x.detach() for x in fields))
 
 
-def _rows(hidden: Tensor, kept: Tensor) -> Tensor:
-    matrix, index = as_matrix(hidden, kept)
-    return matrix[index]
+def _of_teachers(problem: Problem, kept: Tensor) -> Tensor | None:
+    """Log-probabilities of each row's teacher."""
+    logs, places = [], []
+    for number, teacher in enumerate(problem.teachers):
+        place = torch.arange(len(kept), device=kept.device)
+        if problem.route is not None:
+            place = (problem.route.reshape(-1)[kept] == number).nonzero().squeeze(1)
+        states, index = as_teachers_matrix(problem, number, kept[place])
+        logs.append(_log_probabilities(states[index], teacher.head, problem.objective.temperature).detach())
+        places.append(place)
+    return torch.cat(logs)[torch.cat(places).argsort()] if logs else None
 
 
 def _log_probabilities(hidden: Tensor, head: Head, temperature: float) -> Tensor:

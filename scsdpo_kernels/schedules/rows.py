@@ -15,7 +15,7 @@ class Rows(NamedTuple):
 
     kept: Tensor  # (K,) int64: where they are among all rows
     student: Tensor  # (K,) int64: where the student's hidden states have them
-    teacher: Tensor | None  # (K,) int64: where the teacher's have them. None: support_logp is known instead
+    teacher: Tensor | None  # (K,) int64: where each one's teacher's have it. None: support_logp is known instead
     given: PerRow  # (K,)
     support_ids: Tensor | None  # (K, S) int64, -1: an empty slot
     support_logp: Tensor | None  # (K, S)
@@ -44,25 +44,45 @@ def as_matrix(
     return matrix if matrix.stride(1) == 1 else matrix.contiguous(), kept
 
 
+def as_teachers_matrix(problem: Problem, number: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a teacher's hidden states, which may be those of its own tokens alone, in the order of all."""
+    hidden = problem.teachers[number].hidden
+    if hidden.shape[:-1] == problem.token_weight.shape:
+        return as_matrix(hidden, kept)
+    before = (problem.route.reshape(-1) == number).cumsum(0) - 1
+    return as_matrix(hidden, before[kept])
+
+
+class Chosen(NamedTuple):
+    """The rows to compute, checked."""
+
+    index: Tensor  # (K,) int64
+    head_is_finite: bool
+    of_teachers: list[int]  # how many of them each teacher has
+
+
 def kept_rows(
     problem: Problem,
     vocabulary: int,
     summed_head: Tensor | None,  # () the sum of a head that must not have infinite entries
     is_prefix: bool,  # a longer head has more tokens, which the message then says
-) -> tuple[Tensor, bool]:  # (K,) int64, whether summed_head is finite
+) -> Chosen:
     """The rows to compute, checked.
 
-    On an accelerator this waits for the device once, and not at all where `rows` is given: nothing is checked then
-    (`complete` answers for the list) and the head is taken to be finite.
+    On an accelerator this waits for the device once, and not at all where `rows` is given and one teacher: nothing but
+    the route is checked then (`complete` answers for the list) and the head is taken to be finite.
     """
     weight, rows, policy = problem.token_weight.reshape(-1), problem.rows, problem.policy
     objective = problem.objective
     if rows is not None and weight.device.type != "cpu":
-        return rows.clamp(0, max(0, weight.numel() - 1)), True
+        rows = rows.clamp(0, max(0, weight.numel() - 1))
+        asked = _asked_of_route(problem, rows)
+        numbers = torch.stack(list(asked.values())).tolist() if asked else []  # waits for the device
+        return Chosen(rows, True, _of_teachers(problem, dict(zip(asked, numbers, strict=True)), len(rows)))
     keep = problem.counts.reshape(-1)
     looked_at = keep if rows is None else _listed(rows, keep)
     if weight.numel() == 0:
-        return keep.long(), True
+        return Chosen(keep.long(), True, _of_teachers(problem, {}, 0))
     asked = {"count": keep.sum(), "largest": weight.float().abs().amax()}
     if policy is not None:
         asked["policy"] = torch.stack([policy.advantages, policy.coefficient]).float().abs().amax()
@@ -78,6 +98,7 @@ def kept_rows(
         beta = objective.token_beta.reshape(-1)
         asked["shares"] = (_in_range(beta, objective.kind) | (weight == 0)).all()
         asked["least share"], asked["largest share"] = torch.where(weight == 0, 0.5, beta).aminmax()
+    asked |= _asked_of_route(problem, looked_at if rows is None else rows)
     numbers = torch.stack([x.double() for x in asked.values()]).tolist()  # waits for the device
     told = {"lowest": 0, "highest": 0, "support": True, "head": 0.0, "policy": 0.0, "shares": True}
     told |= dict(zip(asked, numbers, strict=True))
@@ -98,12 +119,55 @@ def kept_rows(
     if rows is not None:
         if not complete(rows, keep):
             raise ValueError("rows: expected every row whose token_weight, or policy's advantage, is not 0, once")
-        return rows, head_is_finite
+        return Chosen(rows, head_is_finite, _of_teachers(problem, told, len(rows)))
+    of_teachers = _of_teachers(problem, told, int(told["count"]))
+    if told["count"] == len(keep):
+        return Chosen(torch.arange(len(keep), device=keep.device), head_is_finite, of_teachers)
     ranks = torch.arange(1, int(told["count"]) + 1, device=keep.device)
-    if len(ranks) == len(keep):
-        return ranks - 1, head_is_finite
     # The k-th kept row is where the running count reaches k: as torch.nonzero, without waiting for the device again.
-    return torch.searchsorted(keep.cumsum(0), ranks), head_is_finite
+    return Chosen(torch.searchsorted(keep.cumsum(0), ranks), head_is_finite, of_teachers)
+
+
+def _asked_of_route(
+    problem: Problem,
+    computed: Tensor,  # (N,) bool, or (K,) int64 rows
+) -> dict[str, Tensor]:
+    """How many rows each teacher has, of those that are computed and of all, and how far the numbers go."""
+    if problem.route is None:
+        return {}
+    route = problem.route.reshape(-1).long()
+    is_its = route[:, None] == torch.arange(len(problem.teachers), device=route.device)
+    if computed.dtype == torch.bool:
+        of_computed, seen = is_its & computed[:, None], torch.where(computed, route, 0)
+    else:
+        of_computed, seen = is_its[computed], route[computed]
+    asked = dict(zip(("least teacher", "last teacher"), seen.aminmax(), strict=True)) if len(seen) else {}
+    for name, rows in (("computed", of_computed), ("all", is_its)):
+        asked |= {f"{name} of teacher {number}": x for number, x in enumerate(rows.sum(0).unbind())}
+    return asked
+
+
+def _of_teachers(problem: Problem, told: dict[str, float], count: int) -> list[int]:
+    """How many of the `count` computed rows each teacher has."""
+    teachers = range(len(problem.teachers))
+    if problem.route is None:
+        return [count for _ in teachers]
+    least, last = (int(told.get(f"{x} teacher", 0)) for x in ("least", "last"))
+    if not 0 <= least <= last < len(teachers):
+        raise ValueError(
+            f"teacher_head.index: expected numbers in [0, {len(teachers)}), of teacher_head.heads, at tokens that are "
+            f"computed, got {least} to {last}"
+        )
+    leading = problem.token_weight.shape
+    for number in teachers:
+        hidden, has = problem.teachers[number].hidden, int(told.get(f"all of teacher {number}", 0))
+        if hidden.shape[:-1] not in (leading, (has,)):
+            raise ValueError(
+                f"teacher_hidden[{number}]: expected shape {(has, hidden.shape[1])}, of the tokens whose "
+                f"teacher_head.index is {number}, or student_hidden's leading shape {tuple(leading)}, "
+                f"got {tuple(hidden.shape)}"
+            )
+    return [int(told.get(f"computed of teacher {number}", 0)) for number in teachers]
 
 
 def valid_support(

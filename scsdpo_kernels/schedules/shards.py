@@ -12,6 +12,7 @@ the sums over entries that the divergence is made of, without which most gradien
 from the same numbers in the same order, so all have the same bits.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,22 +86,14 @@ class Shard:
             return own
         return merge_statistics(self.gather(torch.stack([x.double() for x in own])), temperature)
 
-    def gather_rows(self, tensors: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], list[int]]:
-        """Everyone's rows one after the other, and how many each has."""
-        count = torch.tensor([len(tensors[0])], device=tensors[0].device)
-        counts = self.gather(count).flatten().tolist()
+    def gather_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
+        """Everyone's rows one after the other, of which each has so many."""
         if max(counts) == 0:
-            return list(tensors), counts
-        gathered: list[Tensor | None] = []
-        for tensor in tensors:
-            if tensor is None:
-                gathered.append(None)
-                continue
-            padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
-            padded[: len(tensor)] = tensor
-            parts = self.gather(padded)
-            gathered.append(torch.cat([part[:length] for part, length in zip(parts, counts, strict=True)]))
-        return gathered, counts
+            return own
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = zip(self.gather(padded), counts, strict=True)
+        return torch.cat([part[:length] for part, length in parts])
 
     def scatter_rows(self, gathered: Tensor, counts: list[int]) -> Tensor:
         """This process's rows of the sum over processes."""
