@@ -1,5 +1,6 @@
 """From the arguments of a call to one checked problem: of a vocabulary that is spread, this process's part of it."""
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -44,6 +45,7 @@ class DivergenceOptions(TypedDict, total=False):
     old_logp: Tensor | None
     importance_clip: float
     policy: PolicyGradient | None
+    metrics: Sequence[str]
     schedule: str
     rows: Tensor | None
     shard: VocabShard | None
@@ -124,6 +126,7 @@ def _problem(
         policy=_policy(options["policy"], student_hidden),
         part=None,
         vocabulary=None,
+        metrics=tuple(dict.fromkeys(options["metrics"])),
     )
 
 

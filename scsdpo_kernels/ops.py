@@ -14,14 +14,14 @@ from torch._C import DispatchKeySet
 from torch._ops import OpOverload
 
 from .kernels.contract import Scalars
-from .problem import PATHS, SCHEMA, WRT, Gradients, Problem, flatten, unflatten
+from .problem import PATHS, SCHEMA, WRT, Gradients, Problem, entries_of, flatten, unflatten
 from .schedules import plan
 from .schedules.plan import Outcome, gradient_dtype
 from .schedules.shards import Shard
 
 NAMESPACE = "scsdpo_kernels"  # torch.ops.scsdpo_kernels.divergence
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_RESULTS = 1 + len(Scalars._fields) + len(Gradients._fields)
+_RESULTS = 2 + len(Scalars._fields) + len(Gradients._fields)
 
 
 def _define(name: str, signature: str, forward: Callable, fake: Callable, function: type) -> OpOverload:
@@ -58,7 +58,7 @@ def _operator_forward(*values) -> tuple[Tensor, ...]:
     hidden = problem.student.hidden
     with torch.autocast(hidden.device.type, enabled=False), _on(hidden.device):
         outcome = plan.run(problem, chunked.run, wanted)
-    leaves = (outcome.loss, *outcome.scalars, *outcome.gradients)
+    leaves = (outcome.loss, *outcome.scalars, outcome.metrics, *outcome.gradients)
     return tuple(hidden.new_empty(0, dtype=torch.float32) if x is None else x for x in leaves)
 
 
@@ -70,7 +70,7 @@ def _on(device: torch.device) -> AbstractContextManager:
 def _outcome(results: tuple) -> Outcome:
     loss, *rest = results
     count = len(Scalars._fields)
-    return Outcome(loss, Scalars(*rest[:count]), Gradients(*rest[count:]))
+    return Outcome(loss, Scalars(*rest[:count]), rest[count], Gradients(*rest[count + 1 :]))
 
 
 def _operator_fake(*values) -> tuple[Tensor, ...]:
@@ -97,8 +97,10 @@ def _operator_fake(*values) -> tuple[Tensor, ...]:
         policy_loss=empty(problem.policy is not None, leading),
         policy_clipped=empty(problem.policy is not None, leading),
     )
+    entries = len(entries_of(problem.metrics))
+    metrics = empty(entries > 0, (entries, *leading))
     gradients = (gradient(values[i], want) for i, want in zip(WRT, wanted, strict=True))
-    return empty(True), *scalars, *gradients
+    return empty(True), *scalars, metrics, *gradients
 
 
 class _Divergence(torch.autograd.Function):
@@ -224,15 +226,15 @@ _per_token_operator = _define(
 )
 
 
-def divergence(problem: Problem) -> tuple[Tensor, Scalars]:
-    """The loss and, detached, what is known of every token; empty where it was not asked for."""
+def divergence(problem: Problem) -> tuple[Tensor, Scalars, Tensor]:
+    """The loss and, detached, what is known of every token, and its metrics; empty where they were not asked for."""
     leaves = flatten(problem)
     differentiable = torch.is_grad_enabled()
     wanted = [differentiable and leaves[i] is not None and leaves[i].requires_grad for i in WRT]
     outcome = _outcome(_operator(*leaves, wanted))
     if outcome.loss.requires_grad and not torch.compiler.is_compiling():
         outcome.loss.grad_fn.sole_holder = True  # the gradients are dropped here, so backward may scale them in place
-    return outcome.loss, outcome.scalars
+    return outcome.loss, outcome.scalars, outcome.metrics
 
 
 def divergence_per_token(problem: Problem) -> Tensor:
