@@ -142,9 +142,7 @@ def expected(given: Problem, options: dict) -> dict[str, Tensor]:
             of_token["entry_clipped"] = sum(x > options["entry_clip"] for x in terms) / len(there)
         if RATIOS in options["metrics"]:
             log_ratio = p[options["target_ids"][at]] - options["old_logp"][at].item()
-            of_token["importance_clipped"] = float(
-                math.exp(min(20, max(-20, log_ratio))) > options["importance_clip"]
-            )
+            of_token["importance_clipped"] = float(math.exp(min(20, max(-20, log_ratio))) > options["importance_clip"])
         for name, value in of_token.items():
             found[name][at] = value
     return found

@@ -5,8 +5,8 @@
     entry_clipped        |{v : q_v log(q_v / p_v) > entry_clip}| / |{v : q_v > 0}|
     importance_clipped   1 where e^clamp(log p_y - old_logp, -20, 20) > importance_clip, else 0
 
-Whole rows are looked at in blocks of a few, so that nothing here is as large as a chunk. Where the vocabulary is spread,
-processes exchange some numbers of each row. A row whose probabilities are NaN has NaN.
+Whole rows are looked at in blocks of a few, so that nothing here is as large as a chunk. Where the vocabulary is
+spread, processes exchange some numbers of each row. A row whose probabilities are NaN has NaN.
 """
 
 import math
