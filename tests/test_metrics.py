@@ -34,7 +34,7 @@ SCHEDULES = ("chunked", "reference")
 GENERATOR = torch.Generator().manual_seed(1)
 TARGETS = {
     "target_ids": torch.randint(60, LEADING, generator=GENERATOR),
-    "old_logp": -1 - 5 * torch.rand(LEADING, generator=GENERATOR),
+    "old_logp": -3 - 5 * torch.rand(LEADING, generator=GENERATOR),
     "importance_clip": 0.7,
 }
 POLICY = {**TARGETS, "policy": PolicyGradient(torch.randn(LEADING, generator=GENERATOR))}
@@ -47,16 +47,21 @@ TOP1_AND_RATIOS = {**TARGETS, "metrics": (RATIOS, TOP1)}
 
 
 def sides(own: bool = False, **more) -> Problem:
-    """Tokens of which a third have no weight; own: a teacher with a head of its own."""
-    given = {"distance": 0.5, "scale": 2.0, "teacher_width": 12 if own else None, "weighted": True, **more}
-    given = problem(LEADING, D, V, **given)
+    """Tokens of which a third have no weight; own: a teacher with a head of its own, beside the student's."""
+    given = problem(LEADING, D, V, **{"distance": 0.5, "scale": 2.0, "weighted": True, **more})
     given.token_weight.view(-1)[::3] = 0
+    if own:
+        generator = torch.Generator().manual_seed(3)
+        head = Head(given.head) if isinstance(given.head, Tensor) else given.head
+        weight = head.weight + 0.05 * torch.randn(head.weight.shape, generator=generator).to(head.weight.dtype)
+        bias = None if head.bias is None else head.bias + 0.3 * torch.randn(V, generator=generator)
+        given = given.but(teacher_head=head._replace(weight=weight, bias=bias))
     return given
 
 
 def forbidding() -> Problem:
     """The student some tokens, the teacher others, among them the likeliest ones of a few rows."""
-    given = sides(own=True, head="bias", teacher_head="bias")
+    given = sides(own=True, head="bias")
     given.head.bias[:20] = given.teacher_head.bias[10:40] = -torch.inf
     return given
 
@@ -93,7 +98,7 @@ CASES = {
        for k in (1, 7, 60, 100) for tail in ("bucket", "renormalize")},
     "top 7, nearly equal": (sides(distance=1e-6), {"metrics": (MASS, TOP1), "support": TopK(7)}),
     "top 7, peaked": (peaked(), {"metrics": (MASS, TOP1), "support": TopK(7), "temperature": 0.5}),
-    "top 50, forbidden tokens": (forbidding(), {"metrics": (MASS, TOP1), "support": TopK(50)}),
+    "top 30, forbidden tokens": (forbidding(), {"metrics": (MASS, TOP1), "support": TopK(30)}),
     "server": (server(sides()), {**POLICY, "metrics": (MASS, RATIOS), "support": TopLogprobs(NAMED, LOGP)}),
     "server, renormalize": (server(sides()), {"metrics": (MASS,), "support": TopLogprobs(NAMED, LOGP, "renormalize")}),
     **{f"entries clipped at {clip}": (sides(own=True), {"metrics": (ENTRIES, TOP1), "beta": 0.0, "entry_clip": clip})
@@ -101,7 +106,7 @@ CASES = {
     "entries clipped, a shared head": (
         sides(), {**POLICY, "metrics": (ENTRIES, RATIOS), "beta": 0.0, "entry_clip": 0.003, "temperature": 1.7}),
     "entries clipped, forbidden tokens": (
-        sides(own=True, head="bias", teacher_head="bias"), {"metrics": (ENTRIES,), "beta": 0.0, "entry_clip": 0.01}),
+        sides(own=True, head="bias"), {"metrics": (ENTRIES,), "beta": 0.0, "entry_clip": 0.01}),
     "entries clipped, softcap": (sides(head="all"), {"metrics": (ENTRIES,), "beta": 0.0, "entry_clip": 0.01}),
 }  # fmt: skip
 CASES["entries clipped, forbidden tokens"][0].teacher_head.bias[10:40] = -torch.inf
@@ -174,7 +179,7 @@ def test_the_cases_have_flags_of_both_kinds():
         tokens = [expected(given, options)[entry][given.token_weight != 0]
                   for given, options in CASES.values() if entry in options["metrics"]]  # fmt: skip
         assert 0.1 < torch.cat(tokens).mean() < 0.9
-        assert sum(x.unique().numel() == 2 for x in tokens) > len(tokens) / 2
+        assert sum(x.unique().numel() == 2 for x in tokens) > 0.8 * len(tokens)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -326,8 +331,6 @@ def test_rows_that_are_nan_have_nan(kernels, name, value, shared, side, schedule
     for entry, values in result.metrics.items():
         want = torch.zeros(LEADING, dtype=torch.bool)
         want[1, 2] = want[2, 4] = True
-        if entry == "student_support_mass" and side == "teacher":
-            want = values.isnan() & want  # what is known of the student alone may be there
         assert torch.equal(values.isnan(), want), entry
 
 
@@ -342,9 +345,9 @@ def test_a_log_probability_that_is_nan(kernels, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_ratio_at_its_bound_is_not_clipped(schedule):
-    given = given_logits(torch.zeros(4, 4), torch.zeros(4, 4))  # log p is -log 4
-    old = -math.log(4) - torch.tensor([-1.0, 0.0, 1e-3, 100.0])
-    options = {"target_ids": torch.arange(4), "old_logp": old, "metrics": (RATIOS,), "schedule": schedule}
+    given = given_logits(torch.tensor([[1e5, 0.0]] * 4), torch.zeros(4, 2))  # log p of token 0 is 0
+    old = -torch.tensor([-1.0, 0.0, 1e-3, 100.0])
+    options = {"target_ids": torch.zeros(4).long(), "old_logp": old, "metrics": (RATIOS,), "schedule": schedule}
     assert given.call(**options, importance_clip=1.0).metrics[RATIOS].tolist() == [0, 0, 1, 1]
     assert given.call(**options, importance_clip=1e9).metrics[RATIOS].tolist() == [0, 0, 0, 0]  # e^20 is the most
     assert given.call(**options, importance_clip=math.inf).metrics[RATIOS].tolist() == [0, 0, 0, 0]
@@ -500,7 +503,7 @@ def test_a_pass_takes_a_few_rows_of_memory_more(options, names, shared):
     """Rows of fp32 logits in what the allocator has given out at once, over a call without metrics; a chunk has 24."""
     rows = float(subprocess.check_output([sys.executable, "-c", PEAK, options, shared, names], text=True))
     print(f"{names}, {shared}: {rows:.2f} rows")
-    assert 0 < rows < 5
+    assert 0 < rows < (5 if ENTRIES in names else 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -558,7 +561,7 @@ def test_ties_across_parts_count(group):
 
 @over(2, 3)
 def test_nan_in_one_part_is_nan(group):
-    process, given = Process(group), sides(own=True, head="bias", teacher_head="bias").but(token_weight=None)
+    process, given = Process(group), sides(own=True, head="bias").but(token_weight=None)
     given.head.bias[V - 1] = math.nan
     options = {"metrics": (TOP1, ENTRIES), "beta": 0.0, "entry_clip": 0.1}
     result = process.part(given).call(**options, shard=process.shard())

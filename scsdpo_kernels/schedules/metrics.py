@@ -10,7 +10,7 @@ spread, processes exchange some numbers of each row. A row whose probabilities a
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,9 +46,10 @@ def of_rows(
     found = {}
     if "support_mass" in names:
         student, teacher = (x.exp().sum(-1) for x in on_support)
-        # Ids that nobody has checked may be wrong, and the teacher is NaN there.
-        found["student_support_mass"] = torch.where(teacher.isnan(), torch.nan, student).float()
-        found["teacher_support_mass"] = teacher.float()
+        is_known = ~(student + teacher).isnan()  # a side that is NaN may have chosen the support, or wrong ids have
+        found["student_support_mass"], found["teacher_support_mass"] = (
+            torch.where(is_known, x, torch.nan).float() for x in (student, teacher)
+        )
     if "importance_clipped" in names:
         log_ratio = (scalars.student_logp - given.old_logp).clamp(-20, 20)
         found["importance_clipped"] = _flag(log_ratio > math.log(given.importance_clip), ~log_ratio.isnan())
@@ -57,47 +58,53 @@ def of_rows(
 
 def _top1_agreement(logits: Logits, shard: Shard) -> Tensor:
     """Ties count on either side. Where the vocabulary is spread, a token that has both maxima has them in its part."""
-    own = torch.full((3, len(logits.student)), -torch.inf, device=logits.student.device)
-    for rows in _blocks(logits):
+
+    def of_block(rows: slice) -> Tensor:  # (3, rows): both sides' largest logits, and whether one token has both
         student, teacher = logits.student[rows], _teacher(logits, rows)
         largest = student.amax(1), teacher.amax(1)
-        at_both = (student == largest[0][:, None]) & (teacher == largest[1][:, None])
-        own[:, rows] = torch.stack([*largest, at_both.any(1).float()])
-    every = shard.gather(own)  # (parts, 3, C)
+        has_both = (student == largest[0][:, None]).logical_and_(teacher == largest[1][:, None]).any(1)
+        return torch.stack([*largest, has_both.float()])
+
+    every = shard.gather(_by_blocks(of_block, logits, 3, -torch.inf))  # (parts, 3, C)
     largest = every[:, :2].amax(0)
     agree = ((every[:, :2] == largest).all(1) & (every[:, 2] == 1)).any(0)
     return _flag(agree, largest.isfinite().all(0))
 
 
 def _entry_clipped(logits: Logits, objective: Objective, kernels: Kernels, shard: Shard) -> Tensor:
-    known = shard.statistics(kernels, logits, objective.temperature)
-    apart = (known.teacher_lse - known.student_lse).float()[:, None]
+    temperature, known = objective.temperature, shard.statistics(kernels, logits, objective.temperature)
     teacher_lse = known.teacher_lse.float()[:, None]
-    counts = torch.zeros(2, len(logits.student), device=logits.student.device)  # clipped, and all of the teacher's
-    for rows in _blocks(logits):
+    apart = (known.teacher_lse - known.student_lse).float()[:, None]
+
+    def of_block(rows: slice) -> Tensor:  # (2, rows): how many are clipped, and how many the teacher may say
         teacher = _teacher(logits, rows)
         ratio = logits.teacher[rows] if logits.difference else teacher - logits.student[rows]
-        ratio = (ratio / objective.temperature).sub_(apart[rows])
-        allowed = (teacher > -torch.inf).sum(1)
-        term = (teacher / objective.temperature).sub_(teacher_lse[rows]).exp_().mul_(ratio)
-        # A token that the student cannot have is clipped, though fp32 may lose its q.
-        clipped = ((term > objective.entry_clip) | (ratio == torch.inf)).sum(1)
-        counts[:, rows] = torch.stack([clipped, allowed]).float()
-    clipped, allowed = shard.gather(counts).sum(0)
-    share = clipped / allowed
-    return torch.where(known.student_lse.isfinite() & known.teacher_lse.isfinite(), share, torch.nan)
+        ratio = (ratio / temperature).sub_(apart[rows])
+        allowed = (teacher > -torch.inf).sum(1, dtype=torch.float32)  # exact to 2^24, in half of int64's memory
+        term = (teacher / temperature).sub_(teacher_lse[rows]).exp_().mul_(ratio)
+        # What the student cannot say is clipped, though fp32 may lose its q.
+        clipped = (term > objective.entry_clip).logical_or_(ratio == torch.inf)
+        return torch.stack([clipped.sum(1, dtype=torch.float32), allowed])
+
+    clipped, allowed = shard.gather(_by_blocks(of_block, logits, 2, 0.0)).sum(0)
+    is_known = known.student_lse.isfinite() & known.teacher_lse.isfinite()
+    return torch.where(is_known, clipped / allowed, torch.nan)
 
 
 def _flag(condition: Tensor, is_known: Tensor) -> Tensor:
     return torch.where(is_known, condition.float(), torch.nan)
 
 
-def _blocks(logits: Logits) -> Iterator[slice]:
+def _by_blocks(of_block: Callable[[slice], Tensor], logits: Logits, numbers: int, nothing: float) -> Tensor:
+    """(numbers, C) of this process's part of the vocabulary; `nothing` where that has no token."""
     rows, vocabulary = logits.student.shape
+    found = torch.full((numbers, rows), nothing, device=logits.student.device)
     if vocabulary == 0:
-        return
+        return found
     most = max(1, BLOCK_BYTES["cpu" if logits.student.device.type == "cpu" else "gpu"] // (4 * vocabulary))
-    yield from (slice(start, start + most) for start in range(0, rows, most))
+    for start in range(0, rows, most):
+        found[:, start : start + most] = of_block(slice(start, start + most))
+    return found
 
 
 def _teacher(logits: Logits, rows: slice) -> Tensor:
