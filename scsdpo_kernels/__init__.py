@@ -10,7 +10,7 @@ except ImportError as error:
 
 from .linear_divergence import LinearDivergence, linear_divergence, linear_divergence_per_token
 from .pass_rates import PassRates
-from .problem import Head, LoRA, PolicyGradient, RoutedHeads, SampledToken, TopK, TopLogprobs
+from .problem import METRICS, Head, LoRA, PolicyGradient, RoutedHeads, SampledToken, TopK, TopLogprobs
 from .question_weights import question_weights
 from .scsdpo_loss import scsdpo_loss, step_denominator
 from .trust_region import TrustRegionTeacher
@@ -18,6 +18,7 @@ from .vocab_shard import VocabShard
 
 __version__ = "0.1.0"
 __all__ = [
+    "METRICS",
     "Head",
     "LinearDivergence",
     "LoRA",

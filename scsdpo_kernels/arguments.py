@@ -50,6 +50,7 @@ class DivergenceOptions(TypedDict, total=False):
     old_logp: Tensor | None
     importance_clip: float
     policy: PolicyGradient | None
+    metrics: Sequence[str]
     schedule: str
     rows: Tensor | None
     shard: VocabShard | None
@@ -134,6 +135,7 @@ def _problem(
         policy=_policy(options["policy"], student_hidden),
         part=None,
         vocabulary=None,
+        metrics=tuple(dict.fromkeys(options["metrics"])),
     )
 
 

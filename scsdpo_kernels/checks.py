@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .problem import (
     ENDS,
+    METRICS,
     Head,
     LoRA,
     PolicyGradient,
@@ -187,6 +188,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         if target_ids is None:
             raise ValueError("SampledToken: expected target_ids with it, which were sampled")
         _check_plain("SampledToken", 1, beta, options["divergence"])
+    check_metrics(options["metrics"], options)
     if entry_clip is None:
         return
     _check_above_0("entry_clip", entry_clip)
@@ -194,6 +196,26 @@ def check_options(options: Mapping[str, Any]) -> None:
         name = type(support).__name__
         raise ValueError(f"entry_clip: expected no {name} with it, since it clips the entries of the whole vocabulary")
     _check_plain("entry_clip", 0, beta, options["divergence"])
+
+
+def check_metrics(metrics: Any, options: Mapping[str, Any]) -> None:
+    """Names that there are, with what each needs."""
+    if not isinstance(metrics, list | tuple):
+        raise TypeError(f"metrics: expected a list or tuple of names, got {type(metrics).__name__}")
+    support = options["support"]
+    got = None if support is None else type(support).__name__
+    needs = {
+        "top1_agreement": (not isinstance(support, TopLogprobs), "the teacher's logits", got),
+        "support_mass": (isinstance(support, TopK | TopLogprobs), "support=TopK(...) or TopLogprobs(...)", got),
+        "entry_clipped": (options["entry_clip"] is not None, "entry_clip", None),
+        "importance_clipped": (options["old_logp"] is not None, "old_logp", None),
+    }
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"metrics: expected some of {', '.join(METRICS)}, got {name!r}")
+        is_there, expected, got = needs[name]
+        if not is_there:
+            raise ValueError(f"metrics: expected {expected} with {name!r}, got {got}")
 
 
 def _check_share(beta: Any, divergence: Any) -> None:

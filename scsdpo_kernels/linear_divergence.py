@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .arguments import DivergenceOptions, check_keywords, problem_of
-from .problem import Head, PolicyGradient, Problem, RoutedHeads, SampledToken, TopK, TopLogprobs
+from .problem import Head, PolicyGradient, Problem, RoutedHeads, SampledToken, TopK, TopLogprobs, entries_of
 from .vocab_shard import VocabShard
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class LinearDivergence(NamedTuple):
     importance_ratio: Tensor | None  # (...,) multiplies the token's weight; None without old_logp
     policy_loss: Tensor | None  # (...,) -min(r A, clip(r) A), None without policy
     policy_clipped: Tensor | None  # (...,) 1 where the clip is active, else 0; None without policy
+    metrics: dict[str, Tensor] | None  # (...,) each; None where none was asked for
 
 
 def linear_divergence(
@@ -57,6 +58,7 @@ def linear_divergence(
     old_logp: Tensor | None = None,
     importance_clip: float = 2.0,
     policy: PolicyGradient | None = None,
+    metrics: Sequence[str] = (),
     schedule: str = "auto",
     rows: Tensor | None = None,
     shard: VocabShard | None = None,
@@ -102,6 +104,12 @@ def linear_divergence(
             at.
         importance_clip: > 0, with old_logp.
         policy: a `PolicyGradient` loss of target_ids that is added to the weighted divergence.
+        metrics: names of what else is to be read off the same logits, (...,) each in the result's `metrics`.
+            "top1_agreement": 1 where one token is the likeliest of both sides (ties count), else 0; not with
+            TopLogprobs. "support_mass": "student_support_mass" and "teacher_support_mass", each side's probability of
+            the tokens of a TopK or TopLogprobs, before `tail`. "entry_clipped", with entry_clip: how many of the
+            tokens with q_v > 0 have a term above it, divided by their number. "importance_clipped", with old_logp: 1
+            where the ratio was above importance_clip, else 0.
         schedule: "chunked" projects a chunk of tokens at a time, into buffers. "reference" is plain PyTorch with full
             logits, in any dtype up to float64 and differentiable twice. "auto" is "chunked".
         rows: (R,) int64 flat indices: every token whose token_weight (or, with `policy`, advantage) is not 0, once, and
@@ -127,20 +135,24 @@ def linear_divergence(
     options: DivergenceOptions = {
         "beta": beta, "divergence": divergence, "temperature": temperature, "support": support,
         "entry_clip": entry_clip, "target_ids": target_ids, "old_logp": old_logp, "importance_clip": importance_clip,
-        "policy": policy, "schedule": schedule, "rows": rows, "shard": shard, "shared_prefix": shared_prefix,
+        "policy": policy, "metrics": metrics, "schedule": schedule, "rows": rows, "shard": shard,
+        "shared_prefix": shared_prefix,
     }  # fmt: skip
     problem = problem_of(student_hidden, student_head, teacher_hidden, teacher_head, token_weight, options)
     if schedule == "reference":
-        loss, _, scalars = _on_full_logits(problem)
+        loss, _, scalars, of_metrics = _on_full_logits(problem)
     else:
-        loss, scalars = ops.divergence(problem)
+        loss, scalars, of_metrics = ops.divergence(problem)
     has_target, has_teacher = problem.target is not None, bool(problem.teachers)
     has_policy = problem.policy is not None
     there = (True, True, has_teacher, has_target, has_target and has_teacher, old_logp is not None)
     there += (has_policy, has_policy)
     single = student_hidden.dim() == 1
     fields = ((x.squeeze(0) if single else x) if has else None for x, has in zip(scalars, there, strict=True))
-    return LinearDivergence(loss, *fields)
+    named = None
+    if entries := entries_of(problem.metrics):
+        named = {entry: x.squeeze(0) if single else x for entry, x in zip(entries, of_metrics, strict=True)}
+    return LinearDivergence(loss, *fields, named)
 
 
 # A function that takes **options is told only some.
@@ -168,7 +180,7 @@ def linear_divergence_per_token(
 
     Args:
         student_hidden, student_head, teacher_hidden, teacher_head, options: as of `linear_divergence`, all but
-            token_weight. Tokens that are not in `rows` are 0.
+            token_weight and metrics. Tokens that are not in `rows` are 0.
 
     Returns:
         (...,) fp32, nats.
@@ -179,6 +191,8 @@ def linear_divergence_per_token(
     if "token_weight" in options:
         raise TypeError("token_weight: linear_divergence_per_token takes none; multiply its result")
     check_keywords("linear_divergence_per_token", options)
+    if options.get("metrics"):
+        raise TypeError("metrics: linear_divergence_per_token takes none, since it returns one tensor")
     problem = problem_of(student_hidden, student_head, teacher_hidden, teacher_head, None, DEFAULTS | options)
     if problem.rows is not None:
         everything = problem.token_weight.view(-1)
@@ -188,7 +202,7 @@ def linear_divergence_per_token(
         if (policy := problem.policy) is not None:
             problem = problem._replace(policy=policy._replace(coefficient=policy.coefficient * wanted))
     if options.get("schedule") == "reference":
-        _, divergence, _ = _on_full_logits(problem)
+        _, divergence, *_ = _on_full_logits(problem)
     else:
         divergence = ops.divergence_per_token(problem)
     return divergence.squeeze(0) if student_hidden.dim() == 1 else divergence

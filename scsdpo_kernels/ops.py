@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from . import main_grad
 from .checks import in_autocast
 from .kernels.contract import Scalars
-from .problem import PATHS, SCHEMA, WRT, Gradients, Problem, flatten, unflatten
+from .problem import PATHS, SCHEMA, WRT, Gradients, Problem, entries_of, flatten, unflatten
 from .schedules import plan
 from .schedules.plan import Outcome, gradient_dtype
 from .schedules.products import Factors
@@ -24,7 +24,8 @@ from .schedules.shards import Shard
 
 NAMESPACE = "scsdpo_kernels"  # torch.ops.scsdpo_kernels.divergence
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-_RESULTS = 1 + len(Scalars._fields) + len(Gradients._fields) + 1
+# The loss, scalars, metrics, gradients, and the hidden states of `Factors`.
+_RESULTS = 3 + len(Scalars._fields) + len(Gradients._fields)
 _WEIGHT, _MAIN_GRAD = (PATHS.index(("student", "head", name)) for name in ("weight", "main_grad"))
 
 
@@ -66,7 +67,7 @@ def _operator_forward(*values) -> tuple[Tensor, ...]:
     if isinstance(gradients.weight, Factors):
         logit_gradient, states = gradients.weight
         gradients = gradients._replace(weight=logit_gradient)
-    leaves = (outcome.loss, *outcome.scalars, *gradients, states)
+    leaves = (outcome.loss, *outcome.scalars, outcome.metrics, *gradients, states)
     return tuple(hidden.new_empty(0, dtype=torch.float32) if x is None else x for x in leaves)
 
 
@@ -82,10 +83,10 @@ def _on(device: torch.device) -> AbstractContextManager:
 def _outcome(results: tuple) -> Outcome:
     loss, *rest, states = results
     count = len(Scalars._fields)
-    gradients = Gradients(*rest[count:])
+    gradients = Gradients(*rest[count + 1 :])
     if states.dim() == 2:
         gradients = gradients._replace(weight=Factors(gradients.weight, states))
-    return Outcome(loss, Scalars(*rest[:count]), gradients)
+    return Outcome(loss, Scalars(*rest[:count]), rest[count], gradients)
 
 
 def _operator_fake(*values) -> tuple[Tensor, ...]:
@@ -112,8 +113,10 @@ def _operator_fake(*values) -> tuple[Tensor, ...]:
         policy_loss=empty(problem.policy is not None, leading),
         policy_clipped=empty(problem.policy is not None, leading),
     )
+    entries = len(entries_of(problem.metrics))
+    metrics = empty(entries > 0, (entries, *leading))
     gradients = (gradient(values[i], want) for i, want in zip(WRT, wanted, strict=True))
-    return empty(True), *scalars, *gradients, empty(False)
+    return empty(True), *scalars, metrics, *gradients, empty(False)
 
 
 class _Divergence(torch.autograd.Function):
@@ -255,15 +258,15 @@ _per_token_operator = _define(
 )
 
 
-def divergence(problem: Problem) -> tuple[Tensor, Scalars]:
-    """The loss and, detached, what is known of every token; empty where it was not asked for."""
+def divergence(problem: Problem) -> tuple[Tensor, Scalars, Tensor]:
+    """The loss and, detached, what is known of every token, and its metrics; empty where they were not asked for."""
     leaves = flatten(problem)
     differentiable = torch.is_grad_enabled()
     wanted = [differentiable and leaves[i] is not None and leaves[i].requires_grad for i in WRT]
     outcome = _outcome(_operator(*leaves, wanted))
     if outcome.loss.requires_grad and not torch.compiler.is_compiling():
         outcome.loss.grad_fn.sole_holder = True  # the gradients are dropped here, so backward may scale them in place
-    return outcome.loss, outcome.scalars
+    return outcome.loss, outcome.scalars, outcome.metrics
 
 
 def divergence_per_token(problem: Problem) -> Tensor:

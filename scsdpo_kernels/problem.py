@@ -203,6 +203,19 @@ class Policy(NamedTuple):
     clip_high: float
 
 
+# What `metrics` of a call may name, and the entries of the result's `metrics` that each gives.
+METRICS = {
+    "top1_agreement": ("top1_agreement",),
+    "support_mass": ("student_support_mass", "teacher_support_mass"),
+    "entry_clipped": ("entry_clipped",),
+    "importance_clipped": ("importance_clipped",),
+}
+
+
+def entries_of(metrics: Sequence[str]) -> tuple[str, ...]:
+    return tuple(entry for name in metrics for entry in METRICS[name])
+
+
 class Part(NamedTuple):
     """This process's part of a vocabulary that is spread over a process group."""
 
@@ -226,6 +239,7 @@ class Problem(NamedTuple):
     policy: Policy | None  # with a target
     part: Part | None  # None: the whole vocabulary is here
     vocabulary: int | None  # how many of the heads' first rows count here; None: all
+    metrics: tuple[str, ...]  # of METRICS
 
     @property
     def counts(self) -> Tensor:
@@ -270,7 +284,7 @@ def cut(problem: Problem) -> Problem:
 # ---------------------------------------------------------------------------------------------------------------------
 # The flat form.
 
-_KINDS = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str"}
+_KINDS = {Tensor: "Tensor", float: "float", int: "int", bool: "bool", str: "str", tuple[str, ...]: "str[]"}
 # A list of numbers has this in place of None; no number of a head is infinite.
 _NO_NUMBER = math.inf
 

@@ -97,6 +97,7 @@ class Expected(NamedTuple):
     importance_ratio: Tensor | None
     policy_loss: Tensor | None
     policy_clipped: Tensor | None
+    metrics: None = None  # test_metrics.py has them
 
 
 def expected(problem, of=lambda result: result.loss, *, token_weight=None, beta=0.5, divergence="jensen_shannon",

@@ -54,6 +54,7 @@ def _features() -> dict[str, Feature]:
         "`token_weight`, tokens of weight 0 left out": Feature({"token_weight": weights}),
         "`target_ids`, `old_logp`, `importance_clip`": Feature({**target, "importance_clip": 1.5}),
         "`policy=PolicyGradient(...)`": Feature({**target, "policy": PolicyGradient(weights + 0.5)}),
+        "`metrics`": Feature({**target, "metrics": ("top1_agreement", "importance_clipped")}),
         "`linear_divergence_per_token`": Feature(per_token=True),
         "`support=TopK(k)`": Feature({"support": TopK(6)}),
         '`support=TopK(k, tail="renormalize")`': Feature({"support": TopK(6, "renormalize")}),

@@ -122,7 +122,7 @@ def test_public_signatures():
     heads = ["student_hidden", "student_head", "teacher_hidden", "teacher_head"]
     options = [
         "beta", "divergence", "temperature", "support", "entry_clip", "target_ids", "old_logp", "importance_clip",
-        "policy", "schedule", "rows", "shard", "shared_prefix",
+        "policy", "metrics", "schedule", "rows", "shard", "shared_prefix",
     ]  # fmt: skip
     signatures = {
         function.__name__: inspect.signature(function).parameters
@@ -150,10 +150,10 @@ def test_public_signatures():
     }
     assert defaults == {"beta": 0.5, "temperature": 1.0, "importance_clip": 2.0, "schedule": "auto",
                         "reduction": "token-mean", "exponent": 0.5, "shared_prefix": False,
-                        "divergence": "jensen_shannon"}  # fmt: skip
+                        "divergence": "jensen_shannon", "metrics": ()}  # fmt: skip
     assert scsdpo_kernels.LinearDivergence._fields == (
         "loss", "divergence", "student_entropy", "teacher_entropy", "student_logp", "teacher_logp",
-        "importance_ratio", "policy_loss", "policy_clipped",
+        "importance_ratio", "policy_loss", "policy_clipped", "metrics",
     )  # fmt: skip
     for name in scsdpo_kernels.__all__:
         assert getattr(scsdpo_kernels, name).__doc__

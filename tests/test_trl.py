@@ -1,6 +1,7 @@
 """scsdpo.trl beside the stock trainer: the same losses and gradient norms over several optimiser steps."""
 
 import functools
+import math
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from trl_models import BASE, MODELS, QUESTIONS, SIZES, WORDS, finish, reward, ru
 
 from scsdpo.ema_teacher import EMATeacher
 from scsdpo.trl import SCSDPOConfig, SCSDPOTrainer
+from scsdpo_kernels import METRICS
 from scsdpo_kernels.schedules import chunked
 
 
@@ -198,6 +200,76 @@ def test_metrics_do_not_depend_on_micro_batches(folder):
     assert values[0][3] > 0
     for others in values[1:]:
         assert others == pytest.approx(values[0], rel=1e-5)
+
+
+def full_logits(inputs, student, teacher, temperature):
+    """Log-probabilities of both sides at completions, by the models' own forwards."""
+    completion, mask = inputs["completion_ids"], inputs["completion_mask"]
+    ids = torch.cat([inputs["prompt_ids"], completion], 1), inputs["teacher_input_ids"]
+    there = torch.cat([inputs["prompt_mask"], mask], 1), inputs["teacher_attention_mask"]
+    with torch.no_grad():
+        for model, *given in zip((student, teacher), ids, there, strict=True):
+            z = model(input_ids=given[0], attention_mask=given[1]).logits[:, -completion.shape[1] - 1 : -1]
+            yield (z.double() / temperature).log_softmax(-1)
+
+
+LOGGED = {
+    "top 1": {"divergence_metrics": ["top1_agreement"]},
+    "top-K": {"divergence_metrics": ["support_mass", "top1_agreement"], "distillation_mode": "topk_logits",
+              "distillation_topk": 5},
+    "importance": {"divergence_metrics": ["importance_clipped"], "num_iterations": 2, "distillation_is_clip": 1.01,
+                   "learning_rate": 1e-2, "max_steps": 4},
+    "a policy, too": {"divergence_metrics": ["top1_agreement"], "distillation_weight": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_metrics_that_are_asked_for(folder, name):
+    """Means over all tokens of an optimiser step that have a weight; some of its micro-batches are empty."""
+    sums, ran = [], []
+
+    def watch(run):
+        distill = run._distill
+
+        def seen(model, inputs):
+            p, q = full_logits(inputs, model, run.teacher_model, run.temperature)
+            mask = (inputs["loss_mask"] * (inputs["question_weight"] != 0)[:, None]).double()
+            top = p.topk(5).indices
+            found = {
+                "top1_agreement": p.argmax(-1) == q.argmax(-1),
+                "student_support_mass": p.gather(-1, top).exp().sum(-1),
+                "teacher_support_mass": q.gather(-1, top).exp().sum(-1),
+            }
+            if (old := inputs.get("old_per_token_logps")) is not None:
+                own = p.gather(-1, inputs["completion_ids"][..., None])[..., 0]
+                found["importance_clipped"] = own - old > math.log(1.01)
+            sums.append(
+                {x: (values * mask).sum().item() for x, values in found.items()} | {"tokens": mask.sum().item()}
+            )
+            ran.append(run.state.global_step)
+            return distill(model, inputs)
+
+        run._distill = seen
+
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 3, **LOGGED[name]}
+    lines, _ = train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", prepare=watch, **options)
+    plain, _ = train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", **{**options, "divergence_metrics": []})
+    entries = [entry for x in options["divergence_metrics"] for entry in METRICS[x]]
+    values = []
+    for step, line in enumerate(lines):
+        of_step = [x for x, at in zip(sums, ran, strict=True) if at == step]
+        tokens = sum(x["tokens"] for x in of_step)
+        for entry in entries:
+            assert (f"scsdpo/{entry}" in line) == (tokens > 0)
+            if tokens:
+                values.append(line[f"scsdpo/{entry}"])
+                assert values[-1] == pytest.approx(sum(x[entry] for x in of_step) / tokens, rel=1e-5, abs=1e-9)
+    assert any(0 < x < 1 for x in values)
+    assert name == "a policy, too" or len(ran) < 8 * len(lines), "no micro-batch was empty"
+    for line, without in zip(lines, plain, strict=True):
+        others = {x: value for x, value in line.items() if x.removeprefix("scsdpo/") not in entries}
+        assert others.keys() == without.keys() and others["loss"] == without["loss"]
+        assert others["grad_norm"] == without["grad_norm"]
 
 
 class Count:
@@ -518,6 +590,14 @@ def test_no_tensor_of_rows_by_vocabulary(folder, options, monkeypatch, tmp_path)
     ({"distillation_weight": 0.5, "num_iterations": 3, "loss_type": "grpo", "importance_sampling_level": "sequence"},
      "importance_sampling_level: expected 'token' with distillation_weight below 1"),
     ({"distillation_mode": "topk_logits"}, "distillation_topk: expected a number"),
+    ({"divergence_metrics": ["support_mass"]},
+     "divergence_metrics: expected some of top1_agreement with these settings, got 'support_mass'"),
+    ({"divergence_metrics": ["importance_clipped"], "distillation_is_clip": 2.0},
+     "divergence_metrics: expected some of top1_agreement with these settings, got 'importance_clipped'"),
+    ({"divergence_metrics": ["entry_clipped"]},
+     "divergence_metrics: expected some of top1_agreement with these settings, got 'entry_clipped'"),
+    ({"divergence_metrics": ["top1_agreement"], "distillation_weight": 0.0},
+     "divergence_metrics: expected none with these settings, got 'top1_agreement'"),
 ])  # fmt: skip
 def test_what_it_does_not_have_raises(folder, options, message):
     with pytest.raises(ValueError, match=message):

@@ -79,7 +79,7 @@ def teacher(folder):
     return folder / "another"
 
 
-def distilled(trainer, folder, teacher, model="qwen3", **options):
+def distilled(trainer, folder, teacher, model="qwen3", config=None, prepare=None, **options):
     where = folder / model
     loaded = MODELS[model][1].from_pretrained(where, dtype=torch.float32)
     names = ("num_generations", "distillation_mode", "distillation_alpha", "max_prompt_length",
@@ -88,8 +88,10 @@ def distilled(trainer, folder, teacher, model="qwen3", **options):
     run = trainer(
         model=loaded, teacher_model=LlamaForCausalLM.from_pretrained(teacher, dtype=torch.float32),
         train_dataset=QUESTIONS, processing_class=PreTrainedTokenizerFast.from_pretrained(where),
-        args=trl.DistillationConfig(output_dir=str(folder / "out"), **{**base, **options}),
+        args=(config or trl.DistillationConfig)(output_dir=str(folder / "out"), **{**base, **options}),
     )  # fmt: skip
+    if prepare is not None:
+        prepare(run)
     run.train()
     assert run.is_fsdp_enabled == ("fsdp" in options)
     return [line for line in run.state.log_history if "loss" in line]
@@ -120,7 +122,52 @@ def test_distillation(folder, teacher, name):
             assert a[key] == pytest.approx(b[key], rel=5e-7 if step == 0 else 5e-6), (key, step)
 
 
-@pytest.mark.skipif(not hasattr(trl, "DistillationTrainer"), reason="TRL has no DistillationTrainer before 1.10")
+has_distillation = pytest.mark.skipif(
+    not hasattr(trl, "DistillationTrainer"), reason="TRL has no DistillationTrainer before 1.10"
+)
+
+
+@has_distillation
+def test_metrics_of_a_distillation(folder, teacher):
+    """The mean over all tokens of a step, not over micro-batches; everything else is logged as without."""
+    sums = []
+
+    def watch(run):
+        compute_loss = run._compute_loss
+
+        def seen(student, inputs, count):
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            there = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+            width, mask = inputs["completion_ids"].shape[1], inputs["completion_mask"]
+            with torch.no_grad():
+                top = [x(input_ids=ids, attention_mask=there).logits[:, -width - 1 : -1].argmax(-1)
+                       for x in (student, run.teacher_model)]  # fmt: skip
+            sums.append((run.state.global_step, ((top[0] == top[1]) * mask).sum().item(), mask.sum().item()))
+            return compute_loss(student, inputs, count)
+
+        run._compute_loss = seen
+
+    trainer, config = scsdpo.trl.FusedDistillationTrainer, scsdpo.trl.FusedDistillationConfig
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 1e-2}
+    plain = distilled(trainer, folder, teacher, **options)
+    lines = distilled(trainer, folder, teacher, config=config, prepare=watch, divergence_metrics=["top1_agreement"],
+                      **options)  # fmt: skip
+    for step, (line, without) in enumerate(zip(lines, plain, strict=True)):
+        agree, tokens = (sum(x[i] for x in sums if x[0] == step) for i in (1, 2))
+        assert line.pop("scsdpo/top1_agreement") == pytest.approx(agree / tokens, rel=1e-6)
+        assert line.keys() == without.keys() and line["loss"] == without["loss"]
+    with pytest.raises(ValueError, match="divergence_metrics: expected some of top1_agreement with these settings"):
+        distilled(trainer, folder, teacher, config=config, divergence_metrics=["support_mass"])
+
+
+def test_metrics_of_sdft(folder):
+    lines, _ = sdft(FusedSDFTTrainer, FusedSDFTConfig, folder, teacher_model_kind="live", num_generations=1,
+                    divergence_metrics=["top1_agreement"])  # fmt: skip
+    values = [line["scsdpo/top1_agreement"] for line in lines]
+    assert len(values) == 3 and all(0 < x < 1 for x in values)
+
+
+@has_distillation
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 def test_distillation_on_two_processes(folder, teacher, wrapper):
     """Both models wrapped: losses, gradient norms and entropies are those of the stock trainer."""

@@ -47,6 +47,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from scsdpo.verl import TESTED, SCSDPOEngine, SelfDistillation
 from scsdpo.verl.losses import BETA
+from scsdpo_kernels import METRICS
 
 VOCABULARY, QUESTIONS, ROLLOUTS = 67, 4, 4
 TEMPERATURE, CLIP = 0.8, 1.5
@@ -322,6 +323,7 @@ def steps(rank, world, folder, *, model="untied", strategy="fsdp2", mode="scsdpo
         fields = {"loss", "divergence", "rows_kept", "student_entropy"} | (
             {"teacher_entropy"} if teacher == "prompts" else set()
         )
+        fields |= {entry for name in options.get("metrics", ()) for entry in METRICS[name]}
         assert set(out["metrics"]) == {f"scsdpo/{name}" for name in fields} | {"grad_norm"}
         if not padded and not checkpointing:
             run_evenly([n for n in tokens if n], batch, world, teacher, micro, budget)
@@ -364,6 +366,9 @@ CASES = {
     "token-sum": {"aggregation": "token-sum"},
     "another beta": {"options": {"beta": 0.2}},
     "top-K": {"options": {"top_k": 7}},
+    "metrics": {"options": {"metrics": ["top1_agreement", "importance_clipped"]}, "micro": 1},
+    "metrics of a support": {"options": {"top_k": 7, "metrics": ["support_mass"]}},
+    "metrics of a server": {"teacher": "server", "options": {"metrics": ["support_mass"]}},
     "moving average": {"options": {"teacher": "ema", "teacher_update_rate": 0.3}},
     "moving average, tied": {"model": "tied", "options": {"teacher": "ema", "teacher_update_rate": 0.3}},
     "moving average, resumed": {"options": {"teacher": "ema", "teacher_update_rate": 0.3}, "resumed": True},
@@ -526,6 +531,35 @@ def test_metrics_are_of_all_response_tokens(engine):
     assert logged[0]["scsdpo/divergence"] > 1e-3
 
 
+def test_metrics_that_are_asked_for(engine, folder):
+    """Recomputed from the model's own logits, over all response tokens."""
+    batch, names = whole_batch(), ["importance_clipped", "top1_agreement"]
+    batch["advantages"], _ = advantages_of(batch)
+    model = AutoModelForCausalLM.from_pretrained(folder / "untied", dtype=torch.float32, attn_implementation="eager")
+    sums = dict.fromkeys(names, 0)
+    for i, response in enumerate(batch["responses"]):
+        if not len(batch["teacher_prompts"][i]):
+            continue
+        with torch.no_grad():
+            p, q = (
+                (model(torch.cat([batch[x][i], response])[None]).logits[0, -len(response) - 1 : -1] / TEMPERATURE)
+                for x in ("prompts", "teacher_prompts")
+            )
+        log_ratio = p.log_softmax(-1).gather(-1, response[:, None])[:, 0] - batch["old_log_probs"][i]
+        flags = log_ratio.exp() > CLIP, p.argmax(-1) == q.argmax(-1)
+        for name, flag in zip(names, flags, strict=True):
+            sums[name] += int((flag & (batch["advantages"][i] != 0)).sum())
+    tokens = sum(int(x.sum()) for x in batch["response_mask"])
+    loss_fn = loss_function("scsdpo_jsd", "token-mean", options={"metrics": names})
+    for micro in (1, 16):
+        with engine.train_mode():
+            out = engine.infer_batch(part_of(batch, 0, 1, micro)[0], loss_fn)
+        for name in names:
+            assert 0 < sums[name] < tokens
+            logged = Metric.aggregate_dp([out["metrics"][f"scsdpo/{name}"]])
+            assert logged == pytest.approx(sums[name] / tokens, rel=1e-6), name
+
+
 def test_what_cannot_be_right_is_refused(engine):
     batch = whole_batch()
     batch["advantages"], _ = advantages_of(batch)
@@ -576,7 +610,7 @@ def test_a_batch_that_cannot_be_right_is_refused(engine):
 
 
 def test_options_that_cannot_be_right_are_refused(folder):
-    for name, value in {"teacher": "mean", "teacher_update_rate": 1.5}.items():
+    for name, value in {"teacher": "mean", "teacher_update_rate": 1.5, "metrics": ["entry_clipped"]}.items():
         with pytest.raises(ValueError, match=rf"actor\.policy_loss\.{name}: expected"):
             SelfDistillation(**{name: value})
     penalised = {"use_kl_in_reward": True}

@@ -22,15 +22,15 @@ from .dealing import Rollout
 from .ema_teacher import EMATeacher
 from .head import TeacherHead, distill, hidden_states, patch_lm_head
 from .measured import is_whole, measured
-from .step_metrics import StepMetrics
+from .step_metrics import MetricsOptions, StepMetrics, check_metrics
 
 SEAMS = ("_prepare_training_batch", "_prepare_inputs", "_compute_rollout_logps", "_log_self_distillation_metric",
          "_get_teacher_context_for_self_distillation", "compute_loss")  # fmt: skip
 
 
 @dataclass
-class DealingOptions:
-    """How the rollouts of an optimiser step are run."""
+class DealingOptions(MetricsOptions):
+    """How the rollouts of an optimiser step are run, and what is logged of them."""
 
     deal_rollouts: bool = field(
         default=True,
@@ -63,6 +63,7 @@ class FusedSelfDistillation:
         self._distillation_weight = getattr(self.args, "distillation_weight", 1.0)
         if self._distillation_weight != 1:
             self._check_policy()
+        self._check_metrics()
         head = patch_lm_head(self.model)
         patch_lm_head(self.teacher_model)
         if getattr(head, "lora_A", None) is not None and self.args.teacher_model_kind == "ema":
@@ -77,7 +78,7 @@ class FusedSelfDistillation:
         self._dealt: dict[int, list[Rollout]] = {}  # this process's, by micro-batch
         self._has_weight = False  # a rollout of the optimiser step, on any process
         self._runs_empty = True
-        self._step_metrics = StepMetrics(self.accelerator)
+        self._step_metrics = StepMetrics(self.accelerator, self.args.divergence_metrics)
         self._policy_loss: Tensor | float = 0.0  # this optimiser step's so far
         if self.args.teacher_model_kind == "ema":
             self.callback_handler.callbacks = [
@@ -85,6 +86,16 @@ class FusedSelfDistillation:
             ]
         if self.args.skip_zero_steps:
             self.add_callback(_WithoutUpdate(self))
+
+    def _check_metrics(self) -> None:
+        has = set()
+        if self._distillation_weight != 0:  # there is a teacher
+            has.add("top1_agreement")
+            if self.args.distillation_mode == "topk_logits":
+                has.add("support_mass")
+            if self.args.distillation_is_clip is not None and self._needs_old_logps():
+                has.add("importance_clipped")
+        check_metrics(self.args.divergence_metrics, has)
 
     # ------------------------------------------------------------------------------------------------------------------
     # For the trainers
@@ -329,6 +340,7 @@ class FusedSelfDistillation:
         """TRL's names for the losses as scsdpo_loss's."""
         completions, old_logp = inputs["completion_ids"], inputs.get("old_per_token_logps")
         objective: dict[str, Any] = {"beta": self.args.distillation_alpha, "mask": inputs["loss_mask"]}
+        objective["metrics"] = tuple(self.args.divergence_metrics)
         if self._distillation_weight != 1:  # whose tokens are all, with a teacher or without
             objective["mask"] = inputs["completion_mask"]
             objective["token_weight"] = self._distillation_weight * inputs["loss_mask"]

@@ -1,27 +1,49 @@
 """Metrics of optimiser steps whose rollouts may run anywhere: sums by the micro-batch and process that drew them."""
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from scsdpo_kernels import LinearDivergence
+from scsdpo_kernels import METRICS, LinearDivergence
 
 MEANS = ("divergence", "student_entropy", "teacher_entropy")
+
+
+@dataclass
+class MetricsOptions:
+    """What is logged of a step's tokens beside MEANS."""
+
+    divergence_metrics: list[str] = field(
+        default_factory=list, metadata={"help": "Names of linear_divergence's `metrics`, whose means are logged."}
+    )
+
+
+def check_metrics(names: Sequence[str], has: Collection[str]) -> None:
+    """ValueError for a name that is not in `has`, which a trainer's other settings allow."""
+    if wrong := [name for name in names if name not in has]:
+        allowed = ", ".join(name for name in METRICS if name in has)
+        expected = f"some of {allowed} with these settings" if allowed else "none with these settings"
+        raise ValueError(f"divergence_metrics: expected {expected}, got {wrong[0]!r}")
 
 
 class StepMetrics:
     """Training and evaluation have sums of their own; a mode is "train" or "eval".
 
-    Columns of the sums: tokens that have a weight, their loss, the fields of MEANS, all positions that were drawn.
+    Columns of the sums: tokens that have a weight, their loss, the fields of MEANS, the entries of `metrics`, all
+    positions that were drawn.
     """
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, metrics: Sequence[str] = ()):
         self.accelerator = accelerator
+        self.entries = tuple(entry for name in dict.fromkeys(metrics) for entry in METRICS[name])
         self._sums: dict[str, Tensor] = {}  # (micro-batches · processes, columns), of this step
         self._totals: dict[str, Tensor] = {}  # (columns,), since the last log
 
     def begin(self, mode: str, micro_batches: int) -> None:
-        shape = (micro_batches * self.accelerator.num_processes, 3 + len(MEANS))
+        shape = (micro_batches * self.accelerator.num_processes, 3 + len(MEANS) + len(self.entries))
         self._sums[mode] = torch.zeros(shape, device=self.accelerator.device)
 
     def drawn(self, mode: str, micro_batch: int, positions: int) -> None:
@@ -39,7 +61,8 @@ class StepMetrics:
     ) -> None:
         kept = mask * (question_weight != 0).unsqueeze(1)
         ratio = 1.0 if result.importance_ratio is None else result.importance_ratio
-        fields = (ratio * result.divergence, *(getattr(result, name) for name in MEANS))
+        fields = [ratio * result.divergence, *(getattr(result, name) for name in MEANS)]
+        fields += [result.metrics[entry] for entry in self.entries]
         rows = torch.stack([kept.sum(1), *((x * kept).sum(1) for x in fields)], dim=1).float()
         self._sums[mode][:, :-1].index_add_(0, origin, rows)
 
@@ -54,8 +77,9 @@ class StepMetrics:
         if (totals := self._totals.pop(mode, None)) is None:
             return {}
         count, _, *sums, positions = totals.tolist()
-        means = {name: total / count for name, total in zip(MEANS, sums, strict=True)} if count else {}
+        names = (*MEANS, *self.entries)
+        means = {name: total / count for name, total in zip(names, sums, strict=True)} if count else {}
         return {"rows_kept": count / positions, **means}
 
 
-__all__ = ["MEANS", "StepMetrics"]
+__all__ = ["MEANS", "MetricsOptions", "StepMetrics", "check_metrics"]

@@ -129,11 +129,11 @@ class FusedSDFTTrainer(FusedSelfDistillation, SDFTTrainer):
 
 
 def __getattr__(name: str) -> Any:  # only when asked for, since older releases of TRL have no such trainer
-    if name != "FusedDistillationTrainer":
+    if name not in ("FusedDistillationConfig", "FusedDistillationTrainer"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .distillation import FusedDistillationTrainer
+    from . import distillation
 
-    return FusedDistillationTrainer
+    return getattr(distillation, name)
 
 
 __all__ = ["FusedSDFTConfig", "FusedSDFTTrainer", "SCSDPOConfig", "SCSDPOTrainer"]

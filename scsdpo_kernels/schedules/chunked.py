@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..kernels import Kernels, kernels_of
 from ..kernels.contract import Logits, PerRow
-from ..problem import Gradients, Side
+from ..problem import Gradients, Side, entries_of
 from . import products
 from .plan import Plan
 from .row_values import row_values
@@ -45,7 +45,7 @@ class Buffers(NamedTuple):
 
 
 def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
-    """Row scalars of the kept rows, and the gradients of Σ weight · importance ratio · divergence + policy's."""
+    """Row scalars of the kept rows, their metrics, gradients of Σ weight · importance ratio · divergence + policy's."""
     head, rows = plan.student.head, plan.rows
     count, device = len(rows.given.weight), plan.student.hidden.device
     kernels = kernels_of(device)
@@ -59,7 +59,8 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
     most = _chunk_rows(plan.shard.longest, device)  # the same on every process
     keeps = plan.wanted.weight is not None and dtype.itemsize == 2
     groups = _split(slice(0, count), _group_rows(count, head.weight.shape[1]) if keeps else most)
-    scalars = torch.empty(rows.given.scalars, count, dtype=torch.float32, device=device)
+    known = rows.given.scalars + len(entries_of(plan.metrics))
+    scalars = torch.empty(known, count, dtype=torch.float32, device=device)
     later = keeps and len(groups) == 1 and head.main_grad is not None
     sums = products.head_sums(plan.whole_head, plan.wanted, plan.grad_hidden, len(groups), plan.shard.size, later)
     buffers = _buffers(plan, groups, most, dtype, later)
@@ -75,7 +76,7 @@ def run(plan: Plan) -> tuple[Tensor, Gradients]:  # (scalars, K) fp32
             if buffers.kept is None:
                 gradient, inside = view_as(logits.student, dtype), slice(None)
             written = gradient[inside] if any(x is not None for x in sums) else None
-            values = row_values(logits, some, plan.objective, plan.support, kernels, plan.shard, written)
+            values = row_values(logits, some, plan.objective, plan.support, kernels, plan.shard, written, plan.metrics)
             scalars[:, chunk] = torch.stack(values[: len(scalars)])
         if written is not None:
             gradient = gradient[: len(states)]

@@ -30,15 +30,17 @@ class Plan(NamedTuple):
     difference: bool  # one fp32 head, which is applied to the difference of hidden states in place of the teacher's
     grad_hidden: Tensor | None  # out: rows.kept of it are written. None: not wanted
     wanted: Gradients  # dtype of each gradient, None where it is not wanted
+    metrics: tuple[str, ...]
 
 
-# A schedule returns (scalars, K) fp32 and the gradients of Σ weight · importance ratio · divergence + policy's.
+# A schedule returns (scalars + metrics, K) fp32 and gradients of Σ weight · importance ratio · divergence + policy's.
 Schedule = Callable[[Plan], tuple[Tensor, Gradients]]
 
 
 class Outcome(NamedTuple):
     loss: Tensor  # () fp32
     scalars: Scalars  # (...,) fp32, None where it was not asked for
+    metrics: Tensor | None  # (entries, ...) fp32
     gradients: Gradients
 
 
@@ -87,6 +89,7 @@ def run(problem: Problem, schedule: Schedule, wanted: list[bool]) -> Outcome:
         difference=may_subtract and kept.head_is_finite,
         grad_hidden=partial,
         wanted=wanted,
+        metrics=problem.metrics,
     )
     scalars, gradients = schedule(plan)
     if shard.group is not None:
@@ -287,14 +290,14 @@ def _outcome(
     problem: Problem,
     kept: Kept,
     rows: Rows,
-    scalars: Tensor,  # (scalars, R)
+    scalars: Tensor,  # (scalars + metrics, R)
     gradients: Gradients,
     counts: list[int] | None,
     shard: Shard,
 ) -> Outcome:
     """The loss of all computed rows, and this process's in the shape of token_weight."""
-    weight, policy = rows.given.weight, rows.given.policy
-    of_rows = Scalars.of(scalars)
+    weight, policy, known = rows.given.weight, rows.given.policy, rows.given.scalars
+    of_rows = Scalars.of(scalars[:known])
     factor = weight.double()
     if rows.given.old_logp is not None:
         factor = factor * of_rows.importance_ratio.double()
@@ -315,7 +318,9 @@ def _outcome(
     if not kept.are_all:
         per_token = scalars.new_zeros(len(scalars), token_weight.numel())
         per_token[:, kept.index] = scalars
-    results = Scalars.of(field.clone() for field in per_token.view(len(scalars), *token_weight.shape))
+    per_token = per_token.view(len(scalars), *token_weight.shape)
+    results = Scalars.of(field.clone() for field in per_token[:known])
+    metrics = per_token[known:].clone() if len(scalars) > known else None
     if rows.given.old_logp is None:
         results = results._replace(importance_ratio=None)
-    return Outcome(loss, results, gradients)
+    return Outcome(loss, results, metrics, gradients)

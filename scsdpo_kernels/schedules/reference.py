@@ -4,6 +4,8 @@ It shares no formula with the kernels, takes any floating dtype and differentiat
 arithmetic is float64, whatever the inputs: its divergence is exact to about 1e-15 of the terms that it sums.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,8 @@ from ..problem import ENDS, Head, Objective, Problem, Support, cut
 from .rows import as_matrix, as_teachers_matrix, complete, kept_rows, shares, valid_support
 
 
-def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
-    """Loss, (...,) importance ratio · divergence, and the divergence and what else is known of tokens, detached.
+def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars, list[Tensor]]:
+    """Loss, (...,) importance ratio · divergence, the divergence and what else is known of tokens, detached; metrics.
 
     All are fp32, or float64 for float64 hidden states.
     """
@@ -77,7 +79,11 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars]:
         per_token = per_token + of_policy
     per_token = scattered(per_token)
     fields = (scattered(x) for x in (divergence, *entropies, *logps, ratio, policy_loss, clipped))
-    return loss, per_token, Scalars(*(x if x is None else x.detach() for x in fields))
+    metrics = []
+    if problem.metrics:
+        log_ratio = None if ratio is None else log_ratio
+        metrics = [scattered(x).detach() for x in _metrics(problem, log_p, log_q, log_ratio, kept)]
+    return loss, per_token, Scalars(*(x if x is None else x.detach() for x in fields)), metrics
 
 
 def _of_teachers(problem: Problem, kept: Tensor) -> Tensor | None:
@@ -110,6 +116,15 @@ def _on_support(log_p: Tensor, log_q: Tensor | None, support: Support | None, to
     """Log-probabilities of both sides on the support and its tail; the whole vocabulary's where there is no support."""
     if support is None:
         return log_p, log_q
+    log_p, log_q = _at_support(log_p, log_q, support, token_weight, kept)
+    if support.renormalize:
+        nothing = (log_p == -torch.inf).all(-1, keepdim=True) & (log_q == -torch.inf).all(-1, keepdim=True)
+        return tuple(torch.log_softmax(torch.where(nothing, 0.0, x), dim=-1) for x in (log_p, log_q))
+    return tuple(torch.log_softmax(torch.cat([x, _log_tail(x)], dim=-1), dim=-1) for x in (log_p, log_q))
+
+
+def _at_support(log_p: Tensor, log_q: Tensor | None, support: Support, token_weight: Tensor, kept: Tensor):
+    """Log-probabilities of both sides on the support itself."""
     if support.k:
         ids = log_p.topk(min(support.k, log_p.shape[1])).indices
         log_p, log_q = log_p.gather(1, ids), log_q.gather(1, ids)
@@ -121,10 +136,28 @@ def _on_support(log_p: Tensor, log_q: Tensor | None, support: Support | None, to
         log_q = torch.where(exists, log_q, -torch.inf)
         log_q = torch.where(valid_support(ids, log_p.shape[1])[:, None], log_q, torch.nan)
         log_p = torch.where(exists, log_p.gather(1, ids.clamp(0, log_p.shape[1] - 1)), -torch.inf)
-    if support.renormalize:
-        nothing = (log_p == -torch.inf).all(-1, keepdim=True) & (log_q == -torch.inf).all(-1, keepdim=True)
-        return tuple(torch.log_softmax(torch.where(nothing, 0.0, x), dim=-1) for x in (log_p, log_q))
-    return tuple(torch.log_softmax(torch.cat([x, _log_tail(x)], dim=-1), dim=-1) for x in (log_p, log_q))
+    return log_p, log_q
+
+
+def _metrics(
+    problem: Problem, log_p: Tensor, log_q: Tensor | None, log_ratio: Tensor | None, kept: Tensor
+) -> Iterator[Tensor]:  # (R,) each, in the order of the entries
+    for name in problem.metrics:
+        if name == "top1_agreement":
+            both = (log_p == log_p.amax(1, keepdim=True)) & (log_q == log_q.amax(1, keepdim=True))
+            yield torch.where((log_p + log_q).isnan().any(1), torch.nan, both.any(1).double())
+        elif name == "support_mass":
+            seen = _at_support(log_p, log_q, problem.support, problem.token_weight, kept)
+            student, teacher = (x.exp().sum(1) for x in seen)
+            yield from (student + 0 * teacher, teacher + 0 * student)  # both are NaN where one is
+        elif name == "entry_clipped":
+            allowed = log_q > -torch.inf
+            term = log_q.exp() * torch.where(allowed, log_q - log_p, 0.0)
+            share = (term > problem.objective.entry_clip).sum(1) / allowed.sum(1)
+            yield torch.where(term.isnan().any(1), torch.nan, share)
+        else:
+            cut = (log_ratio.clamp(-20, 20).exp() > problem.target.importance_clip).double()
+            yield torch.where(log_ratio.isnan(), torch.nan, cut)
 
 
 def _log_tail(log: Tensor) -> Tensor:  # (R, K) to (R, 1)

@@ -1,11 +1,14 @@
 """What a chunk of logits comes to: row scalars over the whole vocabulary, on a part of it, or on a support."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..kernels import Kernels
-from ..kernels.contract import Logits, PerRow
-from ..problem import Objective, Support
+from ..kernels.contract import Logits, PerRow, Scalars
+from ..problem import Objective, Support, entries_of
+from .metrics import of_logits, of_rows
 from .rows import Rows
 from .shards import Shard, of_target
 from .support import divergence_on_support
@@ -19,14 +22,23 @@ def row_values(
     kernels: Kernels,
     shard: Shard,
     gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over logits.student. None: values only
-) -> tuple[Tensor, ...]:  # `rows.given.scalars` × (C,) fp32, in the order of Scalars
+    metrics: Sequence[str] = (),
+) -> tuple[Tensor, ...]:  # `rows.given.scalars` × (C,) fp32, in the order of Scalars, and the metrics' entries
     if rows.beta is not None:
         objective = objective._replace(token_beta=rows.beta)
+    on_support = None
+    found = of_logits(metrics, logits, objective, kernels, shard)
     if support is not None:
-        return divergence_on_support(logits, rows, objective, support, kernels, shard, gradient)
-    if shard.group is not None:
-        return divergence_on_part(logits, rows, objective, kernels, shard, gradient)
-    return kernels.row_divergence(logits, rows.given, objective, gradient)
+        values, on_support = divergence_on_support(logits, rows, objective, support, kernels, shard, gradient)
+    elif shard.group is not None:
+        values = divergence_on_part(logits, rows, objective, kernels, shard, gradient)
+    else:
+        values = kernels.row_divergence(logits, rows.given, objective, gradient)
+    if not metrics:
+        return values
+    values = values[: rows.given.scalars]
+    found |= of_rows(metrics, Scalars.of(values), rows.given, on_support)
+    return *values, *(found[entry] for entry in entries_of(metrics))
 
 
 def divergence_on_part(

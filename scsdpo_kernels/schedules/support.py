@@ -39,8 +39,11 @@ def divergence_on_support(
     kernels: Kernels,
     shard: Shard,  # the logits' part of the vocabulary
     gradient: Tensor | None,  # (C, V) fp32 or bf16 out; may lie over logits.student. None: values only
-) -> tuple[Tensor, ...]:  # `rows.given.scalars` × (C,) fp32, as the row kernels'
-    """Row scalars on a support and the dense weighted gradient. What is not known of the teacher is 0."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]:  # `rows.given.scalars` × (C,) fp32, as the row kernels'
+    """Row scalars on a support and the dense weighted gradient. What is not known of the teacher is 0.
+
+    Returns both sides' log-probabilities of the support, too, (C, K) float64.
+    """
     temperature, (student, teacher, difference, softcap) = objective.temperature, logits
     targets = shard.target_logits(logits, rows.given.target)
     target, other_target = (None, None) if targets is None else (targets[0], targets[-1])
@@ -103,7 +106,7 @@ def divergence_on_support(
             one = rows.given.target[:, None]
             column, here = shard.local(one, torch.ones_like(one, dtype=torch.bool))
             _put(gradient, column, here, (at_target / temperature)[:, None])
-    return tuple(x.float() for x in (divergence, *fields))
+    return tuple(x.float() for x in (divergence, *fields)), (log_p, log_q)
 
 
 def _support(

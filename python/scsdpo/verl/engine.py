@@ -91,6 +91,7 @@ class SCSDPOEngine(FSDPEngineWithLMHead):
         weight = torch.cat([x.weight for x in rollouts]).to(device)
         distill_args: dict[str, Any] = {"beta": objective.beta, "temperature": _temperature(data)}
         distill_args["target_ids"] = torch.cat([x.completion for x in rollouts]).to(device)
+        distill_args["metrics"] = tuple(options.metrics)
         if options.importance_clip is not None and rollouts[0].old_logp is not None:
             old_logp = torch.cat([x.old_logp for x in rollouts]).to(device)
             distill_args |= {"old_logp": old_logp, "importance_clip": options.importance_clip}
@@ -122,6 +123,8 @@ class SCSDPOEngine(FSDPEngineWithLMHead):
         for name in ("divergence", "student_entropy", "teacher_entropy"):
             if (value := getattr(result, name)) is not None:
                 metrics[f"scsdpo/{name}"] = (value * own).sum() / tokens
+        for name, value in (result.metrics or {}).items():
+            metrics[f"scsdpo/{name}"] = (value * own).sum() / tokens
         return result.loss, Metric.from_dict(metrics, aggregation=AggregationType.SUM)
 
     def _model_inputs(

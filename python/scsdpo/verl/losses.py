@@ -1,7 +1,7 @@
 """The names that verl's configuration has for this package's losses and advantages, and what goes with them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from verl.trainer.distillation.losses import DistillationLossSettings, register_distillation_loss
@@ -12,6 +12,7 @@ from ..advantages import ESTIMATORS
 
 BETA = {"scsdpo_forward_kl": 0.0, "scsdpo_jsd": 0.5, "scsdpo_reverse_kl": 1.0}
 TEACHERS = ("live", "ema", "base")
+LOGGED = ("top1_agreement", "support_mass", "importance_clipped")  # of linear_divergence's metrics
 
 
 @dataclass
@@ -28,6 +29,7 @@ class SelfDistillation(PolicyLossConfig):
         importance_clip: of the ratio against old_log_probs; None: no ratio.
         teacher: "live", the model itself; "ema", a moving average of it, as in SDPO; "base", it without its LoRA.
         teacher_update_rate: of "ema", by which it moves to the model after each of the actor's updates.
+        metrics: names of `linear_divergence`'s metrics, to be logged.
 
     Raises:
         ValueError: a value outside of these.
@@ -40,6 +42,7 @@ class SelfDistillation(PolicyLossConfig):
     importance_clip: float | None = 2.0
     teacher: str = "live"
     teacher_update_rate: float = 0.05
+    metrics: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if self.teacher not in TEACHERS:
@@ -48,6 +51,9 @@ class SelfDistillation(PolicyLossConfig):
             raise ValueError(
                 f"actor.policy_loss.teacher_update_rate: expected a number in [0, 1], got {self.teacher_update_rate}"
             )
+        for name in self.metrics:
+            if name not in LOGGED:
+                raise ValueError(f"actor.policy_loss.metrics: expected some of {LOGGED}, got {name!r}")
 
 
 class Objective(NamedTuple):
