@@ -23,9 +23,8 @@ PAPER = (
 
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="SC-SDPO on a CPU: what it learns, and what its loss costs", prog="demo"
-    )
+    about = "SC-SDPO on a CPU: what it learns, and what its loss costs"
+    parser = argparse.ArgumentParser(description=about, prog="./dev demo")
     parser.add_argument("--quick", action="store_true", help="end within a minute: fewer seeds, steps and tokens")
     parser.add_argument("--seeds", type=int, help="of questions and sampling; at least 2")
     parser.add_argument("--steps", type=int, help="of each method and seed")

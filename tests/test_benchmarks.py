@@ -71,8 +71,9 @@ def test_implementations_are_one_function(beta):
 def test_colours_are_distinct_and_found_by_stored_labels():
     assert set(implementations.COLOURS) == set(implementations.IMPLEMENTATIONS)
     assert len(set(implementations.COLOURS.values())) == len(implementations.COLOURS)
-    stored = {"scsdpo_kernels, chunked": "chunked", "trl 1.0 SDPO, eager": "SDPO, eager", "eager PyTorch": "eager PyTorch",
-              "liger-kernel 0.1 fused_linear_jsd": "fused_linear_jsd", "torch.compile'd eager": "torch.compile'd eager",
+    stored = {"scsdpo_kernels, chunked": "chunked", "trl 1.0 SDPO, eager": "SDPO, eager",
+              "eager PyTorch": "eager PyTorch", "liger-kernel 0.1 fused_linear_jsd": "fused_linear_jsd",
+              "torch.compile'd eager": "torch.compile'd eager",
               "unsloth-zoo 2 fused_linear_jsd": implementations.UNSLOTH}  # fmt: skip
     for text, name in stored.items():
         assert implementations.colour_of(text) == implementations.COLOURS[name]
