@@ -6,9 +6,9 @@ import argparse
 import random
 import textwrap
 import time
-import warnings
 from pathlib import Path
 
+import torch
 import transformers
 
 from . import comparison, digits, kernel, learning, picture
@@ -49,12 +49,16 @@ def say(*paragraphs: str) -> None:
 
 
 def learn(options: argparse.Namespace) -> learning.Runs:
+    """On one thread a process: the model is so small that more of them only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     held_out = tuple(digits.draw_questions(200, random.Random("held out")))
     warm = digits.warm_up(V, options.warmup_steps, 0, frozenset(held_out))
     settings = learning.Settings(options.steps, options.questions, held_out)
     runs = learning.compare(warm, options.seeds, settings, options.processes)
     sentences = comparison.conclusion_of(runs), comparison.share_of_sampling(runs), PAPER
     say("", comparison.table(runs), *sentences)
+    torch.set_num_threads(threads)
     return runs
 
 
@@ -69,7 +73,6 @@ def weigh(options: argparse.Namespace) -> kernel.Comparison | None:
 
 def main(given: list[str] | None = None) -> None:
     options = arguments(given)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from . import COLUMNS
 
@@ -24,6 +25,7 @@ PAD, END = TOKENS.index("_"), TOKENS.index(".")
 LENGTHS = range(3, 8)  # digits in a question: what makes it hard
 WIDTH = 64  # D
 ROLLOUTS = 8  # per question
+CACHE = "cache" if "cache" in signature(Qwen3Model.forward).parameters else "past_key_values"  # its older name
 WARM_PASS_RATES = 0.35, 0.95  # plain prompts, prompts with a solution
 
 # The task: a question is a string of digits, its one right answer is the string backwards.
@@ -169,12 +171,12 @@ def rollout(model: Qwen3ForCausalLM, prompts: list[str], generator: torch.Genera
     """Sample at temperature 1 from the whole vocabulary; logits of the last position of unfinished rollouts only."""
     tokens, vocabulary = max(LENGTHS) + 1, model.config.vocab_size
     ids, attention = encode(prompts, "left")
-    cache = DynamicCache(config=model.config)
+    cache = {CACHE: DynamicCache(config=model.config)}
     response = torch.full((len(prompts), tokens), PAD)
     active = torch.arange(len(prompts))
     buffer = torch.empty(len(prompts), vocabulary)
     for t in range(tokens):
-        hidden = model.model(input_ids=ids, attention_mask=attention, past_key_values=cache).last_hidden_state
+        hidden = model.model(input_ids=ids, attention_mask=attention, **cache).last_hidden_state
         logits = torch.mm(hidden[active, -1], model.lm_head.weight.T, out=buffer[: len(active)])
         cumulative = logits.sub_(logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
         threshold = torch.rand(len(active), 1, generator=generator) * cumulative[:, -1:]
