@@ -14,7 +14,7 @@ import transformers
 from . import comparison, digits, kernel, learning, picture
 
 FULL = {"seeds": 8, "steps": 60, "warmup_steps": 1200, "tokens": 512, "repeats": 3}
-QUICK = {"seeds": 2, "steps": 30, "warmup_steps": 1200, "tokens": 192, "repeats": 1}
+QUICK = {"seeds": 2, "steps": 30, "warmup_steps": 450, "tokens": 192, "repeats": 1}
 V = 4096
 PAPER = (
     "This is a toy, in which the teacher of an easy question does no harm. For Qwen3-8B the paper (arXiv 2605.27765) "
@@ -64,7 +64,7 @@ def learn(options: argparse.Namespace) -> learning.Runs:
 
 def weigh(options: argparse.Namespace) -> kernel.Comparison | None:
     if (reason := kernel.why_not(options.model)) is not None:
-        say(f"The kernel part was left out. {reason}")
+        say(f"The kernel part was left out.\n{reason}")
         return None
     found = kernel.measure(options.tokens, options.repeats, options.model)
     say("", kernel.table(found), kernel.conclusion(found))
