@@ -58,9 +58,9 @@ class Comparison:
     records: dict[Way, Record]
 
     def ratio(self, what: str, other: str, dtype: str = "bf16") -> float:
-        """The fused loss's seconds or peak_mib over another's."""
+        """The fused loss's seconds or peak_mib over another's; NaN where that has none that could be seen."""
         ours, theirs = (getattr(self.records[method, dtype], what) for method in ("fused", other))
-        return ours / theirs
+        return ours / theirs if theirs > 0 else math.nan
 
 
 def why_not(where: Path | None = None) -> str | None:
