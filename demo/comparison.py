@@ -190,6 +190,6 @@ def share_of_sampling(runs: Runs) -> str:
     here = sampling[PLAIN] / (sampling[PLAIN] + training[PLAIN])
     faster = " / ".join(f"{1 / (s + cost * (1 - s)):.2f}" for s in (0.2, 0.5, 0.8))
     return (
-        f"Sampling is {here:.0%} of an SDPO step here, and training costs SC-SDPO {times(cost)} as much. Where sampling "
-        f"is 20 / 50 / 80% of a step, that is {faster} × the steps per hour."
+        f"Sampling is {here:.0%} of an SDPO step here, and training costs SC-SDPO {times(cost)} as much. Where "
+        f"sampling is 20 / 50 / 80% of a step, that is {faster} × the steps per hour."
     )
