@@ -26,6 +26,7 @@ def draw(runs: Runs, found: Comparison | None, path: Path) -> None:
     """The learning part, and below it the kernel part where there is one."""
     rows = 1 if found is None else 2
     figure = Figure(figsize=(12.5, 0.4 + 4.5 * rows), layout="constrained", dpi=120)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     panels = figure.subfigures(rows, 2, squeeze=False, wspace=0.04, hspace=0.04)
     for panel, axis in zip(panels[0], ("rollouts trained on", "CPU time"), strict=True):
         learning_curves(panel, runs, axis)
@@ -36,7 +37,7 @@ def draw(runs: Runs, found: Comparison | None, path: Path) -> None:
 
 
 def titled(panel: SubFigure, text: str) -> None:
-    panel.suptitle(textwrap.fill(text, 58), x=0.03, ha="left", fontsize=12.5, fontweight="bold")
+    panel.suptitle(textwrap.fill(text, 54), x=0.03, ha="left", fontsize=12.5, fontweight="bold")
 
 
 def bare(axes: Axes) -> None:
@@ -129,9 +130,9 @@ def token_errors(panel: SubFigure, found: Comparison) -> None:
         style = {"color": COLOURS[METHODS[method]], "alpha": 0.6 if dtype == "bf16" else 0.3, "linewidths": 0}
         marker = {"marker": "o", "s": 14} if dtype == "bf16" else {"marker": "D", "s": 8}
         axes.scatter([max(x, 1e-9) for x in found.divergences], off, label=f"{method}, {dtype}", **style, **marker)
-    axes.set(xscale="log", yscale="log", xlabel="KL of teacher and student at that token, nats")
+    axes.set(xscale="log", yscale="log", xlabel="KL of teacher and student at that token of SmolLM2-135M, nats")
     axes.set(ylabel="error of a token's gradient", ylim=(None, 30))  # room for the legend
-    axes.set_yticks([10.0**n for n in range(-7, 1)])
+    axes.set_yticks([10.0**n for n in range(-6, 1)])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.legend(loc="upper center", ncols=2, frameon=False, markerscale=2)
