@@ -71,10 +71,10 @@ def why_not(where: Path | None = None) -> str | None:
 
 
 def inputs(tokens: int, where: Path | None = None) -> dict[str, Inputs]:
-    """By dtype."""
-    hidden, head, teacher = self_teacher_states(tokens, where=where)
+    """By dtype; copies, since gradients are left at them."""
+    states = self_teacher_states(tokens, where=where)
     weight = (torch.arange(tokens) < round(KEPT * tokens)).float()
-    return {name: (hidden.to(dtype), head.to(dtype), teacher.to(dtype), weight) for name, dtype in DTYPES.items()}
+    return {name: (*(x.to(dtype, copy=True) for x in states), weight) for name, dtype in DTYPES.items()}
 
 
 def step(method: str, hidden: Tensor, head: Tensor, teacher: Tensor, weight: Tensor) -> None:

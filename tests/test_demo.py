@@ -382,7 +382,7 @@ def draw_few(draw):
     return lambda count, *rest: draw(min(count, 20), *rest)
 
 
-def test_without_its_model_the_kernel_part_says_why(monkeypatch, warm, capsys, tmp_path):
+def test_without_its_model_the_kernel_part_says_why(monkeypatch, capsys, tmp_path):
     """Nothing is installed by the program; the figure has the learning part alone."""
     monkeypatch.setattr(kernel, "is_there", lambda: False)
     monkeypatch.setattr(program, "learn", lambda options: RUNS)
