@@ -25,7 +25,7 @@ PAPER = (
 def arguments(given: list[str] | None) -> argparse.Namespace:
     about = "SC-SDPO on a CPU: what it learns, and what its loss costs"
     parser = argparse.ArgumentParser(description=about, prog="./dev demo")
-    parser.add_argument("--quick", action="store_true", help="end within a minute: fewer seeds, steps and tokens")
+    parser.add_argument("--quick", action="store_true", help="fewer seeds, steps and tokens")
     parser.add_argument("--seeds", type=int, help="of questions and sampling; at least 2")
     parser.add_argument("--steps", type=int, help="of each method and seed")
     parser.add_argument("--questions", type=int, default=10, help="of a step, with 8 rollouts each")
