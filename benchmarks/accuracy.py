@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from implementations import HAND_FILTERED, IMPLEMENTATIONS, label
+from implementations import COLOURS, HAND_FILTERED, IMPLEMENTATIONS, label
 from inputs import captured, reasoning
 from measuring import RESULTS, described, error, machine, write
 from smollm2 import NAME as SMOLLM2
@@ -131,10 +131,10 @@ def plot(result: dict):
         for axis, (beta, objective) in zip(axes[row], OBJECTIVES.items(), strict=True):
             own = [x for x in result["records"] if (x["dtype"], x["beta"]) == (dtype, beta) and "errors" in x]
             own = [x for x in own if x["implementation"] != "reference"]
-            for number, name in enumerate(dict.fromkeys(x["implementation"] for x in own)):
+            for name in dict.fromkeys(x["implementation"] for x in own):
                 of_name = [x for x in own if x["implementation"] == name]
                 line, points = ([x for x in of_name if (x["inputs"] in REAL) == real] for real in (False, True))
-                style = {"color": f"C{number}", "label": of_name[0]["label"]}
+                style = {"color": COLOURS[name], "label": of_name[0]["label"]}
                 if line:
                     x, y = _points(line, of)
                     axis.loglog(x, y, marker="o", markersize=3, linewidth=2.5 if name == "chunked" else 1, **style)

@@ -171,6 +171,19 @@ IMPLEMENTATIONS = {
     UNSLOTH: Implementation(unsloth_fused, "unsloth-zoo", token_weights=False),
 }
 
+COLOURS = {  # in every plot
+    "chunked": "tab:blue",
+    "reference": "tab:gray",
+    "eager PyTorch": "tab:orange",
+    HAND_FILTERED: "tab:brown",
+    "torch.compile'd eager": "tab:green",
+    "SDPO, eager": "tab:red",
+    "fused_linear_jsd": "tab:purple",
+    "chunked JSD, compiled": "tab:pink",
+    "chunked_divergence": "tab:cyan",
+    UNSLOTH: "tab:olive",
+}
+
 
 def label(name: str) -> str:
     """As tables name it, with its version."""
@@ -178,3 +191,12 @@ def label(name: str) -> str:
     if implementation.package in (None, "torch"):
         return f"scsdpo_kernels, {name}" if implementation.package is None else name
     return f"{implementation.package} {implementation.version} {name.removesuffix(' of Unsloth')}"
+
+
+def colour_of(text: str) -> str:
+    """The colour of what `label` has named, with whatever version."""
+    for name, implementation in IMPLEMENTATIONS.items():
+        begins = {None: "scsdpo_kernels, ", "torch": ""}.get(implementation.package, f"{implementation.package} ")
+        if text.startswith(begins) and text.endswith(name.removesuffix(" of Unsloth")):
+            return COLOURS[name]
+    raise KeyError(text)

@@ -8,15 +8,18 @@ was trained here, by the demo: its rollouts, and itself with a solution in the p
 weights of one optimiser step of SC-SDPO.
 """
 
-import argparse
 import math
 import random
+import sys
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from scsdpo_kernels import question_weights
+
+sys.path.append(str(Path(__file__).parents[1]))  # `demo` lies there
 
 LOW, HIGH = (0.50, 0.01), (0.80, 0.67)  # a share of the tokens has at most that entropy, nats
 DEVIATION = 2.0  # logits of tokens that mean nothing
@@ -89,17 +92,19 @@ def captured(rows: int, *, warmup_steps: int = 300, seed: int = 0) -> tuple[Tens
     Raises:
         RuntimeError: a model that was not trained long enough to solve anything, and so has no teacher.
     """
-    from scsdpo import demo
+    from demo import digits
 
-    arguments = argparse.Namespace(warmup_steps=warmup_steps, lr=2e-4, seed=seed, questions=10)
-    model = demo.warm_up(arguments, frozenset())
+    model = digits.warm_up(151_936, warmup_steps, seed)
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     parts: list[list[Tensor]] = []
     for _ in range(20):
-        batch = demo.sample_batch(model, demo.draw_questions(arguments.questions, rng), rng, generator)
-        student, head, teacher, _ = demo.loss_operands(model, model, batch)
-        mask = batch.outcome["mask"].bool()
-        parts.append([student.detach()[mask], teacher.detach()[mask], demo.token_weights(batch.outcome)[mask]])
+        batch = digits.sample_batch(model, digits.draw_questions(10, rng), rng, generator)
+        student, head, teacher, _ = digits.loss_operands(model, model, batch)
+        mask = batch.mask.bool()
+        weight = (
+            question_weights(batch.rewards, batch.question_ids)[:, None] * batch.mask / batch.mask.sum().clamp(min=1)
+        )
+        parts.append([student.detach()[mask], teacher.detach()[mask], weight[mask]])
         if sum(len(part[0]) for part in parts) >= rows:
             student, teacher, weight = (torch.cat(x)[:rows] for x in zip(*parts, strict=True))
             return student, head.detach(), teacher, weight

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from implementations import IMPLEMENTATIONS, label
+from implementations import COLOURS, IMPLEMENTATIONS, colour_of, label
 from inputs import reasoning
 from measuring import RESULTS, alone, described, interleaved, machine, medians, peak_mib, timed, write
 from torch import Tensor
@@ -150,13 +150,14 @@ def plot(result: dict):
     figure = Figure(figsize=(15, 4), layout="constrained", dpi=110)
     axes = figure.subplots(1, 3)
     kept = result["times"]["kept rows"]
-    axes[0].plot([p["x"] for p in kept], [p["seconds"] for p in kept], marker="o")
+    axes[0].plot([p["x"] for p in kept], [p["seconds"] for p in kept], marker="o", color=COLOURS["chunked"])
     axes[0].set(xlabel=f"rows with a weight, of {kept[-1]['x']}", ylabel="seconds", title="ours", xlim=0, ylim=0)
     for axis, what in zip(axes[1:], FACTORS, strict=True):
         for name in dict.fromkeys(p["label"] for p in result["peaks"]):
             own = (p for p in result["peaks"] if (p["label"], p["what"]) == (name, what))
             series = [p for p in own if p["peak_mib"] is not None]
-            axis.loglog([p["x"] for p in series], [max(p["peak_mib"], 1) for p in series], marker="o", label=name)
+            style = {"marker": "o", "label": name, "color": colour_of(name)}
+            axis.loglog([p["x"] for p in series], [max(p["peak_mib"], 1) for p in series], **style)
         at = list(dict.fromkeys(p["x"] for p in result["peaks"] if p["what"] == what))
         axis.set(xlabel=what, ylabel="peak MiB over inputs and gradients")
         axis.set_xticks(at, [f"{x}" for x in at])

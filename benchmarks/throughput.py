@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from implementations import HAND_FILTERED, IMPLEMENTATIONS, label
+from implementations import COLOURS, HAND_FILTERED, IMPLEMENTATIONS, label
 from inputs import reasoning, rollouts
 from measuring import (
     ERROR_LIMIT,
@@ -351,12 +351,12 @@ def plot(result: dict):
                 [record["seconds"] / ours for _, record, ours in points],
                 [row + 0.08 * (offset - 3) for row, *_ in points],
                 marker="|" if name == "products" else "o", s=90 if name == "products" else 40,
-                color="black" if name == "products" else f"C{offset}",
-                facecolors=["none" if record.get("wrong") else f"C{offset}" for _, record, _ in points]
+                color=COLOURS.get(name, "black"),
+                facecolors=["none" if record.get("wrong") else COLOURS[name] for _, record, _ in points]
                 if name != "products" else None,
                 label="the matrix products alone" if name == "products" else points[0][1]["label"],
             )  # fmt: skip
-    axis.axvline(1, color="C0", label="scsdpo_kernels, chunked")
+    axis.axvline(1, color=COLOURS["chunked"], label="scsdpo_kernels, chunked")
     axis.set(xscale="log", xlabel="time / ours; hollow: gradients are off", yticks=range(len(shown)))
     axis.set_yticklabels([case["name"] for case in shown], fontsize=7)
     axis.invert_yaxis()

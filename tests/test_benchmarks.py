@@ -68,6 +68,19 @@ def test_implementations_are_one_function(beta):
     assert ran >= {"chunked", "reference", "eager PyTorch", "torch.compile'd eager"}
 
 
+def test_colours_are_distinct_and_found_by_stored_labels():
+    assert set(implementations.COLOURS) == set(implementations.IMPLEMENTATIONS)
+    assert len(set(implementations.COLOURS.values())) == len(implementations.COLOURS)
+    stored = {"scsdpo_kernels, chunked": "chunked", "trl 1.0 SDPO, eager": "SDPO, eager",
+              "eager PyTorch": "eager PyTorch", "liger-kernel 0.1 fused_linear_jsd": "fused_linear_jsd",
+              "torch.compile'd eager": "torch.compile'd eager",
+              "unsloth-zoo 2 fused_linear_jsd": implementations.UNSLOTH}  # fmt: skip
+    for text, name in stored.items():
+        assert implementations.colour_of(text) == implementations.COLOURS[name]
+    with pytest.raises(KeyError):
+        implementations.colour_of("another package 1.0 loss")
+
+
 def test_a_peer_that_is_not_there_says_why(monkeypatch):
     monkeypatch.setattr(implementations, "_is_installed", lambda package: package != "trl")
     assert implementations.IMPLEMENTATIONS["chunked_divergence"].why_not(CPU) == "trl is not installed"
