@@ -353,11 +353,8 @@ def test_a_ratio_at_its_bound_is_not_clipped(schedule):
     assert given.call(**options, importance_clip=math.inf).metrics[RATIOS].tolist() == [0, 0, 0, 0]
 
 
-def test_wrong_ids_that_nobody_has_checked_give_nan(monkeypatch):
+def test_wrong_ids_that_nobody_has_checked_give_nan(unchecked):
     """On a GPU with the caller's own rows; there is one support that is right."""
-    from scsdpo_kernels.schedules import rows as row_choice
-
-    monkeypatch.setattr(row_choice, "kept_rows", lambda problem, **_: (problem.rows, True))
     ids, logp = torch.tensor([[3, 4, -1], [5, 5, -1], [6, V, -1]]), torch.full((3, 3), -2.0)
     given = server(problem(3, D, V))
     found = given.call(support=TopLogprobs(ids, logp), metrics=(MASS,), rows=torch.arange(3)).metrics
