@@ -79,7 +79,9 @@ def times(arguments: argparse.Namespace) -> dict[str, list[dict]]:
 
 
 def exponent(series: list[dict]) -> float:
-    """The exponent of time ~ x^exponent, by least squares of the logarithms."""
+    """The exponent of time ~ x^exponent, by least squares of the logarithms. NaN for one x, as of one thread."""
+    if len({p["x"] for p in series}) < 2:
+        return math.nan
     pairs = [(math.log(p["x"]), math.log(p["seconds"])) for p in series]
     mean_x, mean_y = (statistics.fmean(of) for of in zip(*pairs, strict=True))
     return sum((x - mean_x) * (y - mean_y) for x, y in pairs) / sum((x - mean_x) ** 2 for x, _ in pairs)
