@@ -3,7 +3,8 @@
     python benchmarks/report.py [--output FOLDER]
 
 In docs/benchmarks.md the tables of every results/NAME-*.json stand between `<!-- benchmarks/NAME.py -->` and the next
-`<!-- end -->`. README.md has a few cases of throughput.py between `<!-- benchmarks/report.py -->` and `<!-- end -->`.
+`<!-- end -->`. README.md has a few cases of throughput.py and a sentence of trainer_step.py, between
+`<!-- benchmarks/report.py -->` and `<!-- end -->`.
 A benchmark's plot lies beside its result file and carries the file's digest; drawing needs matplotlib.
 With --output the program draws and prints the results of another folder and leaves both pages alone.
 """
@@ -89,7 +90,8 @@ def pages() -> dict[Path, str]:
         tables = "\n\n".join(map(benchmark.table, results(benchmark).values()))
         text = between_marks(text, name_of(benchmark), tables)
     gpus_first = sorted(results(throughput).values(), key=lambda result: "cuda" not in result["machine"])
-    short = "\n\n".join(filter(None, map(short_table, gpus_first)))
+    steps = map(trainer_step.sentence, results(trainer_step).values())
+    short = "\n\n".join(filter(None, [*map(short_table, gpus_first), *steps]))
     return {full: text, readme: between_marks(readme.read_text(), "report", short)}
 
 

@@ -289,6 +289,23 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def sentence(result: dict) -> str:
+    """The time and memory of ours over the stock trainer's, by the share of questions at weight 0, over all cases."""
+    found: dict[float, list[tuple[float, ...]]] = {}
+    for case in result["cases"]:
+        trainers = case["trainers"]
+        found.setdefault(case["zeros"], []).append(shares(trainers["ours"], trainers["stock"]))
+    parts = []
+    for zeros, cases in sorted(found.items(), reverse=True):
+        time, _, _, memory = (f"{min(x):.2f} to {max(x):.2f}" for x in zip(*cases, strict=True))
+        parts.append(f"with {zeros:.0%} {time} of the time and {memory} of the memory")
+    return (
+        "What follows sampling in a step of `SCSDPOTrainer`, beside TRL's `SDPOTrainer`, by the share of questions at "
+        f"weight 0: {'; '.join(parts)} (SmolLM2-135M, {len(result['cases'])} settings of batch and processes, "
+        f"{result['machine']['device']})."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--per-device", type=int, nargs="+", default=[1, 4, 8])

@@ -17,7 +17,7 @@ from scsdpo_kernels import TopK, question_weights
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
-EXAMPLES = {"fsdp2", "fused_loss", "hf_trainer", "trl_sdpo"}
+EXAMPLES = {"fsdp2", "fused_loss", "hf_trainer", "trl_sdpo", "trl_smollm2"}
 ROLLOUTS, RESPONSE, VOCABULARY = 8, 5, 63
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
@@ -32,7 +32,7 @@ def test_examples_are_short_and_say_how_they_run():
     for path in paths:
         first, second, third, *rest = path.read_text().splitlines()
         assert first.startswith('"""') and not second and f"examples/{path.name}" in third and rest[0] == '"""', path
-        assert len(rest) <= 90, path
+        assert len(rest) <= (120 if path.stem == "trl_smollm2" else 90), path  # that is a whole experiment
 
 
 # A batch of rollouts, models, and what a step of them has to give.
@@ -141,6 +141,43 @@ def test_the_reward_of_trl_sdpo():
     assert example.reward(completions=said, answer=["12", "12", "12"], trainer_state=None) == [1.0, 0.0, 0.0]
     rows = example.questions(50, 20)
     assert all(eval(row["prompt"][0]["content"].removesuffix("=")) == int(row["answer"]) for row in rows)
+
+
+# trl_smollm2.py
+
+
+@pytest.mark.parametrize("method, trained_on", [("sc-sdpo", 16), ("sdpo", 32), ("hard-filter", 16)])
+def test_trl_smollm2(tmp_path, monkeypatch, method, trained_on):
+    """Of three questions in each step all, half and none of the rollouts are right; the last has no teacher."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    pytest.importorskip("trl", reason="trl: pip install '.[trl]'")
+    from trl_models import BASE, save
+
+    example = importlib.import_module("trl_smollm2")
+    monkeypatch.setattr(example, "reward", lambda completions, **_: [1.0] * 4 + [1.0, 0.0] * 2 + [0.0] * 4)
+    monkeypatch.setattr(example, "HELD_OUT", 7)
+    monkeypatch.setattr(example, "EVERY", 2)
+    folder = save(tmp_path) / "qwen3"
+    template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    options = {**BASE, "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 6, "max_steps": 4}
+    points = example.main(str(folder), method, **options)
+    assert [point["step"] for point in points] == [0, 2, 4]
+    assert points[0]["rollouts"] == points[0]["seconds"] == 0 and points[1]["seconds"] > 0
+    assert points[2]["rollouts"] == trained_on and 0 <= points[2]["pass_rate"] <= 1
+    out_of_time = example.main(str(folder), method, seconds=0.0, **options)
+    assert [point["step"] for point in out_of_time] == [0, 1]
+
+
+def test_the_questions_of_trl_smollm2():
+    example = importlib.import_module("trl_smollm2")
+    asked = example.questions(300)
+    assert len({row["prompt"][0]["content"] for row in asked}) == 300
+    for row in asked:
+        a, sign, b = row["prompt"][0]["content"].split("?")[0].split()[2:]
+        assert int(row["answer"]) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) >= 0
+    said = {"It is 1,234.": True, "1234 - no, 12": False, "": False, "-1234": False}
+    assert {text: example.is_right(text, "1234") for text in said} == said
 
 
 # hf_trainer.py

@@ -681,6 +681,20 @@ def test_sharded_parameters(folder, what):
     assert min(tokens) == 3 * 2 * 4 + measured if "drawn" in what else max(tokens) <= 1.1 * min(tokens)
 
 
+def test_a_policy_loss_on_two_processes(folder):
+    """Blended in: TRL's on DDP, and the same on FSDP2."""
+    stock, ours, sharded = (two_processes(f"{x}policy", folder)[0] for x in ("stock, ", "", "sharded, "))
+    assert_same(ours, stock)
+    for a, b, c in zip(sharded, ours, stock, strict=True):
+        for name in ("policy_loss", "distillation_loss"):
+            name = f"self_distillation/{name}"
+            assert b[name] == pytest.approx(c[name], rel=1e-4, abs=1e-6)
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-6)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert any(line["grad_norm"] > 1e-2 for line in ours)
+
+
 def test_two_processes_resume_a_moving_average_teacher(folder):
     whole, resumed = two_processes("resumed", folder)
     assert resumed == pytest.approx(whole, rel=1e-5) and any(x > 1e-3 for x in whole)
@@ -735,6 +749,12 @@ def main(what, folder):
             loss(*a, **k) * ByHand.weights.unsqueeze(1)
         )
         trainer, config = ByHand, SDPOConfig
+    if what.endswith("policy"):
+        options |= {"distillation_weight": 0.4, "max_completion_length": 12}
+        if what.startswith("stock"):
+            trainer, config = SDPOTrainer, SDPOConfig
+        else:
+            options["question_weighting"] = "none"
     if what.startswith("one"):
         options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_completion_length": 24,
                    "reward": every_second_on_the_first, "deal_rollouts": not what.endswith("drawn")}  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.contract import Scalars
-from ..problem import ENDS, Head, Objective, Problem, Support, cut
+from ..problem import ENDS, Head, Objective, Policy, Problem, Support, cut
 from .rows import as_matrix, as_teachers_matrix, complete, kept_rows, shares, valid_support
 
 
@@ -41,7 +41,7 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars, list[Tensor]]
         seen = _on_support(log_p, log_q, support, token_weight, kept)
         divergence = _divergence(*seen, problem.objective, kept, weight)
     dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
-    ratio = None
+    ratio = log_ratio = old = None
     if target is not None and target.old_logp is not None:
         old = torch.where(counts[kept], target.old_logp.reshape(-1)[kept].double(), 0.0)
         log_ratio = at_target(log_p).detach() - old
@@ -49,19 +49,8 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars, list[Tensor]]
         weight = weight * ratio
     loss = (weight * torch.where(weight == 0, 0.0, divergence)).sum()
     policy_loss = clipped = None
-    if (policy := problem.policy) is not None:
-        advantage, coefficient = (x.reshape(-1)[kept].double() for x in (policy.advantages, policy.coefficient))
-        acts = advantage != 0
-        log_p_of_target = at_target(log_p)
-        before = log_p_of_target.detach() if ratio is None or policy.ratio is not None else old
-        policy_ratio = (torch.where(acts, log_p_of_target - before, 0.0)).exp()
-        if policy.ratio is not None:
-            policy_ratio = policy_ratio * torch.where(acts, policy.ratio.reshape(-1)[kept].double(), 1.0)
-        bounded = policy_ratio.clamp(1 - policy.clip_low, 1 + policy.clip_high)
-        policy_loss = -torch.minimum(policy_ratio * advantage, bounded * advantage)
-        clipped = (bounded * advantage < policy_ratio * advantage).to(dtype)
-        policy_loss = torch.where(acts, policy_loss, 0.0)
-        of_policy = torch.where(coefficient == 0, 0.0, coefficient * policy_loss)
+    if problem.policy is not None:
+        policy_loss, clipped, of_policy = _policy(problem.policy, at_target(log_p), old, kept)
         loss = loss + of_policy.sum()
     loss = loss.to(dtype)
 
@@ -75,15 +64,28 @@ def divergence(problem: Problem) -> tuple[Tensor, Tensor, Scalars, list[Tensor]]
     entropies = (None if log is None else -_expectation(log, log) for log in sides)
     logps = (None if log is None or target is None else at_target(log) for log in sides)
     per_token = divergence if ratio is None else ratio * divergence
-    if policy is not None:
+    if policy_loss is not None:
         per_token = per_token + of_policy
     per_token = scattered(per_token)
     fields = (scattered(x) for x in (divergence, *entropies, *logps, ratio, policy_loss, clipped))
     metrics = []
     if problem.metrics:
-        log_ratio = None if ratio is None else log_ratio
         metrics = [scattered(x).detach() for x in _metrics(problem, log_p, log_q, log_ratio, kept)]
     return loss, per_token, Scalars(*(x if x is None else x.detach() for x in fields)), metrics
+
+
+def _policy(policy: Policy, logp: Tensor, old: Tensor | None, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(R,) each: -min(r A, clip(r) A), whether the clip is active, and the loss times its coefficient."""
+    advantage, coefficient = (x.reshape(-1)[kept].double() for x in (policy.advantages, policy.coefficient))
+    acts = advantage != 0
+    before = logp.detach() if old is None or policy.ratio is not None else old
+    ratio = torch.where(acts, logp - before, 0.0).exp()
+    if policy.ratio is not None:
+        ratio = ratio * torch.where(acts, policy.ratio.reshape(-1)[kept].double(), 1.0)
+    bounded = ratio.clamp(1 - policy.clip_low, 1 + policy.clip_high)
+    loss = torch.where(acts, -torch.minimum(ratio * advantage, bounded * advantage), 0.0)
+    clipped = (bounded * advantage < ratio * advantage).double()
+    return loss, clipped, torch.where(coefficient == 0, 0.0, coefficient * loss)
 
 
 def _of_teachers(problem: Problem, kept: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ As in SDPO's code, P and Q are at least 1 - e^-1e-7; a mass below that is consta
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def divergence_on_support(
 
     Returns both sides' log-probabilities of the support, too, (C, K) float64.
     """
-    temperature, (student, teacher, difference, softcap) = objective.temperature, logits
+    temperature, (student, teacher, difference, _) = objective.temperature, logits
     targets = shard.target_logits(logits, rows.given.target)
     target, other_target = (None, None) if targets is None else (targets[0], targets[-1])
     ids, exists, own, other = _support(logits, rows, support, shard)
@@ -54,15 +55,14 @@ def divergence_on_support(
         _mask(teacher, columns, here, 0.0 if difference else -torch.inf)
     of_tail = shard.statistics(kernels, logits, temperature)
 
-    tail, tail_t = of_tail.student_lse, of_tail.teacher_lse
-    log_p, log_tail, lse = _normalised(own / temperature, tail)
+    log_p, log_tail, lse = _normalised(own / temperature, of_tail.student_lse)
     fields = [_entropy(log_p, log_tail, of_tail.student_entropy)]
     if teacher is None:
         log_q = torch.where(exists, rows.support_logp.double(), -torch.inf)
         log_tail_t = torch.log(-torch.expm1(log_q.logsumexp(-1, keepdim=True).clamp(max=-1e-7)))
         fields.append(torch.zeros_like(fields[0]))
     else:
-        log_q, log_tail_t, lse_t = _normalised(other / temperature, tail_t)
+        log_q, log_tail_t, lse_t = _normalised(other / temperature, of_tail.teacher_lse)
         fields.append(_entropy(log_q, log_tail_t, of_tail.teacher_entropy))
     logp = None
     if target is not None:
@@ -71,42 +71,82 @@ def divergence_on_support(
     more, weight, slope = of_target(logp, rows.given)
     fields += more
 
-    # g is the gradient of the logits in A, and of the tail's log-sum-exp.
     if support.sampled:
         ratio = log_p - log_q + 0.0 * target[:, None]  # a wrong target gives NaN
         divergence = (ratio * log_p).squeeze(-1)
         g = weight[:, None] * ratio * log_tail.exp()
         g = torch.cat([g, -g], dim=-1)
+        bounded = torch.zeros_like(lse, dtype=torch.bool)
     else:
         divergence, g = _few_entries(log_p, log_tail, log_q, log_tail_t, exists, weight, objective, support, kernels)
+        bounded = (log_tail < LEAST_LOG_TAIL).squeeze(-1)
     if gradient is not None:
         g = torch.where(weight[:, None] == 0, 0.0, g)  # the row may hold anything
-        bounded = (log_tail < LEAST_LOG_TAIL).squeeze(-1) & (not support.sampled)
-        g, g_tail = g[:, :-1], g[:, -1]
-        g = g + (bounded * g_tail)[:, None] * log_p.exp()
-        g_tail = torch.where(bounded, 0.0, g_tail) / temperature
-        base = torch.where(tail.isfinite(), tail * temperature, 0.0).float()
-        factor = torch.where(tail == -torch.inf, 0.0 * g_tail, g_tail * (base.double() / temperature - tail).exp())
-        factor = torch.where(weight == 0, 0.0, factor)
-        if slope is not None:  # c A r (p_v - [v = y])
-            inside = exists & (ids == rows.given.target[:, None])
-            of_tail = factor * (target - base).div(temperature).exp() * temperature
-            at_target = torch.where(inside.any(1), torch.where(inside, g, 0.0).sum(1), of_tail)
-            at_target = at_target + slope * torch.expm1(logp)
-            g = g + slope[:, None] * log_p.exp()
-            own_factor = slope / temperature * (base.double() / temperature - lse).exp()
-            factor = factor + torch.where(tail == -torch.inf, 0.0 * slope, own_factor)
-        kernels.tail_gradient(logits, base, factor.float(), temperature, gradient)
-        if softcap:
-            g = g * (1 - (own / softcap) ** 2).clamp(min=0)
-        _put(gradient, columns, here, g / temperature)
-        if slope is not None:
-            if softcap:
-                at_target = at_target * (1 - (target / softcap) ** 2).clamp(min=0)
-            one = rows.given.target[:, None]
-            column, here = shard.local(one, torch.ones_like(one, dtype=torch.bool))
-            _put(gradient, column, here, (at_target / temperature)[:, None])
+        seen = _Seen(ids, exists, own, log_p, of_tail.student_lse, bounded, lse)
+        of_policy = None if slope is None else _OfPolicy(rows.given.target, target, logp, slope)
+        _write_gradient(logits, seen, g, weight == 0, of_policy, temperature, kernels, shard, gradient)
     return tuple(x.float() for x in (divergence, *fields)), (log_p, log_q)
+
+
+class _Seen(NamedTuple):
+    """What is known of the student on a chunk's supports, float64."""
+
+    ids: Tensor  # (C, K) int64
+    exists: Tensor  # (C, K) bool
+    logits: Tensor  # (C, K)
+    log_p: Tensor  # (C, K)
+    tail: Tensor  # (C,) log-sum-exp of the other entries' logits / temperature
+    bounded: Tensor  # (C,) whether the tail's mass is below the least, and constant
+    lse: Tensor  # (C,) of all entries
+
+
+class _OfPolicy(NamedTuple):
+    """What a policy's loss of the target y adds: slope · (p_v - [v = y])."""
+
+    target: Tensor  # (C,) int64
+    logit: Tensor  # (C,) float64, the target's
+    logp: Tensor  # (C,) float64
+    slope: Tensor  # (C,)
+
+
+def _write_gradient(
+    logits: Logits,
+    seen: _Seen,
+    g: Tensor,  # (C, K + 1) weighted, of the support's log-probabilities and of the tail's log-sum-exp
+    is_zero: Tensor,  # (C,) bool: the row has no weight, and may hold anything
+    of_policy: _OfPolicy | None,
+    temperature: float,
+    kernels: Kernels,
+    shard: Shard,
+    gradient: Tensor,  # (C, V) out
+) -> None:
+    """The dense gradient: a factor times p outside of the support, and its entries one by one."""
+    tail, softcap = seen.tail, logits.softcap
+    g, g_tail = g[:, :-1], g[:, -1]
+    g = g + (seen.bounded * g_tail)[:, None] * seen.log_p.exp()
+    g_tail = torch.where(seen.bounded, 0.0, g_tail) / temperature
+    base = torch.where(tail.isfinite(), tail * temperature, 0.0).float()
+    factor = torch.where(tail == -torch.inf, 0.0 * g_tail, g_tail * (base.double() / temperature - tail).exp())
+    factor = torch.where(is_zero, 0.0, factor)
+    if of_policy is not None:
+        target, logit, logp, slope = of_policy
+        inside = seen.exists & (seen.ids == target[:, None])
+        of_tail = factor * (logit - base).div(temperature).exp() * temperature
+        at_target = torch.where(inside.any(1), torch.where(inside, g, 0.0).sum(1), of_tail)
+        at_target = at_target + slope * torch.expm1(logp)
+        g = g + slope[:, None] * seen.log_p.exp()
+        own_factor = slope / temperature * (base.double() / temperature - seen.lse).exp()
+        factor = factor + torch.where(tail == -torch.inf, 0.0 * slope, own_factor)
+    kernels.tail_gradient(logits, base, factor.float(), temperature, gradient)
+    _put(gradient, *shard.local(seen.ids, seen.exists), _below_softcap(g, seen.logits, softcap) / temperature)
+    if of_policy is not None:
+        column, here = shard.local(target[:, None], torch.ones_like(target[:, None], dtype=torch.bool))
+        _put(gradient, column, here, (_below_softcap(at_target, logit, softcap) / temperature)[:, None])
+
+
+def _below_softcap(g: Tensor, logits: Tensor, softcap: float) -> Tensor:
+    """The gradient of x, from that of c tanh(x / c)."""
+    return g * (1 - (logits / softcap) ** 2).clamp(min=0) if softcap else g
 
 
 def _support(
