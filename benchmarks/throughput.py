@@ -337,7 +337,7 @@ def plot(result: dict):
     from matplotlib.figure import Figure
 
     shown = [case for case in result["cases"] if case["layout"] is None or case["zeros"] == 0.63]
-    figure = Figure(figsize=(11, 1.5 + 0.55 * len(shown)), layout="constrained", dpi=110)
+    figure = Figure(figsize=(13, 1.5 + 0.55 * len(shown)), layout="constrained", dpi=110)
     axis = figure.subplots()
     names = [n for n in IMPLEMENTATIONS if n not in ("chunked", "reference")]
     for offset, name in enumerate(["products", *names]):
@@ -361,7 +361,7 @@ def plot(result: dict):
     axis.set_yticklabels([case["name"] for case in shown], fontsize=7)
     axis.invert_yaxis()
     axis.grid(alpha=0.3, which="both", axis="x")
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside right center", fontsize=7)
     axis.set_title(described(result["machine"]), fontsize=9)
     return figure
 
