@@ -555,6 +555,23 @@ def test_it_is_measured_once_for_each_state(monkeypatch):
     assert len(found) - before <= 1  # going back and forth costs nothing
 
 
+def test_counters_describe_no_head(monkeypatch):
+    """A forward that counts, as under ZeRO-3: one measurement, and hidden states stay those of the same head."""
+    model = llama()
+    for module in (model, model.lm_head):
+        module.register_forward_pre_hook(lambda module, _: setattr(module, "passes", getattr(module, "passes", 0) + 1))
+    found = measurements(monkeypatch)
+    ids, attention = batch()
+    for _ in range(3):
+        with torch.no_grad():
+            hidden = hidden_states(model, ids, attention, T)
+        distill(model, ids, attention, T, mask=None, teacher_hidden=hidden).loss.backward()
+    assert len(found) == 1 and model.passes > 3 and model.lm_head.passes > 3
+    model.lm_head.of_no_known_name = 2.0
+    step(model)
+    assert len(found) == 2
+
+
 def test_it_leaves_no_trace():
     model = peft.get_peft_model(llama(), lora(lora_dropout=0.0)).train()
     model.model.model.layers[0].eval()

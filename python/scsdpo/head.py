@@ -221,11 +221,11 @@ class _Made:
 
     def __init__(self, model: nn.Module, found: measured.Measured, attention_mask: Tensor | None, tokens: int | Tensor):
         self.head = weakref.ref(forward.unwrapped(forward.output_head(base_model(model))))
-        self.state, self.attention_mask, self.tokens = found.state[0], attention_mask, tokens
+        self.state, self.attention_mask, self.tokens = found.state.head, attention_mask, tokens
 
     def check(self, student: nn.Module, found: measured.Measured, has_head: bool) -> None:
         own = forward.unwrapped(forward.output_head(base_model(student)))
-        if not has_head and (self.head() is not own or self.state != found.state[0]):
+        if not has_head and (self.head() is not own or self.state != found.state.head):
             raise ValueError(
                 "teacher_head: expected head_of(teacher), got None, with hidden states of another head than the "
                 "student's, or of the same head with other adapters"

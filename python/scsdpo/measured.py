@@ -42,13 +42,35 @@ class Measured(NamedTuple):
     softcap: float | None
     vocabulary: int
     at_head: AtHead  # one hidden state, for its shape, dtype and device
-    state: tuple[tuple, tuple]
+    state: "State"
 
     def behind(self, head: Head) -> Head:
         return head._replace(logit_scale=self.scale, softcap=self.softcap)
 
 
-_MEASURED: "weakref.WeakKeyDictionary[nn.Module, dict[tuple, Measured]]" = weakref.WeakKeyDictionary()
+class State(NamedTuple):
+    """What describes a head, and what may stand behind it."""
+
+    head: tuple["Described", ...]  # the output layer, and the layers in it
+    around: tuple["Described", ...]  # the model, and what is on the way from it to the head
+    config: tuple  # names and values of the numbers in it
+
+
+class Described(NamedTuple):
+    """One module: class, forward, hooks and plain attributes, each with its name."""
+
+    module: int
+    kind: type
+    forward: int
+    hooks: tuple
+    attributes: tuple[tuple[str, Any], ...]
+
+
+Attributes = frozenset[tuple[int, str]]  # of modules, by name
+
+_MEASURED: "weakref.WeakKeyDictionary[nn.Module, dict[State, Measured]]" = weakref.WeakKeyDictionary()
+# Attributes that a forward changes, as counters of ZeRO-3 on the modules that it gathers: they describe no head.
+_COUNTERS: "weakref.WeakKeyDictionary[nn.Module, Attributes]" = weakref.WeakKeyDictionary()
 
 
 def measured(model: nn.Module) -> Measured:
@@ -61,12 +83,15 @@ def measured(model: nn.Module) -> Measured:
     base = base_model(model)
     head = unwrapped(output_head(base))
     refuse(type(base).__name__, head)
-    state, known = state_of(base), _MEASURED.setdefault(head, {})
+    known, counters = _MEASURED.setdefault(head, {}), _COUNTERS.get(head, frozenset())
+    state = state_of(base, counters)
     if state not in known:
-        result = _measure(model, base, state)
         if len(known) >= STATES:
             known.clear()
-        known[state_of(base)] = known[state] = result
+        result = _measure(model, base, state)
+        counters |= _changed(state, state_of(base, counters))
+        _COUNTERS[head], state = counters, state_of(base, counters)
+        known[state] = result._replace(state=state)
     return known[state]
 
 
@@ -81,23 +106,38 @@ def is_whole(model: nn.Module) -> bool:
 # What a measurement depends on.
 
 
-def state_of(base: nn.Module) -> tuple[tuple, tuple]:
-    """What describes the head and what may stand behind it: classes, hooks, plain attributes, numbers of the config.
+def state_of(base: nn.Module, without: Attributes = frozenset()) -> State:
+    """Classes, hooks, plain attributes, numbers of the config.
 
     Tensors are not in it, since training changes them: they are read anew each time.
     """
     outer = output_head(base)
     above = [base, *(module for module, _ in path_to(base, outer)[1:])]
-    of_head = tuple((id(x), type(x), id(set_forward(x)), tuple(x._forward_hooks), _plain(x)) for x in outer.modules())
-    around = tuple((id(x), type(x), id(vars(x).get("forward")), tuple(x._forward_hooks), _numbers(x)) for x in above)
-    return of_head, (*around, *_numbers(base.config, deep=True))
+
+    def described(x: nn.Module, forward: Any, attributes: tuple) -> Described:
+        kept = tuple((name, value) for name, value in attributes if (id(x), name) not in without)
+        return Described(id(x), type(x), id(forward), tuple(x._forward_hooks), kept)
+
+    return State(
+        tuple(described(x, set_forward(x), _plain(x)) for x in outer.modules()),
+        tuple(described(x, vars(x).get("forward"), _numbers(x)) for x in above),
+        _numbers(base.config, deep=True),
+    )
+
+
+def _changed(before: State, after: State) -> Attributes:
+    """Attributes of the same modules that differ, or are only there before or after."""
+    modules = zip((*before.head, *before.around), (*after.head, *after.around), strict=False)
+    pairs = ((x.module, set(x.attributes) ^ set(y.attributes)) for x, y in modules if x.module == y.module)
+    return frozenset((module, name) for module, differences in pairs for name, _ in differences)
 
 
 _OF_EVERY = frozenset(vars(nn.Module()))  # the mode, hooks, ...
 
 
-def _plain(module: nn.Module) -> str:
-    return repr([(name, value) for name, value in vars(module).items() if name not in _OF_EVERY and _is_plain(value)])
+def _plain(module: nn.Module) -> tuple[tuple[str, str], ...]:
+    own = vars(module).items()
+    return tuple((name, repr(value)) for name, value in own if name not in _OF_EVERY and _is_plain(value))
 
 
 def _is_plain(value: Any) -> bool:
@@ -123,7 +163,7 @@ def _numbers(of: Any, deep: bool = False) -> tuple:
 # The measurement.
 
 
-def _measure(model: nn.Module, base: nn.Module, state: tuple) -> Measured:
+def _measure(model: nn.Module, base: nn.Module, state: State) -> Measured:
     inner, name, head = unwrapped(model), type(base).__name__, output_head(base)
     if getattr(base.config, "is_encoder_decoder", False):
         raise ValueError(

@@ -316,12 +316,12 @@ class FusedSelfDistillation:
         tokens, objective = inputs["completion_ids"].shape[1], self._objective(inputs)
         with self.accelerator.autocast():
             if self._distillation_weight != 0:
-                own = measured(model).state[0]
+                own = measured(model).state.head
                 with torch.no_grad(), self._get_teacher_context_for_self_distillation():
                     objective["teacher_hidden"] = hidden_states(
                         self.teacher_model, inputs["teacher_input_ids"], inputs["teacher_attention_mask"], tokens
                     )
-                    shares = measured(self.teacher_model).state[0] == own
+                    shares = measured(self.teacher_model).state.head == own
                     objective["teacher_head"] = None if shares else self._head_of_teacher()
             return distill(
                 model,

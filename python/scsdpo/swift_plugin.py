@@ -82,12 +82,12 @@ class FusedGKDTrainer(GKDTrainer):
                 f"teacher_prompt: expected as many response tokens as the student has, {len(predicting)}, got "
                 f"{len(of_teacher)}"
             )
-        other, own = self.teacher_model or model, measured(model).state[0]
+        other, own = self.teacher_model or model, measured(model).state.head
         with torch.no_grad(), self._teacher_context(model):
             hidden = hidden_states(
                 other, teacher["input_ids"], teacher.get("attention_mask"), of_teacher, backbone=_further(teacher)
             )
-            shares = measured(other).state[0] == own
+            shares = measured(other).state.head == own
             head = None if shares else self._teacher_head.at(self.state.global_step, other)
         result = distill(
             model,
