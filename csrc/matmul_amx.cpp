@@ -52,10 +52,10 @@ void pack_lines(const Matrix& lines, int64_t first, int count, int64_t k, int de
 void store_transposed(const float* sums, float* out, int64_t stride, int rows, int columns) {
   __m512 x[kTile], y[kTile];
   for (int i = 0; i < kTile; ++i) x[i] = _mm512_loadu_ps(sums + i * kTile);
-  for (int half = 0; half < 4; ++half) {  // a0 b0 a1 b1 ..., four times
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  for (int round = 0; round < 4; ++round) {  // a0 b0 a1 b1 ...
     for (int i = 0; i < kTile / 2; ++i) {
-      const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
       y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + kTile / 2]);
       y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + kTile / 2]);
     }

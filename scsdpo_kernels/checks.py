@@ -331,7 +331,8 @@ def _check_side(
     dtypes: tuple[torch.dtype, ...],
     shard: VocabShard | None,
 ) -> None:
-    hidden, (weight, bias, lora, _, _, main_grad) = given
+    hidden, head = given
+    weight, bias, lora, main_grad = head.weight, head.bias, head.lora, head.main_grad
     device, leading = problem.student.hidden.device, problem.student.hidden.shape[:-1]
     check_tensor(hidden_name, hidden, device)
     check_tensor(name, weight, device)
