@@ -9,7 +9,7 @@
 # that is cut leaves what it has found by then. Results are in OUT as they come, a summary in OUT/summary.txt.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-steps="matmuls contract rows row_kernels kernel_times throughput kernels gpu scaling objectives accuracy"
+steps="matmuls contract rows row_kernels kernel_times throughput kernels gpu operator ranks features scaling objectives accuracy"
 out=${1:?usage: benchmarks/run_gpu.sh OUT [${steps// / | }]}
 shift
 for step in "$@"; do
@@ -85,8 +85,11 @@ measure kernel_times 60
 measure throughput 240 ${THROUGHPUT:-}
 tests kernels kernels 100 -n 12 --dist worksteal tests/test_row_divergence.py tests/test_question_weights.py \
   tests/test_scaling.py -k "triton or weights or multiplied or written"
-tests gpu gpu 120 -n 4 tests/test_gpu.py -k "not ($real_size or $row_kernels)"
-tests gpu features 60 -n 4 tests/test_features.py
+tests gpu gpu 120 -n 6 --dist worksteal tests/test_gpu.py -k "not ($real_size or $row_kernels)"
+tests operator operator 150 -n 12 --dist worksteal tests/test_objectives.py tests/test_policy.py \
+  tests/test_divergences.py tests/test_metrics.py tests/test_routed_teachers.py tests/test_shared_prefix.py -k triton
+tests ranks ranks 60 -n 3 -m gpu tests/test_shards.py tests/test_batch_over_processes.py tests/test_routed_teachers.py
+tests features features 60 -n 12 --dist worksteal tests/test_features.py
 measure scaling 120 --rows 1024 --width 4096 --vocabulary 151936
 measure objectives 60
 measure accuracy 90

@@ -1,16 +1,22 @@
 """A real run on a CPU: SmolLM2-135M-Instruct learns sums with TRL, by SC-SDPO, SDPO or a hard filter.
 
+A few minutes of supervised training, once, give a model that is right in some of its answers to most questions, and
+that uses a solution where it is given one.
+
 python examples/trl_smollm2.py MODEL [sc-sdpo | sdpo | hard-filter]          (a folder or a name)
 """
 
+import itertools
 import random
 import re
 import sys
 import time
+from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
 
 from scsdpo.trl import SCSDPOConfig, SCSDPOTrainer
 
@@ -19,38 +25,61 @@ METHODS = {  # which rollouts are run, and what they weigh
     "sdpo": {"question_weighting": "none"},
     "hard-filter": {"question_weighting": "sc-sdpo", "question_weight_exponent": 0.0},
 }
+ON_A_CPU = {
+    "bf16": True, "use_cpu": True, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none",
+    "disable_tqdm": True, "logging_strategy": "no", "output_dir": "trl-smollm2",
+}  # fmt: skip
+WARM_UP = {"per_device_train_batch_size": 32, "num_train_epochs": 1, "learning_rate": 1e-4, "warmup_steps": 3}
 SETTINGS = {
     "num_generations": 8, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 4,
-    "max_completion_length": 24, "learning_rate": 1e-5, "lr_scheduler_type": "constant", "warmup_steps": 2,
+    "max_completion_length": 6, "learning_rate": 1e-5, "lr_scheduler_type": "constant", "warmup_steps": 2,
     "distillation_mode": "full_logits", "distillation_alpha": 0.5, "dont_reprompt_on_self_success": True,
-    "bf16": True, "use_cpu": True, "gradient_checkpointing": False, "max_steps": 10_000, "save_strategy": "no",
-    "report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "output_dir": "trl-smollm2",
+    "solution_template": "\nCorrect solution: {successful_previous_attempt}", "reprompt_template": "{prompt}{solution}",
+    "max_steps": 10_000,
 }  # fmt: skip
-HELD_OUT, EVERY = 200, 5  # questions, and steps between answers to them
+HELD_OUT, WARM, EVERY = 500, 1600, 10  # questions of tests and of the warm-up, and steps between tests
 
 
-def questions(count: int) -> list[dict]:
-    """Sums and differences of numbers with one to three digits, no two alike."""
-    numbers, found = random.Random(0), {}
-    while len(found) < count:
-        digits = numbers.choice((1, 2, 2, 3))
-        b, a = sorted(numbers.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
-        sign, answer = numbers.choice((("+", a + b), ("-", a - b)))
-        text = f"What is {a} {sign} {b}? Answer with the number only."
-        found[text] = {"prompt": [{"role": "user", "content": text}], "answer": str(answer)}
-    return list(found.values())
+def questions() -> list[dict]:
+    """Sums and differences of numbers below 100, in an order of chance; no answer is below 0."""
+    asked = []
+    for a, b in itertools.product(range(1, 100), repeat=2):
+        for sign, answer in (("+", a + b), ("-", a - b)):
+            if answer >= 0:
+                question = {"role": "user", "content": f"What is {a} {sign} {b}?"}
+                asked.append({"prompt": [question], "answer": str(answer)})
+    random.Random(0).shuffle(asked)
+    return asked
 
 
 def is_right(text: str, answer: str) -> bool:
-    return re.findall(r"-?\d+", text.replace(",", ""))[-1:] == [answer]
+    return re.findall(r"-?\d+", text)[-1:] == [answer]
 
 
 def reward(completions, answer, **_) -> list[float]:
     return [float(is_right(x[0]["content"], right)) for x, right in zip(completions, answer, strict=True)]
 
 
+def load(model: str):
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def warm_up(model: str, folder: str, **options) -> None:
+    """Writes the model, after it has read right answers, to a folder. Every other question names its solution."""
+    answered = []
+    for i, x in enumerate(questions()[HELD_OUT : HELD_OUT + WARM]):
+        solution = SETTINGS["solution_template"].format(successful_previous_attempt=x["answer"])
+        question = {"role": "user", "content": x["prompt"][0]["content"] + (solution if i % 2 else "")}
+        answered.append({"prompt": [question], "completion": [{"role": "assistant", "content": x["answer"]}]})
+    config = SFTConfig(**{**ON_A_CPU, **WARM_UP, **options})
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    run = SFTTrainer(load(model), config, train_dataset=Dataset.from_list(answered), processing_class=tokenizer)
+    run.train()
+    run.save_model(folder)
+
+
 @torch.no_grad()
-def pass_rate(model, tokenizer, asked: list[dict], batch: int = 50) -> float:
+def pass_rate(model, tokenizer, asked: list[dict], batch: int = 125) -> float:
     """The share of questions that greedy answers get right."""
     right = 0
     for some in (asked[i : i + batch] for i in range(0, len(asked), batch)):
@@ -65,9 +94,15 @@ def pass_rate(model, tokenizer, asked: list[dict], batch: int = 50) -> float:
 
 
 class Run(SCSDPOTrainer):
-    """Counts the rollouts that it trains on and the time that this and sampling take."""
+    """Counts the rollouts that it trains on and the seconds of sampling."""
 
-    rollouts, seconds = 0, 0.0
+    rollouts, sampling = 0, 0.0
+
+    def _prepare_inputs(self, batch):
+        began = time.perf_counter()
+        inputs = super()._prepare_inputs(batch)
+        self.sampling += time.perf_counter() - began
+        return inputs
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.rollouts += int((inputs["question_weight"] != 0).sum()) if inputs["runs"] else 0
@@ -78,7 +113,7 @@ class Answers(TrainerCallback):
     """Asks the held-out questions every few steps, and ends the run when its time is over."""
 
     def __init__(self, run: Run, held_out: list[dict], seconds: float):
-        self.run, self.held_out, self.most = run, held_out, seconds
+        self.run, self.held_out, self.most, self.seconds = run, held_out, seconds, 0.0
         self.points: list[dict] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -87,8 +122,8 @@ class Answers(TrainerCallback):
         self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.run.seconds += time.perf_counter() - self.began
-        if self.run.seconds > self.most or state.global_step == args.max_steps:
+        self.seconds += time.perf_counter() - self.began
+        if self.seconds > self.most or state.global_step == args.max_steps:
             control.should_training_stop = True
             self.ask(state.global_step)
 
@@ -96,20 +131,19 @@ class Answers(TrainerCallback):
         self.run.model.eval()
         rate = pass_rate(self.run.model, self.run.processing_class, self.held_out)
         self.run.model.train()
-        self.points.append(
-            {"step": step, "rollouts": self.run.rollouts, "seconds": self.run.seconds, "pass_rate": rate}
-        )
+        sampling = self.run.sampling
+        point = {"step": step, "rollouts": self.run.rollouts, "sampling": sampling, "training": self.seconds - sampling}
+        self.points.append({**point, "pass_rate": rate})
         print(self.points[-1], flush=True)
 
 
 def main(model: str, method: str = "sc-sdpo", seed: int = 0, seconds: float = 600.0, **options) -> list[dict]:
     """What the run was like before it, every few steps, and at its end. options: settings that replace those above."""
-    held_out, asked = questions(2000)[:HELD_OUT], questions(2000)[HELD_OUT:]
+    held_out, asked = questions()[:HELD_OUT], questions()[HELD_OUT + WARM :]
     random.Random(seed).shuffle(asked)
-    config = SCSDPOConfig(seed=seed, **{**SETTINGS, **METHODS[method], **options})
+    config = SCSDPOConfig(seed=seed, **{**ON_A_CPU, **SETTINGS, **METHODS[method], **options})
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    student = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    run = Run(student, reward, config, train_dataset=Dataset.from_list(asked), processing_class=tokenizer)
+    run = Run(load(model), reward, config, train_dataset=Dataset.from_list(asked), processing_class=tokenizer)
     answers = Answers(run, held_out, seconds)
     run.add_callback(answers)
     run.train()
@@ -117,4 +151,7 @@ def main(model: str, method: str = "sc-sdpo", seed: int = 0, seconds: float = 60
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    name, *rest = sys.argv[1:]
+    if not Path("trl-smollm2-warm").exists():
+        warm_up(name, "trl-smollm2-warm")
+    main("trl-smollm2-warm", *rest)

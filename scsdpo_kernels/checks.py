@@ -25,6 +25,7 @@ from .problem import (
 from .vocab_shard import VocabShard, check_lengths, name_of
 
 SCHEDULES = ("auto", "chunked", "reference")
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: not every torch.compile traces the question
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LEAST, _MOST = 2.0**-126, 2.0**126  # normal in fp32, and their inverses
@@ -431,7 +432,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     """Why a schedule does not run on a device; None: it does."""
     if name == "reference" or device.type == "cpu":
         return None
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return f"its kernels for device {device.type!r} need Triton, which is not installed"
     if device.type not in ("cuda", "xpu"):
         return f"it has no kernels for device {device.type!r}, only for 'cuda', 'xpu' and 'cpu'"

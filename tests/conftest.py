@@ -58,6 +58,7 @@ SHORT = {
     "test_operator": (
         "test_opcheck_of_every_argument",
         "test_bad_input_names_the_argument",
+        "test_the_question_whether_a_schedule_runs_is_traced",
         "test_upstream_gradient_scales",
     ),
     "test_package": ("test_import_brings_torch_and_nothing_else_heavy", "test_public_signatures"),
@@ -104,11 +105,31 @@ def ranks(request, tmp_path_factory):
 
 @pytest.fixture
 def gpu_kernels(monkeypatch):
-    """A GPU's kernels, on tensors of a CPU in Triton's interpreter where there is no GPU."""
-    from scsdpo_kernels.kernels import triton_kernels
-    from scsdpo_kernels.schedules import chunked
+    """A GPU's kernels, on the tensors of the CPU that a test has.
 
-    monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
+    Without a GPU, in Triton's interpreter. With one, what `Problem.call` is given goes there and its result comes back.
+    """
+    if DEVICE == "cpu":
+        from scsdpo_kernels.kernels import triton_kernels
+        from scsdpo_kernels.schedules import chunked
+
+        monkeypatch.setattr(chunked, "kernels_of", lambda device: triton_kernels())
+        return
+    from problems import Problem, linear_divergence
+    from torch.utils._pytree import tree_map_only
+
+    call = Problem.call
+
+    def placed(given, device):
+        return tree_map_only(torch.Tensor, lambda x: x.to(device), given)
+
+    def call_on_a_gpu(problem, op=linear_divergence, **options):
+        def there(*args, **more):
+            return placed(op(*placed(args, DEVICE), **placed(more, DEVICE)), "cpu")
+
+        return call(problem, there, **options)
+
+    monkeypatch.setattr(Problem, "call", call_on_a_gpu)
 
 
 @pytest.fixture
@@ -122,9 +143,9 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(rows, "kept_rows", kept_rows)
 
 
-@pytest.fixture(params=["cpu", "triton"] if DEVICE == "cpu" else ["cpu"])
+@pytest.fixture(params=["cpu", "triton"])
 def kernels(request):
-    """The native kernels, and where there is no GPU its kernels in Triton's interpreter; test_gpu.py has the others."""
+    """The native kernels, and a GPU's."""
     if request.param == "triton":
         request.getfixturevalue("gpu_kernels")
     return request.param

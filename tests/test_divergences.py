@@ -214,9 +214,9 @@ def test_parts_of_rows(kernel, divergence, distance):
     student[1, 250] = teacher[1, 250] = 25.0
     student[2:4, 30:60] = teacher[2:4, 30:60] = -torch.inf
     betas = ends_and_between(divergence)
-    for beta in (0.3, betas):
+    for beta, shares in ((0.3, [0.3] * 5), (betas.to(device_of(kernel)), betas.tolist())):
         got, gradient = in_parts(kernel, student, teacher, objective_of(beta, 0.75, 0.0, divergence), 140)
-        for r, share in enumerate(betas.tolist() if beta is betas else [beta] * 5):
+        for r, share in enumerate(shares):
             row = slice(r, r + 1)
             exact = oracle.rows(student[row], teacher[row], share, 0.75, divergence=divergence)
             error = np.linalg.norm((gradient[row].double().numpy() - exact.gradient).astype(float))
@@ -243,7 +243,7 @@ def a_beta_each(leading, divergence):
 def test_values_and_gradients(kernels, divergence, own, support, monkeypatch):
     """Everything of the student's has one, in three chunks, with weights of 0 and importance ratios."""
     monkeypatch.setattr(chunked, "MIN_ROWS", 4)
-    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 0)
+    monkeypatch.setattr(chunked, "BUFFER_BYTES", dict.fromkeys(chunked.BUFFER_BYTES, 0))
     given = problem((2, 6), D, V, 0.5, scale=2.0, head="all", weighted=True)
     given.token_weight[0, 2] = 0
     beta = a_beta_each((2, 6), divergence) if own else 0.3
@@ -262,7 +262,7 @@ def test_values_and_gradients(kernels, divergence, own, support, monkeypatch):
 @pytest.mark.parametrize("support", [None, TopK(20)], ids=["whole", "bucket"])
 def test_a_gpus_constants_are_made_once_a_call(kernels, support, monkeypatch):
     monkeypatch.setattr(chunked, "MIN_ROWS", 4)
-    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 0)
+    monkeypatch.setattr(chunked, "BUFFER_BYTES", dict.fromkeys(chunked.BUFFER_BYTES, 0))
     given = problem(12, D, V, 0.5)
     with Tables() as tables:
         given.run(beta=a_beta_each((12,), "jeffreys"), divergence="jeffreys", support=support)

@@ -14,6 +14,7 @@ from oracle import relative_error
 from scsdpo_kernels import (
     Head,
     LoRA,
+    PolicyGradient,
     RoutedHeads,
     SampledToken,
     TopK,
@@ -107,6 +108,20 @@ def test_several_chunks(monkeypatch, group):
     torch.testing.assert_close(result.divergence, exact.divergence, rtol=1e-4, atol=1e-7)
     for got, want in zip(gradients, expected, strict=True):
         assert relative_error(got, want) < 4e-3
+
+
+@pytest.mark.parametrize("rows", [500, 5000], ids=["factors", "a sum"])
+def test_main_grad(rows):
+    """An fp32 buffer takes two micro-batches without rounding them to bf16, as long as .grad's rounding is larger."""
+    tensors = [x if x is None else x.detach() for x in problem(2 * rows, vocabulary=50257, width=1024)]
+    hidden, weight, teacher, _ = tensors
+    buffer, plain = torch.zeros(weight.shape, device="cuda"), weight.clone().requires_grad_()
+    for some in (slice(rows), slice(rows, None)):
+        head = Head(weight.clone().requires_grad_(), main_grad=buffer)
+        linear_divergence(hidden[some].clone().requires_grad_(), head, teacher[some]).loss.backward()
+        linear_divergence(hidden[some], plain, teacher[some]).loss.backward()
+    _, _, exact = fused(*(x if x is None else x.double() for x in tensors), schedule="reference")
+    assert relative_error(buffer, exact) < 0.9 * relative_error(plain.grad, exact)
 
 
 def test_same_bits_from_run_to_run():
@@ -371,10 +386,16 @@ def _objectives():
         "softcap": {"head": {"softcap": 5.0, "logit_scale": 0.7}},
         "softcap, clip": {"head": {"softcap": 5.0}, "entry_clip": 0.01, "beta": 0.0},
         "lora": {"head": {"lora": LoRA(randn(8, width) * 0.05, randn(vocabulary, 8) * 0.2, 0.5)}, "support": TopK(50)},
+        "jeffreys": {"divergence": "jeffreys", "beta": torch.linspace(0, 1, rows).cuda()},
+        "skewed reverse": {"divergence": "skewed_reverse", "beta": 0.3},
+        "policy": {"policy": PolicyGradient(randn(rows)), "old_logp": torch.full((rows,), -9.0).cuda(), **target},
     }
 
 
-OBJECTIVES = ("top_k", "renormalize", "support", "sampled", "clip", "bias", "softcap", "softcap, clip", "lora")
+OBJECTIVES = (
+    "top_k", "renormalize", "support", "sampled", "clip", "bias", "softcap", "softcap, clip", "lora", "jeffreys",
+    "skewed reverse", "policy",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

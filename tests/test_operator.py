@@ -1,14 +1,12 @@
 """The torch.library operator: opcheck, compile, autocast, modes of autograd, and what bad input gets."""
 
-import importlib.util
-
 import oracle
 import pytest
 import torch
 from inside import Inside
 from problems import DTYPES, known, problem
 
-from scsdpo_kernels import PolicyGradient, TopK, TopLogprobs, linear_divergence
+from scsdpo_kernels import PolicyGradient, TopK, TopLogprobs, checks, linear_divergence
 from scsdpo_kernels.arguments import problem_of
 from scsdpo_kernels.kernels import native
 from scsdpo_kernels.linear_divergence import DEFAULTS
@@ -342,10 +340,21 @@ def test_a_schedule_that_cannot_run_says_why(monkeypatch):
     elsewhere = hidden.to("meta"), weight.to("meta"), teacher.to("meta")
     with pytest.raises(ValueError, match=r"'chunked'.*no kernels for device 'meta'"):
         linear_divergence(*elsewhere, schedule="chunked")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checks, "HAS_TRITON", False)
     with pytest.raises(ValueError, match=r"'auto'.*need Triton, which is not installed"):
         linear_divergence(*elsewhere)
     assert linear_divergence(hidden, weight, teacher).loss > 0  # a CPU needs none
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_the_question_whether_a_schedule_runs_is_traced(device):
+    """On every device: a GPU's answer is compiled into one graph too."""
+
+    def step(x):
+        return x + (checks.why_not("chunked", torch.device(device)) is None)
+
+    expected = 0.0 if device == "meta" else 1.0
+    assert torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(())) == expected
 
 
 @pytest.mark.parametrize("schedule", ["chunked", "reference"])

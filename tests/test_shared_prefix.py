@@ -6,6 +6,7 @@ from typing import NamedTuple
 import oracle
 import pytest
 import torch
+from conftest import DEVICE
 from oracle import assert_near, relative_error
 from problems import DTYPES, Problem, head_of, problem
 from torch.utils._pytree import tree_leaves
@@ -71,7 +72,7 @@ def options_of(objective: Objective, *leading: int) -> dict:
 def test_values_and_whole_gradients(kernels, name, kind, longer, monkeypatch):
     """Against float64, in two chunks, with negative weights: of hidden states, weight, bias and adapter."""
     monkeypatch.setattr(chunked, "MIN_ROWS", 3)
-    monkeypatch.setitem(chunked.BUFFER_BYTES, "cpu", 0)
+    monkeypatch.setattr(chunked, "BUFFER_BYTES", dict.fromkeys(chunked.BUFFER_BYTES, 0))
     given = unequal(longer, 5, kind=kind, weighted=True)
     options = options_of(OBJECTIVES[name], 5)
     got, exact = given.run(**options), oracle.expected(given, **options)
@@ -161,6 +162,8 @@ def test_nothing_to_compute(name):
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
 def test_a_teacher_with_the_students_own_first_rows(kernels, autocast):
     """One storage of two lengths; in fp32 the difference of hidden states is what is projected."""
+    if (kernels, DEVICE) == ("triton", "cuda"):
+        pytest.skip("a tensor that is moved there shares no storage")
     given = problem(9, D, LONG, 1e-3, scale=2.0)
     given = given.but(teacher_head=given.head[:SHORT])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
