@@ -26,6 +26,7 @@ from .vocab_shard import VocabShard, check_lengths, name_of
 
 SCHEDULES = ("auto", "chunked", "reference")
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: not every torch.compile traces the question
+_WITH_AUTOCAST = {x for x in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(x)}  # nor this one
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LEAST, _MOST = 2.0**-126, 2.0**126  # normal in fp32, and their inverses
@@ -408,7 +409,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def in_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def linear_divergence(
         loss, _, scalars, of_metrics = _on_full_logits(problem)
     else:
         loss, scalars, of_metrics = ops.divergence(problem)
-    has_target, has_teacher = problem.target is not None, bool(problem.teachers)
+    has_target, has_teacher = problem.target is not None, len(problem.teachers) > 0
     has_policy = problem.policy is not None
     there = (True, True, has_teacher, has_target, has_target and has_teacher, old_logp is not None)
     there += (has_policy, has_policy)
