@@ -6,8 +6,8 @@
 Near-equal distributions are self-distillation's normal state. All implementations have the same inputs (`reasoning` of
 inputs.py), rounded to a dtype before; float64 is the reference schedule's, which tests compare with formulas that share
 nothing with it, on these rounded inputs. The teacher's distance is swept from far to next to nothing; what is written
-beside each error is the mean KL(q‖p) that it makes. The last inputs are `captured` in a model that was trained here,
-and those of a real model with itself as its teacher (`smollm2.py`, where its wheel is installed).
+beside each error is the mean KL(q‖p) that it makes. The last inputs are the hidden states of a real model with itself
+as its teacher (`smollm2.py`, where its wheel is installed).
 
 Writes FOLDER/accuracy-<machine>.json after every kind of inputs and prints the table; `benchmarks/report.py` puts it
 into docs/benchmarks.md and draws it.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from implementations import COLOURS, HAND_FILTERED, IMPLEMENTATIONS, label
-from inputs import captured, reasoning
+from inputs import reasoning
 from measuring import RESULTS, described, error, machine, write
 from smollm2 import NAME as SMOLLM2
 from smollm2 import is_there, self_teacher_states
@@ -30,9 +30,7 @@ from torch import Tensor
 from scsdpo_kernels import linear_divergence
 
 DISTANCES = (4.0, 2.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 4e-4, 1e-4, 2e-5)
-CAPTURED = "the demo's model"
-REAL = {CAPTURED: "D = 64, V = 151936", SMOLLM2: "D = 576, V = 49152"}
-SHOWN = ("distance 2.0", "distance 0.1", "distance 0.01", "distance 0.0004", CAPTURED, SMOLLM2)  # in docs/benchmarks.md
+SHOWN = ("distance 2.0", "distance 0.1", "distance 0.01", "distance 0.0004", SMOLLM2)  # in docs/benchmarks.md
 OBJECTIVES = {0.0: "forward KL", 0.5: "Jensen-Shannon", 1.0: "reverse KL"}
 
 
@@ -55,7 +53,6 @@ def inputs(arguments: argparse.Namespace) -> Iterator[tuple[str, tuple[Tensor, .
     }
     if is_there():
         makers[SMOLLM2] = partial(self_teacher_states, arguments.rows)
-    makers[CAPTURED] = lambda: captured(arguments.rows)[:3]
     for name, make in makers.items():
         if any(text in name for text in arguments.inputs):
             yield name, make()
@@ -90,14 +87,15 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[lis
 def table(result: dict) -> str:
     """One result file as Markdown."""
     shape, measured = result["shape"], {x["inputs"] for x in result["records"]}
+    of_model = f" Of {SMOLLM2}: D = 576, V = 49152."
     lines = [
         f"Relative error of ∂h against float64, for forward KL / Jensen-Shannon / reverse KL, as the mean KL falls; "
         f"N = {shape['rows']}, D = {shape['width']}, V = {shape['vocabulary']}, {described(result['machine'])}. "
-        + " ".join(["In bold: over one per cent.", *(f"Of {of}: {REAL[of]}." for of in REAL if of in measured)]),
+        f"In bold: over one per cent.{of_model if SMOLLM2 in measured else ''}",
     ]
     for dtype in ("float32", "bfloat16"):
         own = [x for x in result["records"] if x["dtype"] == dtype and "errors" in x and x["inputs"] in SHOWN]
-        columns = {x["inputs"]: f"{x['kl']:.0e}" + f", {x['inputs']}" * (x["inputs"] in REAL) for x in own}
+        columns = {x["inputs"]: f"{x['kl']:.0e}" + f", {x['inputs']}" * (x["inputs"] == SMOLLM2) for x in own}
         lines += [
             "",
             f"| {dtype}; mean KL: | " + " | ".join(columns.values()) + " |",
@@ -133,7 +131,7 @@ def plot(result: dict):
             own = [x for x in own if x["implementation"] != "reference"]
             for name in dict.fromkeys(x["implementation"] for x in own):
                 of_name = [x for x in own if x["implementation"] == name]
-                line, points = ([x for x in of_name if (x["inputs"] in REAL) == real] for real in (False, True))
+                line, points = ([x for x in of_name if (x["inputs"] == SMOLLM2) == real] for real in (False, True))
                 style = {"color": COLOURS[name], "label": of_name[0]["label"]}
                 if line:
                     x, y = _points(line, of)
@@ -149,8 +147,7 @@ def plot(result: dict):
         axis.set_ylabel("relative error")
     axes[0, 0].legend(fontsize=7)
     figure.suptitle(
-        f"Error against float64 as the teacher nears the student; stars: states of models "
-        f"({described(result['machine'])})"
+        f"Error against float64 as the teacher nears the student; stars: {SMOLLM2} ({described(result['machine'])})"
     )
     return figure
 

@@ -3,23 +3,17 @@
 `reasoning` has output distributions like those that are reported of Qwen3-8B on reasoning rollouts: over half of the
 tokens have an entropy below 0.01 nats, 20 % one above 0.67. A token's own logit stands m above the log-sum-exp of all
 others, m normal, with the mean and the deviation that make it so: with p = 1 / (1 + e^m) the mass of the others and H
-their entropy, a token's entropy is h(p) + p H, h being that of a coin. `captured` are the hidden states of a model that
-was trained here, by the demo: its rollouts, and itself with a solution in the prompt. `rollouts` are the lengths and
-weights of one optimiser step of SC-SDPO.
+their entropy, a token's entropy is h(p) + p H, h being that of a coin. `rollouts` are the lengths and weights of one
+optimiser step of SC-SDPO.
 """
 
 import math
-import random
-import sys
-from pathlib import Path
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from scsdpo_kernels import question_weights
-
-sys.path.append(str(Path(__file__).parents[1]))  # `demo` lies there
 
 LOW, HIGH = (0.50, 0.01), (0.80, 0.67)  # a share of the tokens has at most that entropy, nats
 DEVIATION = 2.0  # logits of tokens that mean nothing
@@ -84,31 +78,6 @@ def _margin(entropy: float, others: float) -> float:
         coin = -p * math.log(p) - (1 - p) * math.log1p(-p)
         low, high = (middle, high) if coin + p * others > entropy else (low, middle)
     return low
-
-
-def captured(rows: int, *, warmup_steps: int = 300, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student's hidden states (N, 64), head (151936, 64), teacher's hidden states, and weights (N,) of the demo.
-
-    Raises:
-        RuntimeError: a model that was not trained long enough to solve anything, and so has no teacher.
-    """
-    from demo import digits
-
-    model = digits.warm_up(151_936, warmup_steps, seed)
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor]] = []
-    for _ in range(20):
-        batch = digits.sample_batch(model, digits.draw_questions(10, rng), rng, generator)
-        student, head, teacher, _ = digits.loss_operands(model, model, batch)
-        mask = batch.mask.bool()
-        weight = (
-            question_weights(batch.rewards, batch.question_ids)[:, None] * batch.mask / batch.mask.sum().clamp(min=1)
-        )
-        parts.append([student.detach()[mask], teacher.detach()[mask], weight[mask]])
-        if sum(len(part[0]) for part in parts) >= rows:
-            student, teacher, weight = (torch.cat(x)[:rows] for x in zip(*parts, strict=True))
-            return student, head.detach(), teacher, weight
-    raise RuntimeError(f"warmup_steps: expected more than {warmup_steps}, after which the model solves something")
 
 
 def rollouts(zeros: float, *, shorter: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def measure(shapes: list[str], repeats: int) -> list[dict]:
 def table(result: dict) -> str:
     """One result file as Markdown."""
     lines = [
-        f"{described(result['machine'])}; time / four fp32 products of PyTorch, medians of {result['repeats']}",
+        f"{described(result['machine'])}; time / four fp32 matmuls of PyTorch, medians of {result['repeats']}",
         "",
         "| instruction set | N, D, V | fp32 | bf16 | fp16 |",
         "|---|---|---|---|---|",

@@ -1,11 +1,12 @@
-"""Writes the tables of all result files into docs/benchmarks.md, a short one into README.md, and draws the plots.
+"""Writes the tables of all result files into docs/benchmarks.md, a short one into README.md, and draws the figures.
 
     python benchmarks/report.py [--output FOLDER]
 
 In docs/benchmarks.md the tables of every results/NAME-*.json stand between `<!-- benchmarks/NAME.py -->` and the next
-`<!-- end -->`. README.md has a few cases of throughput.py and a sentence of trainer_step.py, between
+`<!-- end -->`. README.md has a few cases of throughput.py and sentences of trainer_step.py, between
 `<!-- benchmarks/report.py -->` and `<!-- end -->`.
-A benchmark's plot lies beside its result file and carries the file's digest; drawing needs matplotlib.
+A benchmark's plot lies beside its result file and carries the file's digest, as README.md's figure (`headline.py`) does
+that of two; drawing needs matplotlib.
 With --output the program draws and prints the results of another folder and leaves both pages alone.
 """
 
@@ -16,10 +17,12 @@ import json
 from pathlib import Path
 
 import accuracy
+import headline
 import kernel_times
 import matmuls
 import objectives
 import processors
+import real_run
 import row_kernels
 import scaling
 import shards
@@ -31,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = (
     throughput,
     trainer_step,
+    real_run,
     kernel_times,
     matmuls,
     processors,
@@ -42,25 +46,17 @@ BENCHMARKS = (
 )
 END = "<!-- end -->"
 
-# README.md shows these cases of throughput.py, by the name that a reader understands, and these implementations: of a
-# result file that has all of them.
-ON_CPU = {
-    "Qwen3-8B, bfloat16, 256 rows": "Qwen3-8B, bf16, 256 tokens",
-    "Qwen3-0.6B, bfloat16, 1024 rows": "Qwen3-0.6B, bf16, 1024 tokens",
-    "Qwen3-0.6B, float32, 1024 rows": "Qwen3-0.6B, fp32, 1024 tokens",
-    "D = 512, V = 8192, float32, 256 rollouts, 63% of the questions at weight 0, rows of weight 0 removed by hand":
-        "One step of 256 rollouts, zero-weight tokens removed by hand",
-    "D = 512, V = 8192, float32, 256 rollouts, 63% of the questions at weight 0, padding removed":
-        "The same step, zero-weight tokens left to the loss",
-}  # fmt: skip
-ON_GPU = {
-    "Qwen3-8B, bfloat16, 8192 rows": "Qwen3-8B, bf16, 8192 tokens",
-    "Qwen3-8B, bfloat16, 256 rows": "Qwen3-8B, bf16, 256 tokens",
+# README.md shows these cases of throughput.py on a GPU, by the name that a reader understands, and these baselines.
+STEP = "Qwen3-8B, bfloat16, 256 rollouts, 63% of the questions at weight 0, "
+SHORT = {
+    "Qwen3-8B, bfloat16, 8192 tokens": "8192 tokens",
+    "Qwen3-8B, bfloat16, 256 tokens": "256 tokens",
+    STEP + "tokens of weight 0 removed by hand": "256 rollouts, zero-weight tokens removed by hand",
+    STEP + "padding removed": "256 rollouts, zero-weight tokens left to the loss",
 }
-SHORT = (
-    (ON_GPU, ("torch.compile'd eager", "SDPO, eager", "fused_linear_jsd", "chunked_divergence")),
-    (ON_CPU, ("eager PyTorch", "torch.compile'd eager", "SDPO, eager", "chunked_divergence")),
-)
+BASELINES = (
+    "torch.compile'd eager", "SDPO, eager", "hand-filtered eager", "fused_linear_jsd", "chunked_divergence",
+)  # fmt: skip
 
 
 def name_of(benchmark) -> str:
@@ -71,8 +67,8 @@ def results(benchmark, folder: Path = RESULTS) -> dict[Path, dict]:
     return {path: json.loads(path.read_text()) for path in sorted(folder.glob(f"{name_of(benchmark)}-*.json"))}
 
 
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def digest(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def between_marks(text: str, name: str, tables: str) -> str:
@@ -89,35 +85,35 @@ def pages() -> dict[Path, str]:
     for benchmark in BENCHMARKS:
         tables = "\n\n".join(map(benchmark.table, results(benchmark).values()))
         text = between_marks(text, name_of(benchmark), tables)
-    gpus_first = sorted(results(throughput).values(), key=lambda result: "cuda" not in result["machine"])
     steps = map(trainer_step.sentence, results(trainer_step).values())
-    short = "\n\n".join(filter(None, [*map(short_table, gpus_first), *steps]))
+    short = "\n\n".join([*map(short_table, filter(_on_gpu, results(throughput).values())), *steps])
     return {full: text, readme: between_marks(readme.read_text(), "report", short)}
 
 
+def _on_gpu(result: dict) -> bool:
+    return "cuda" in result["machine"]
+
+
 def short_table(result: dict) -> str:
-    """A few cases of one result of throughput.py, or nothing where a case was not measured."""
+    """A few cases of one result of throughput.py on a GPU."""
     cases = {case["name"]: case["implementations"] for case in result["cases"]}
-    on_gpu = "cuda" in result["machine"]
-    shown, implementations = SHORT[0 if on_gpu else 1]
-    if not cases.keys() >= shown.keys():
-        return ""
-    labels = [cases[next(iter(shown))][name].get("label", name) for name in implementations]
+    records = [cases[name] for name in SHORT]
+    labels = [next(x[name]["label"] for x in records if "label" in x.get(name, {})) for name in BASELINES]
     lines = [
-        f"Forward and backward of the Jensen-Shannon divergence on {timed(result['machine'])}. Each cell has the time, "
-        "as a multiple of ours where it is a baseline's, the peak memory over inputs and gradients, and the relative "
-        "error of the gradients against float64.",
+        f"Jensen-Shannon, forward and backward, with Qwen3-8B's head in bf16 on {timed(result['machine'])}. Each cell "
+        "has the time, as a multiple of ours where it is a baseline's, the peak memory over inputs and gradients, and "
+        "the relative error of the gradients against float64. In a step of 256 rollouts, 63% of the questions have "
+        "weight 0.",
         "",
         "| | ours | " + " | ".join(labels) + " |",
         "|---" * (2 + len(labels)) + "|",
     ]
-    for name, called in shown.items():
-        ours = cases[name]["chunked"]
-        time = f"{1e3 * ours['seconds']:.1f} ms" if on_gpu else f"{ours['seconds']:.2f} s"
-        cells = [_short_cell(time, ours)]
-        for record in (cases[name][baseline] for baseline in implementations):
-            ran = "seconds" in record
-            cells.append(_short_cell(f"{record['seconds'] / ours['seconds']:.2f} ×", record) if ran else "—")
+    for called, record in zip(SHORT.values(), records, strict=True):
+        ours = record["chunked"]
+        cells = [_short_cell(f"{1e3 * ours['seconds']:.1f} ms", ours)]
+        for baseline in (record.get(name, {}) for name in BASELINES):
+            ran = "seconds" in baseline
+            cells.append(_short_cell(f"{baseline['seconds'] / ours['seconds']:.2f} ×", baseline) if ran else "—")
         lines.append(f"| {called} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -138,6 +134,9 @@ def main() -> None:
             if arguments.output:
                 print(f"\n## {path.stem}\n\n{benchmark.table(result)}")
     if not arguments.output:
+        if importlib.util.find_spec("matplotlib"):
+            times, errors = (json.loads(path.read_text()) for path in headline.SOURCES)
+            headline.plot(times, errors).savefig(headline.PATH, metadata={"Source": digest(*headline.SOURCES)})
         for page, text in pages().items():
             page.write_text(text)
 

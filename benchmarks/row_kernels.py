@@ -77,7 +77,7 @@ def table(result: dict) -> str:
         if "kernels" in part:
             lines += [
                 "",
-                f"| {part['rows']} rows, V = {part['vocabulary']}, teacher's logits {part['distance']} away | β | "
+                f"| {part['rows']} tokens, V = {part['vocabulary']}, teacher's logits {part['distance']} away | β | "
                 "gradient | ms | time of a copy / time |",
                 "|---|---|---|---|---|",
                 *(f"| {x['kernel']} | {x['beta']} | {x['gradient']} | {1e3 * x['seconds']:.2f} | {x['share']:.2f} |"
@@ -89,7 +89,7 @@ def table(result: dict) -> str:
             lines += [
                 "",
                 f"| the value alone, N = {part['rows']}, D = {part['width']}, V = {part['vocabulary']}, "
-                f"{part['dtype']} | β | ms | time of its products / time |",
+                f"{part['dtype']} | β | ms | time of its matmuls / time |",
                 "|---|---|---|---|",
                 *(f"| {x['schedule']} | {x['beta']} | {1e3 * x['seconds']:.2f} | {x['share']:.2f} |"
                   for x in part["values"]),

@@ -124,7 +124,7 @@ def table(result: dict) -> str:
         f"{timed(result['machine'])}; ours, {dtype}, Jensen-Shannon, forward and backward, D = {shape['width']}; "
         f"N = {shape['rows']} and V = {shape['vocabulary']} where they do not grow; medians of {result['repeats']}.",
         "",
-        "| what grows | from | to | time there / time here | time ~ x^ | µs per row with a weight, from | to |",
+        "| what grows | from | to | time there / time here | time ~ x^ | µs per token with a weight, from | to |",
         "|---|---|---|---|---|---|---|",
     ]
     for what, series in result["times"].items():
@@ -153,7 +153,7 @@ def plot(result: dict):
     axes = figure.subplots(1, 3)
     kept = result["times"]["kept rows"]
     axes[0].plot([p["x"] for p in kept], [p["seconds"] for p in kept], marker="o", color=COLOURS["chunked"])
-    axes[0].set(xlabel=f"rows with a weight, of {kept[-1]['x']}", ylabel="seconds", title="ours", xlim=0, ylim=0)
+    axes[0].set(xlabel=f"tokens with a weight, of {kept[-1]['x']}", ylabel="seconds", title="ours", xlim=0, ylim=0)
     for axis, what in zip(axes[1:], FACTORS, strict=True):
         for name in dict.fromkeys(p["label"] for p in result["peaks"]):
             own = (p for p in result["peaks"] if (p["label"], p["what"]) == (name, what))

@@ -107,7 +107,7 @@ def table(result: dict) -> str:
         f"N = {rows}, D = {result['width']}, V = {result['vocabulary']}, fp32, gloo, {described(result['machine'])}; "
         "of one process, forward and backward:",
         "",
-        "| | processes | all-gathers | bytes a row in them | all-reduces | bytes a row in them |",
+        "| | processes | all-gathers | bytes a token in them | all-reduces | bytes a token in them |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["counted"]:
@@ -118,7 +118,7 @@ def table(result: dict) -> str:
         )
     lines += [
         "",
-        "| estimated, not measured | bytes a row to a GPU | four products | scalars of rows | hidden gradient |",
+        "| estimated, not measured | bytes a token to a GPU | four matmuls | scalars of tokens | hidden gradient |",
         "|---|---|---|---|---|",
     ]
     for name, (vocabulary, width) in HEADS.items():

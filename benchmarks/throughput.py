@@ -61,7 +61,7 @@ HEADS = {  # D, V
 OBJECTIVES = {"forward KL": 0.0, "Jensen-Shannon": 0.5, "reverse KL": 1.0}
 LAYOUTS = {
     "response": "padding removed",
-    "kept": "rows of weight 0 removed by hand",
+    "kept": "tokens of weight 0 removed by hand",
     "padded": "padded to the longest",
 }
 AT_ONCE = 8  # rollouts of a micro-batch
@@ -93,7 +93,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        what = f"{self.rows} rows"
+        what = f"{self.rows} tokens"
         if self.layout:
             what = f"256 rollouts, {self.zeros:.0%} of the questions at weight 0, {LAYOUTS[self.layout]}"
         objective = f"top-{self.top_k} and tail" if self.top_k else self.objective
@@ -305,10 +305,10 @@ def table(result: dict) -> str:
     names = [name for name in names if labels[name]]
     lines = [
         f"{timed(result['machine'])}; forward and backward of the Jensen-Shannon divergence where nothing "
-        f"else is said, medians of {result['repeats']}; times of peers are multiples of ours; in brackets the peak "
+        f"else is said, medians of {result['repeats']}; times of baselines are multiples of ours; in brackets the peak "
         "over inputs and gradients, MiB:",
         "",
-        "| | ours, ms | products / ours | " + " | ".join(labels[name] for name in names) + " |",
+        "| | ours, ms | matmuls / ours | " + " | ".join(labels[name] for name in names) + " |",
         "|---" * (3 + len(names)) + "|",
     ]
     for case in result["cases"]:
@@ -354,7 +354,7 @@ def plot(result: dict):
                 color=COLOURS.get(name, "black"),
                 facecolors=["none" if record.get("wrong") else COLOURS[name] for _, record, _ in points]
                 if name != "products" else None,
-                label="the matrix products alone" if name == "products" else points[0][1]["label"],
+                label="the matmuls alone" if name == "products" else points[0][1]["label"],
             )  # fmt: skip
     axis.axvline(1, color=COLOURS["chunked"], label="scsdpo_kernels, chunked")
     axis.set(xscale="log", xlabel="time / ours; hollow: gradients are off", yticks=range(len(shown)))

@@ -1,6 +1,6 @@
 """SC-SDPO with TRL: sums as questions, a reward function, and the settings of SCSDPOTrainer.
 
-python examples/trl_sdpo.py Qwen/Qwen3-0.6B          (accelerate launch for several GPUs)
+python examples/trl_sdpo.py Qwen/Qwen3-0.6B          (accelerate launch for several processes)
 """
 
 import random

@@ -1,6 +1,9 @@
-"""Compiles every Triton kernel with every configuration that is shipped, ahead of time, for GPUs that are not here.
+"""Compiles the Triton kernels that are shipped, ahead of time, for GPUs that are not here.
 
-    python compile_triton.py sm_90      prints one line of JSON a kernel
+    python compile_triton.py sm_90 [some]      prints one line of JSON a kernel
+
+Every kernel in every configuration; of `some`, every kernel in those that use the most registers, and whole rows of
+every divergence.
 
 The package's own launchers are called, with tensors of a CPU, up to where a kernel would run: so what is compiled is
 what they ask for. A script of its own because Triton's interpreter, which the tests run kernels in, excludes its
@@ -46,26 +49,44 @@ FORMS = [
 ]
 
 COMMON = (FORMS[0], FORMS[2])  # a difference; a bf16 gradient
+LARGEST = [OBJECTIVES[2], OBJECTIVES[-1]]  # Jensen-Shannon, and what has the most registers
 POLICY = RowPolicy(torch.ones(3), torch.ones(3), None, 0.8, 1.2)
 
 
-def launch_all(name):
-    """Calls every launcher in every form; with a policy, and with shares of each row's own, in some."""
-    own_shares = OWN_SHARES if name == "sm_90" else OWN_SHARES[:1]
+def launch_all():
     for vocabulary in (EVEN, ODD):
         launch_rows(vocabulary, OBJECTIVES, FORMS)
         launch_logits(vocabulary)
-        if vocabulary == EVEN or name == "sm_90":
-            launch_stages(vocabulary, OBJECTIVES, FORMS)
-    launch_rows(EVEN, own_shares, FORMS[2:3])
-    launch_rows(EVEN, OBJECTIVES[2:3], COMMON, policy=POLICY)
-    launch_supports(EVEN)
-    launch_stages(EVEN, own_shares, FORMS[2:3], policy=POLICY)
-    rewards, questions = torch.ones(8), torch.zeros(8, dtype=torch.int64)
+        launch_stages(vocabulary, OBJECTIVES, FORMS)
+    launch_with_more(OWN_SHARES)
+    launch_supports(EVEN, OBJECTIVES)
     for exponent, threshold in ((0.5, None), (1.0, 0.5)):
-        question_weights_triton.question_weights(rewards, questions, exponent, threshold)
+        launch_weights(exponent, threshold)
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         scaling_triton.multiply(torch.ones(8, dtype=dtype), torch.ones(()))
+
+
+def launch_some():
+    for vocabulary in (EVEN, ODD):
+        launch_rows(vocabulary, OBJECTIVES, COMMON)
+    launch_rows(ODD, LARGEST, FORMS[3:])
+    launch_logits(ODD)
+    launch_stages(ODD, LARGEST, FORMS[2:])
+    launch_with_more(OWN_SHARES[:1])
+    launch_supports(EVEN, LARGEST)
+    launch_weights(1.0, 0.5)
+    scaling_triton.multiply(torch.ones(8, dtype=torch.bfloat16), torch.ones(()))
+
+
+def launch_with_more(own_shares):
+    """Shares of each row's own, and a policy."""
+    launch_rows(EVEN, own_shares, FORMS[2:3])
+    launch_rows(EVEN, OBJECTIVES[2:3], COMMON, policy=POLICY)
+    launch_stages(EVEN, own_shares, FORMS[2:3], policy=POLICY)
+
+
+def launch_weights(exponent, threshold):
+    question_weights_triton.question_weights(torch.ones(8), torch.zeros(8, dtype=torch.int64), exponent, threshold)
 
 
 def logits_of(vocabulary, difference=False, softcap=0.0, dtype=torch.float32):
@@ -83,10 +104,10 @@ def launch_rows(vocabulary, objectives, forms, policy=None):
             row_divergence_triton.row_divergence(logits, rows, objective, gradient)
 
 
-def launch_supports(vocabulary):
+def launch_supports(vocabulary, objectives):
     """The short rows of supports are float64."""
     logits = logits_of(vocabulary, dtype=torch.float64)
-    for objective in OBJECTIVES:
+    for objective in objectives:
         if objective.kind != "clipped":
             gradient = torch.empty_like(logits.student, dtype=torch.float32)
             row_divergence_triton.row_divergence(logits, PerRow(torch.ones(3)), objective, gradient)
@@ -207,7 +228,7 @@ def flat(tree):
             yield x
 
 
-def main(name: str) -> None:
+def main(name: str, some: str = "") -> None:
     target, shared_memory = TARGETS[name]
     triton.runtime.driver.set_active(Driver(target))
     row_options = row_divergence_triton.options("cuda" if name.startswith("sm") else "hip")
@@ -220,8 +241,8 @@ def main(name: str) -> None:
         print(json.dumps({**line, **described(kernel, arguments, keywords, result)}), flush=True)
 
     JITFunction.run = compile_only
-    launch_all(name)
+    launch_some() if some else launch_all()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

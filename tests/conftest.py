@@ -82,8 +82,20 @@ def pytest_ignore_collect(collection_path, config):
         return True if stem not in SHORT or (stem in WITH_TRITON and not HAS_TRITON) else None
 
 
+# Files that take minutes, so that no process works on one of them alone at the end.
+LONGEST = (
+    "test_triton_targets",
+    "test_trl",
+    "test_row_divergence",
+    "test_benchmarks",
+    "test_demo",
+    "test_trainer_step",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Marks what `./dev test` runs again at every lesser instruction set, and what is short."""
+    """Longest first. Marks what `./dev test` runs again at lesser instruction sets, and what is short."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if item.path.stem in ON_PROCESSOR and "triton" not in item.name:
             item.add_marker("processor")

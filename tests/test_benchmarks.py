@@ -108,13 +108,6 @@ def test_rollouts_are_a_step_of_the_paper(zeros):
     assert 0.8 < 1 - (lengths.sum() / (len(lengths) * lengths.max())).item() < 0.98
 
 
-def test_captured_inputs_are_a_models_own():
-    hidden, head, teacher, weight = inputs.captured(24)
-    assert hidden.shape == teacher.shape == (24, head.shape[1]) and weight.shape == (24,)
-    assert not hidden.requires_grad and not head.requires_grad and not torch.equal(hidden, teacher)
-    assert (inputs.entropies(hidden, head) > 0).all()
-
-
 def case(**options) -> throughput.Case:
     return throughput.Case("tiny", "float32", **options)
 
@@ -188,11 +181,11 @@ def test_cases_come_from_several_calls(tiny, monkeypatch, tmp_path):
         return json.loads(next(tmp_path.glob("throughput-*.json")).read_text())["cases"]
 
     (frozen,) = call("--repeats", "1", "--cases", "frozen")
-    added = call("--repeats", "1", "--cases", "9 rows", "--add")
-    assert [x["name"] for x in added] == ["tiny, float32, 9 rows", frozen["name"]] and added[1] == frozen
+    added = call("--repeats", "1", "--cases", "9 tokens", "--add")
+    assert [x["name"] for x in added] == ["tiny, float32, 9 tokens", frozen["name"]] and added[1] == frozen
     with pytest.raises(SystemExit):
-        call("--repeats", "2", "--cases", "9 rows", "--add")
-    assert [x["rows"] for x in call("--repeats", "1", "--cases", "9 rows")] == [9]
+        call("--repeats", "2", "--cases", "9 tokens", "--add")
+    assert [x["rows"] for x in call("--repeats", "1", "--cases", "9 tokens")] == [9]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed")

@@ -264,9 +264,11 @@ def test_tables_and_plots_are_those_of_the_result_files():
         assert files, f"no result of {report.name_of(benchmark)}"
         for path in files if hasattr(benchmark, "plot") else ():
             assert Image.open(path.with_suffix(".png")).text["Source"] == report.digest(path), f"old plot of {path}"
+    headline = report.headline
+    assert Image.open(headline.PATH).text["Source"] == report.digest(*headline.SOURCES), "old headline.png"
     plots = re.findall(r"\]\(\.\./(benchmarks/results/[\w.-]+\.png)\)", (ROOT / "docs" / "benchmarks.md").read_text())
     assert len(plots) >= 3
-    assert "](benchmarks/results/" in README.read_text()
+    assert f"]({headline.PATH.relative_to(ROOT)})" in README.read_text()
 
 
 def test_public_names_are_in_the_docs():

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import math
 import re
 import subprocess
@@ -32,7 +33,7 @@ def test_examples_are_short_and_say_how_they_run():
     for path in paths:
         first, second, third, *rest = path.read_text().splitlines()
         assert first.startswith('"""') and not second and f"examples/{path.name}" in third and rest[0] == '"""', path
-        assert len(rest) <= (120 if path.stem == "trl_smollm2" else 90), path  # that is a whole experiment
+        assert len(rest) <= (160 if path.stem == "trl_smollm2" else 90), path  # that is a whole experiment
 
 
 # A batch of rollouts, models, and what a step of them has to give.
@@ -146,38 +147,99 @@ def test_the_reward_of_trl_sdpo():
 # trl_smollm2.py
 
 
-@pytest.mark.parametrize("method, trained_on", [("sc-sdpo", 16), ("sdpo", 32), ("hard-filter", 16)])
-def test_trl_smollm2(tmp_path, monkeypatch, method, trained_on):
-    """Of three questions in each step all, half and none of the rollouts are right; the last has no teacher."""
+@pytest.fixture
+def smollm2_example(tmp_path, monkeypatch):
+    """The example with fewer questions, and a folder with a tiny model in SmolLM2's place."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     pytest.importorskip("trl", reason="trl: pip install '.[trl]'")
-    from trl_models import BASE, save
+    from trl_models import save
 
     example = importlib.import_module("trl_smollm2")
-    monkeypatch.setattr(example, "reward", lambda completions, **_: [1.0] * 4 + [1.0, 0.0] * 2 + [0.0] * 4)
-    monkeypatch.setattr(example, "HELD_OUT", 7)
-    monkeypatch.setattr(example, "EVERY", 2)
+    for name, value in {"HELD_OUT": 7, "WARM": 20, "EVERY": 2}.items():
+        monkeypatch.setattr(example, name, value)
     folder = save(tmp_path) / "qwen3"
     template = "{% for message in messages %}{{ message.content }} {% endfor %}"
     (folder / "chat_template.jinja").write_text(template)
+    return example, str(folder)
+
+
+@pytest.mark.parametrize("method, trained_on", [("sc-sdpo", 16), ("sdpo", 32), ("hard-filter", 16)])
+def test_trl_smollm2(tmp_path, monkeypatch, smollm2_example, method, trained_on):
+    """Of three questions in each step all, half and none of the rollouts are right; the last has no teacher."""
+    from trl_models import BASE
+
+    example, folder = smollm2_example
+    monkeypatch.setattr(example, "reward", lambda completions, **_: [1.0] * 4 + [1.0, 0.0] * 2 + [0.0] * 4)
     options = {**BASE, "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 6, "max_steps": 4}
-    points = example.main(str(folder), method, **options)
+    points = example.main(folder, method, **options)
     assert [point["step"] for point in points] == [0, 2, 4]
-    assert points[0]["rollouts"] == points[0]["seconds"] == 0 and points[1]["seconds"] > 0
-    assert points[2]["rollouts"] == trained_on and 0 <= points[2]["pass_rate"] <= 1
-    out_of_time = example.main(str(folder), method, seconds=0.0, **options)
-    assert [point["step"] for point in out_of_time] == [0, 1]
+    first, between, last = points
+    assert first["rollouts"] == first["sampling"] == first["training"] == 0
+    assert last["sampling"] > between["sampling"] > 0 and last["training"] > between["training"] > 0
+    assert last["rollouts"] == trained_on and 0 <= last["pass_rate"] <= 1
+
+
+def test_the_warm_up_of_trl_smollm2(tmp_path, monkeypatch, smollm2_example):
+    """Half of the questions have a solution, as SDPO's teacher is shown it; none is asked later."""
+    example, folder = smollm2_example
+    read, trainer = [], example.SFTTrainer
+    monkeypatch.setattr(
+        example, "SFTTrainer", lambda *args, **kwargs: read.append(kwargs["train_dataset"]) or trainer(*args, **kwargs)
+    )
+    where = str(tmp_path / "warm")
+    options = {"output_dir": str(tmp_path / "out"), "bf16": False, "per_device_train_batch_size": 4}
+    example.warm_up(folder, where, **options)
+    before, after = (example.load(name).state_dict() for name in (folder, where))
+    assert any((before[name] != after[name]).any() for name in before)
+    texts = [row["prompt"][0]["content"] for row in read[0]]
+    answers = [row["completion"][0]["content"] for row in read[0]]
+    shown = [f"\nCorrect solution: {answer}" for answer in answers]
+    assert [x.endswith(y) for x, y in zip(texts, shown, strict=True)] == [False, True] * 10
+    asked = {row["prompt"][0]["content"] for row in example.questions()[7:27]}
+    assert {x.partition("\n")[0] for x in texts} == asked
+
+
+def test_a_run_of_every_method_and_seed(tmp_path, monkeypatch, smollm2_example, capsys):
+    """benchmarks/real_run.py in small: what it writes, goes on with, says and draws."""
+    import real_run
+
+    example, folder = smollm2_example
+    monkeypatch.setattr(real_run, "alone", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(
+        example, "reward", lambda completions, **_: [float(i % 3 == 0) for i in range(len(completions))]
+    )
+    for name, value in {
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "gradient_accumulation_steps": 1,
+    }.items():
+        monkeypatch.setitem(example.SETTINGS, name, value)
+    arguments = ["real_run.py", "--steps", "3", "--model", folder, "--warm", str(tmp_path / "warm")]
+    arguments += ["--output", str(tmp_path / "results")]
+    for more in (["--seeds", "2"], ["--seeds", "3", "--add"]):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        real_run.main()
+    (path,) = (tmp_path / "results").glob("real_run-*.json")
+    result = json.loads(path.read_text())
+    assert list(result["runs"]) == ["SC-SDPO", "SDPO", "hard filter"]
+    for runs in result["runs"].values():
+        assert [[point["step"] for point in run] for run in runs] == [[0, 2, 3]] * 3
+        assert len({run[0]["pass_rate"] for run in runs}) == 1  # one warm-up
+    assert {run[-1]["rollouts"] for run in result["runs"]["SDPO"]} == {12}
+    out = capsys.readouterr().out
+    assert "mean of 3 seeds" in out and "SC-SDPO against SDPO" in out and "of an SDPO step" in out
+    real_run.plot(result).savefig(tmp_path / "plot.png")
 
 
 def test_the_questions_of_trl_smollm2():
     example = importlib.import_module("trl_smollm2")
-    asked = example.questions(300)
-    assert len({row["prompt"][0]["content"] for row in asked}) == 300
+    asked = example.questions()
+    assert len({row["prompt"][0]["content"] for row in asked}) == len(asked) == 99 * 99 + 99 * 100 / 2
     for row in asked:
-        a, sign, b = row["prompt"][0]["content"].split("?")[0].split()[2:]
+        a, sign, b = row["prompt"][0]["content"].removeprefix("What is ").removesuffix("?").split()
         assert int(row["answer"]) == (int(a) + int(b) if sign == "+" else int(a) - int(b)) >= 0
-    said = {"It is 1,234.": True, "1234 - no, 12": False, "": False, "-1234": False}
-    assert {text: example.is_right(text, "1234") for text in said} == said
+    said = {"It is 123.": True, "123 - no, 12": False, "": False, "-123": False}
+    assert {text: example.is_right(text, "123") for text in said} == said
 
 
 # hf_trainer.py
