@@ -358,6 +358,10 @@ def plot(result: dict):
             )  # fmt: skip
     axis.axvline(1, color=COLOURS["chunked"], label="scsdpo_kernels, chunked")
     axis.set(xscale="log", xlabel="time / ours; hollow: gradients are off", yticks=range(len(shown)))
+    low, high = axis.get_xlim()
+    axis.set_xticks([x for x in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if low <= x <= high])
+    axis.xaxis.set_major_formatter("{x:g} ×")
+    axis.xaxis.set_minor_formatter("")
     axis.set_yticklabels([case["name"] for case in shown], fontsize=7)
     axis.invert_yaxis()
     axis.grid(alpha=0.3, which="both", axis="x")

@@ -58,6 +58,7 @@ SHORT = {
     "test_operator": (
         "test_opcheck_of_every_argument",
         "test_bad_input_names_the_argument",
+        "test_compiled_with_other_numbers_and_sizes",
         "test_the_question_whether_a_schedule_runs_is_traced",
         "test_upstream_gradient_scales",
     ),
