@@ -15,31 +15,30 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from measuring import RESULTS, alone, described, machine, path_of, write
 from smollm2 import folder
 
 ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT), str(ROOT / "examples")]  # where `demo` and `trl_smollm2` lie
 WARM = Path(__file__).parent / ".cache" / "smollm2-135m-sums"
 METHODS = {"SC-SDPO": "sc-sdpo", "SDPO": "sdpo", "hard filter": "hard-filter"}  # as the demo and the example say
 
 
-def example():
-    sys.path.append(str(ROOT / "examples"))
-    import trl_smollm2
-
-    return trl_smollm2
-
-
 def warm_up(model: str, where: str) -> None:
+    import trl_smollm2  # TRL is not needed for the table
+
     with tempfile.TemporaryDirectory() as out:
-        example().warm_up(model, where, output_dir=out)
+        trl_smollm2.warm_up(model, where, output_dir=out)
 
 
 def run(model: str, method: str, seed: int, steps: int) -> list[dict]:
+    import trl_smollm2
+
     with tempfile.TemporaryDirectory() as out:
-        return example().main(model, METHODS[method], seed, max_steps=steps, output_dir=out)
+        return trl_smollm2.main(model, METHODS[method], seed, max_steps=steps, output_dir=out)
 
 
 def runs_of(result: dict):
@@ -52,7 +51,6 @@ def runs_of(result: dict):
 
 def table(result: dict) -> str:
     """One result file as Markdown."""
-    sys.path.append(str(ROOT))
     from demo import comparison
 
     runs = runs_of(result)
@@ -67,9 +65,24 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def sentence(result: dict) -> str:
+    """What the methods come to, for README.md."""
+    from demo import comparison
+
+    runs = runs_of(result)
+    starts, ends = (fmean(run[at].pass_rate for run in runs[comparison.OURS]) for at in (0, -1))
+    end = comparison.at_equal(runs, "steps")
+    others = ", ".join(f"{name} {end.mean(name):.2f}" for name in runs if name != comparison.OURS)
+    ratio = comparison.ratio(comparison.spent(runs, lambda point: point.rollouts))
+    return (
+        f"SmolLM2-135M with TRL on sums, {len(runs[comparison.OURS])} seeds of {result['steps']} steps: SC-SDPO goes "
+        f"from a pass rate of {starts:.2f} to {ends:.2f} ({others}; less SDPO's, {end.over(comparison.PLAIN)}) and "
+        f"trains on {comparison.times(ratio)} the rollouts of SDPO."
+    )
+
+
 def plot(result: dict):
     """One result file as a figure."""
-    sys.path.append(str(ROOT))
     from matplotlib.figure import Figure
 
     from demo.picture import learning_curves

@@ -3,7 +3,7 @@
     python benchmarks/report.py [--output FOLDER]
 
 In docs/benchmarks.md the tables of every results/NAME-*.json stand between `<!-- benchmarks/NAME.py -->` and the next
-`<!-- end -->`. README.md has a few cases of throughput.py and sentences of trainer_step.py, between
+`<!-- end -->`. README.md has a few cases of throughput.py and sentences of trainer_step.py and real_run.py, between
 `<!-- benchmarks/report.py -->` and `<!-- end -->`.
 A benchmark's plot lies beside its result file and carries the file's digest, as README.md's figure (`headline.py`) does
 that of two; drawing needs matplotlib.
@@ -85,8 +85,9 @@ def pages() -> dict[Path, str]:
     for benchmark in BENCHMARKS:
         tables = "\n\n".join(map(benchmark.table, results(benchmark).values()))
         text = between_marks(text, name_of(benchmark), tables)
-    steps = map(trainer_step.sentence, results(trainer_step).values())
-    short = "\n\n".join([*map(short_table, filter(_on_gpu, results(throughput).values())), *steps])
+    tables = map(short_table, filter(_on_gpu, results(throughput).values()))
+    sentences = (of.sentence(result) for of in (trainer_step, real_run) for result in results(of).values())
+    short = "\n\n".join([*tables, *sentences])
     return {full: text, readme: between_marks(readme.read_text(), "report", short)}
 
 
@@ -108,19 +109,22 @@ def short_table(result: dict) -> str:
         "| | ours | " + " | ".join(labels) + " |",
         "|---" * (2 + len(labels)) + "|",
     ]
-    for called, record in zip(SHORT.values(), records, strict=True):
+    for (name, called), record in zip(SHORT.items(), records, strict=True):
         ours = record["chunked"]
         cells = [_short_cell(f"{1e3 * ours['seconds']:.1f} ms", ours)]
         for baseline in (record.get(name, {}) for name in BASELINES):
-            ran = "seconds" in baseline
-            cells.append(_short_cell(f"{baseline['seconds'] / ours['seconds']:.2f} ×", baseline) if ran else "—")
+            if "seconds" not in baseline:
+                cells.append("—")
+                continue
+            weights = " *" if name.startswith(STEP) and not baseline["token_weights"] else ""
+            cells.append(_short_cell(f"{baseline['seconds'] / ours['seconds']:.2f} ×", baseline, weights))
         lines.append(f"| {called} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _short_cell(time: str, record: dict) -> str:
+def _short_cell(time: str, record: dict, weights: str = "") -> str:
     off = max(record["errors"].get(name, 0.0) for name in throughput.GRADIENTS)
-    return f"{time}, {record['peak_mib']:.0f} MiB, " + (f"**{off:.0e}**" if record["wrong"] else f"{off:.0e}")
+    return f"{time}{weights}, {record['peak_mib']:.0f} MiB, " + (f"**{off:.0e}**" if record["wrong"] else f"{off:.0e}")
 
 
 def main() -> None:

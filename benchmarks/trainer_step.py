@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -290,20 +290,27 @@ def table(result: dict) -> str:
 
 
 def sentence(result: dict) -> str:
-    """The time and memory of ours over the stock trainer's, by the share of questions at weight 0, over all cases."""
-    found: dict[float, list[tuple[float, ...]]] = {}
+    """Time and memory over the stock trainer's, by the share of questions at weight 0, over all cases."""
+    found: dict[float, dict[str, list[list[float]]]] = {}
     for case in result["cases"]:
-        trainers = case["trainers"]
-        found.setdefault(case["zeros"], []).append(shares(trainers["ours"], trainers["stock"]))
+        trainers, of_share = case["trainers"], found.setdefault(case["zeros"], {name: [] for name in TRAINERS[1:]})
+        for name in of_share.keys() & trainers.keys():
+            of_share[name].append(shares(trainers[name], trainers["stock"]))
     parts = []
-    for zeros, cases in sorted(found.items(), reverse=True):
-        time, _, _, memory = (f"{min(x):.2f} to {max(x):.2f}" for x in zip(*cases, strict=True))
-        parts.append(f"with {zeros:.0%} {time} of the time and {memory} of the memory")
+    for zeros, of_share in sorted(found.items(), reverse=True):
+        time, _, _, memory = (_range(x) for x in zip(*of_share["ours"], strict=True))
+        by_hand = _range([time for time, *_ in of_share["hand-filtered"]])
+        parts.append(f"with {zeros:.0%} {time} of the time (filtered by hand {by_hand}) and {memory} of the memory")
+    settings = {(case["processes"], case["per_device"]) for case in result["cases"]}
     return (
         "What follows sampling in a step of `SCSDPOTrainer`, beside TRL's `SDPOTrainer`, by the share of questions at "
-        f"weight 0: {'; '.join(parts)} (SmolLM2-135M, {len(result['cases'])} settings of batch and processes, "
+        f"weight 0: {'; '.join(parts)} (SmolLM2-135M, {len(settings)} settings of batch and processes, "
         f"{result['machine']['device']})."
     )
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}" if values else "—"
 
 
 def main() -> None:

@@ -62,9 +62,9 @@ def load(model: str):
 
 
 def warm_up(model: str, folder: str, **options) -> None:
-    """Writes a model to a folder that answers most questions right at times, and always where a solution is shown.
+    """Writes a model to a folder that answers some questions right, and all whose solution is shown.
 
-    That is what it reads here for some minutes; every other question has its solution.
+    It reads right answers for some minutes. Every other question has its solution.
     """
     answered = []
     for i, x in enumerate(questions()[HELD_OUT : HELD_OUT + WARM]):
