@@ -5,6 +5,7 @@ import math
 import oracle
 import pytest
 import torch
+from conftest import DEVICE
 from oracle import assert_near, relative_error
 from problems import DTYPES, problem
 from test_row_divergence import call, device_of, every_kernel, several_blocks  # noqa: F401
@@ -97,7 +98,7 @@ def exact_rows(student, teacher, target, objective, weight, policy, softcap, dty
 @pytest.mark.parametrize("alone", [False, True], ids=["with a divergence", "alone"])
 def test_rows(kernel, objective, case, alone):
     """Values and gradients as near to float64 as three times PyTorch's own in fp32, and the divergence's contract."""
-    for vocabulary in (17, 1021):
+    for vocabulary in (17, 300 if kernel == "triton" and DEVICE == "cpu" else 1021):  # its interpreter is slow
         student, teacher, target = row_problem(case, vocabulary)
         softcap, rows = (SOFTCAP if case == "softcap" else 0.0), len(student)
         advantages, ratio = torch.randn(rows), torch.rand(rows) * 2
