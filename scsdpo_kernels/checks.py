@@ -25,8 +25,9 @@ from .problem import (
 from .vocab_shard import VocabShard, check_lengths, name_of
 
 SCHEDULES = ("auto", "chunked", "reference")
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # asked here: not every torch.compile traces the question
-_WITH_AUTOCAST = {x for x in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(x)}  # nor this one
+# Asked here, since PyTorch 2.11's torch.compile traces neither question.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+_COMPILED_WITH_AUTOCAST = {x for x in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(x)}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _LEAST, _MOST = 2.0**-126, 2.0**126  # normal in fp32, and their inverses
@@ -409,7 +410,9 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def in_autocast(device: str) -> bool:
-    return device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
+    if torch.compiler.is_compiling():
+        return device in _COMPILED_WITH_AUTOCAST and torch.is_autocast_enabled(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -204,21 +204,19 @@ def test_a_run_of_every_method_and_seed(tmp_path, monkeypatch, smollm2_example, 
     import real_run
 
     example, folder = smollm2_example
-    monkeypatch.setattr(real_run, "alone", lambda function, *arguments: function(*arguments))
+    calls = []
     monkeypatch.setattr(
-        example, "reward", lambda completions, **_: [float(i % 3 == 0) for i in range(len(completions))]
+        real_run, "alone", lambda function, *arguments: calls.append(function.__name__) or function(*arguments)
     )
-    for name, value in {
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "gradient_accumulation_steps": 1,
-    }.items():
+    monkeypatch.setattr(example, "reward", lambda completions, **_: [1.0, 0.0, 0.0, 1.0])
+    for name, value in (("per_device_train_batch_size", 4), ("num_generations", 4), ("gradient_accumulation_steps", 1)):
         monkeypatch.setitem(example.SETTINGS, name, value)
     arguments = ["real_run.py", "--steps", "3", "--model", folder, "--warm", str(tmp_path / "warm")]
     arguments += ["--output", str(tmp_path / "results")]
     for more in (["--seeds", "2"], ["--seeds", "3", "--add"]):
         monkeypatch.setattr(sys, "argv", [*arguments, *more])
         real_run.main()
+    assert calls == ["warm_up", *["run"] * 9]  # what is there is not run again
     (path,) = (tmp_path / "results").glob("real_run-*.json")
     result = json.loads(path.read_text())
     assert list(result["runs"]) == ["SC-SDPO", "SDPO", "hard filter"]

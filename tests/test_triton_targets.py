@@ -53,7 +53,7 @@ def label(line):
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("version", TRITONS)
-def test_every_configuration_compiles_without_spills(compiled, version, target):
+def test_configurations_compile_without_spills(compiled, version, target):
     if (version, target) not in compiled:
         pytest.skip(f"no Triton {version} in {TRITONS[version]}; ./dev test installs it")
     lines = compiled[version, target].result()
