@@ -19,17 +19,19 @@ from inputs import reasoning
 from measuring import RESULTS, interleaved, machine, medians, products, timed, write
 from torch.profiler import ProfilerActivity, profile
 
-from scsdpo_kernels import linear_divergence
+from scsdpo_kernels import TopK, linear_divergence
 
-CASES = {  # N, D, V
-    "Qwen3-8B, 8192 tokens": (8192, 4096, 151936),
-    "Qwen3-8B, 256 tokens": (256, 4096, 151936),
-    "Qwen3-0.6B, 256 tokens": (256, 1024, 151936),
-    "OLMo-3-7B, 8192 tokens": (8192, 4096, 100278),
+CASES = {  # N, D, V, support
+    "Qwen3-8B, 8192 tokens": (8192, 4096, 151936, None),
+    "Qwen3-8B, 8192 tokens, TopK(100)": (8192, 4096, 151936, TopK(100)),
+    "Qwen3-8B, 256 tokens": (256, 4096, 151936, None),
+    "Qwen3-8B, 256 tokens, TopK(100)": (256, 4096, 151936, TopK(100)),
+    "Qwen3-0.6B, 256 tokens": (256, 1024, 151936, None),
+    "OLMo-3-7B, 8192 tokens": (8192, 4096, 100278, None),
 }
 
 
-def kernel_times(rows: int, width: int, vocabulary: int, repeats: int) -> dict:
+def kernel_times(rows: int, width: int, vocabulary: int, support: TopK | None, repeats: int) -> dict:
     device = torch.device("cuda")
     hidden, weight, teacher = reasoning(rows, width, vocabulary, torch.bfloat16, device=device)
     hidden.requires_grad_()
@@ -37,7 +39,7 @@ def kernel_times(rows: int, width: int, vocabulary: int, repeats: int) -> dict:
 
     def step() -> None:
         hidden.grad = weight.grad = None
-        linear_divergence(hidden, weight, teacher).loss.backward()
+        linear_divergence(hidden, weight, teacher, support=support).loss.backward()
 
     runs = {"step": step, "products": products(hidden, weight, teacher)}
     times = medians(interleaved(runs, repeats, device))

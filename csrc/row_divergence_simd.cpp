@@ -257,7 +257,7 @@ SCSDPO_ALONE void whole_row(const Memory& memory, const Mixture& mix, const PerR
     if (rows.old_logp) {
       const float ratio = importance_ratio(logp, rows.old_logp[r], rows.importance_clip);
       scalar(scalars, kImportanceRatio, r) = ratio;
-      scale *= ratio;
+      if (scale != 0.0f) scale *= ratio;  // which may be NaN
     }
   }
   double total[kTermCount<kind>] = {};

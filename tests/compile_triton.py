@@ -22,8 +22,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from scsdpo_kernels.kernels import logits_triton, question_weights_triton, row_divergence_triton, scaling_triton
-from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, RowStatistics
+from scsdpo_kernels.kernels import (
+    logits_triton,
+    question_weights_triton,
+    row_divergence_triton,
+    scaling_triton,
+    support_triton,
+)
+from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, RowStatistics, SupportLogits
 from scsdpo_kernels.problem import ENDS, objective_of
 
 # Shared memory of a program, in bytes: 163 KiB on sm_80, of which sm_86 and sm_89 have 99; 227 on sm_90 and sm_100.
@@ -59,7 +65,7 @@ def launch_all():
         launch_logits(vocabulary)
         launch_stages(vocabulary, OBJECTIVES, FORMS)
     launch_with_more(OWN_SHARES)
-    launch_supports(EVEN, OBJECTIVES)
+    launch_supports(EVEN, OBJECTIVES, FORMS)
     for exponent, threshold in ((0.5, None), (1.0, 0.5)):
         launch_weights(exponent, threshold)
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
@@ -73,7 +79,7 @@ def launch_some():
     launch_logits(ODD)
     launch_stages(ODD, LARGEST, FORMS[2:])
     launch_with_more(OWN_SHARES[:1])
-    launch_supports(EVEN, LARGEST)
+    launch_supports(EVEN, LARGEST, FORMS[2:])
     launch_weights(1.0, 0.5)
     scaling_triton.multiply(torch.ones(8, dtype=torch.bfloat16), torch.ones(()))
 
@@ -104,13 +110,33 @@ def launch_rows(vocabulary, objectives, forms, policy=None):
             row_divergence_triton.row_divergence(logits, rows, objective, gradient)
 
 
-def launch_supports(vocabulary, objectives):
+def launch_supports(vocabulary, objectives, forms):
     """The short rows of supports are float64."""
     logits = logits_of(vocabulary, dtype=torch.float64)
     for objective in objectives:
         if objective.kind != "clipped":
             gradient = torch.empty_like(logits.student, dtype=torch.float32)
             row_divergence_triton.row_divergence(logits, PerRow(torch.ones(3)), objective, gradient)
+    for k in (100, 1000):
+        support_triton.likeliest(logits_of(vocabulary).student, k)
+    for difference, dtype, softcap in forms:
+        launch_support(logits_of(vocabulary, difference, softcap), dtype, policy=POLICY if softcap else None)
+    launch_support(logits_of(vocabulary)._replace(teacher=None), torch.bfloat16, policy=None)
+
+
+def launch_support(logits, dtype, policy):
+    """Teacher's logits that are not there stand for log-probabilities that a server has given."""
+    double, single, ids = torch.zeros(2, 3, dtype=torch.float64), torch.ones(3), torch.zeros(3, 100, dtype=torch.int64)
+    student, *teacher = support_triton.entries(logits, ids, 0.0, forbid=True)
+    at = SupportLogits(ids, student, *teacher or [None], None if teacher else torch.zeros(3, 100), double)
+    tail, target = RowStatistics(*double, *[single] * 5), torch.zeros(3, dtype=torch.int64)
+    given = PerRow(single, target, single, policy=policy)
+    for renormalize in (False, True):
+        values = support_triton.support_values(at, tail, given, 1.0, renormalize=renormalize)
+    g, gradient = torch.zeros(3, 101), torch.empty_like(logits.student, dtype=dtype)
+    support_triton.support_gradient(
+        logits, ids, at, target, values, tail.student_lse, g, 1.0, gradient, is_bounded=True
+    )
 
 
 def launch_stages(vocabulary, objectives, forms, policy=None):
@@ -133,9 +159,6 @@ def launch_logits(vocabulary):
     for softcap in (0.0, 30.0):
         logits = logits_of(vocabulary, softcap=softcap)
         logits_triton.head_logits(logits.student, torch.zeros(vocabulary), 1.5, softcap)
-        for dtype in (torch.bfloat16, torch.float32):
-            gradient = torch.empty_like(logits.student, dtype=dtype)
-            logits_triton.tail_gradient(logits, torch.zeros(3), torch.zeros(3), 1.0, gradient)
 
 
 class Driver:

@@ -519,6 +519,7 @@ class Program:
 
     def _memory(self, name: str, modifiers: list[str], operands: tuple) -> Callable:
         space, *modifiers, kind = modifiers
+        space = space.removesuffix("::cta")
         address, values = operands if name == "st" else operands[::-1]
         values = _registers(values)
         assert modifiers == ([] if len(values) == 1 else [f"v{len(values)}"])
@@ -534,22 +535,25 @@ class Program:
         assert space in ("global", "shared")
         element = TYPES[kind]
         size = np.dtype(element).itemsize
+        # Integers of few bits lie in wider registers.
+        declared = {self._declared(x) for x in values if x[0] == "%"}
+        wide = declared.pop() if kind in ("b8", "b16") and len(declared) == 1 else element
         where = self._source(address.base, np.uint64 if space == "global" else np.uint32)
 
         def load(threads, active):
             data = threads.load(space, where(threads), address.offset, size * len(values), active)
             for i, register in enumerate(values):
                 value = np.ascontiguousarray(data[:, size * i : size * (i + 1)]).view(element)[:, 0]
-                threads.write_some(register, value, active)
+                threads.write_some(register, value.astype(wide), active)
 
         if name == "ld":
             for register in values:
-                self._check(register, element)
+                self._check(register, wide)
             return load
-        sources = [self._source(x, element) for x in values]
+        sources = [self._source(x, wide) for x in values]
 
         def store(threads, active):
-            data = np.stack([threads.some(source(threads), active) for source in sources], axis=1)
+            data = np.stack([threads.some(source(threads), active).astype(element) for source in sources], axis=1)
             threads.store(space, where(threads), address.offset, data.view(np.uint8), active)
 
         return store
@@ -573,9 +577,11 @@ class Program:
 
     def _warp(self, opcode: str, operands: tuple) -> Callable:
         to, of, *rest = operands
-        if opcode == "shfl.sync.bfly.b32":
-            assert rest[1:] == ["31", "-1"]
-            lanes = np.arange(WARP) ^ int(rest[0])
+        if opcode in ("shfl.sync.bfly.b32", "shfl.sync.up.b32"):
+            lanes, by = np.arange(WARP), int(rest[0])
+            goes_up = "up" in opcode
+            assert rest[1:] == ["0" if goes_up else "31", "-1"]
+            lanes = np.where(lanes < by, lanes, lanes - by) if goes_up else lanes ^ by
             source, members = self._source(of, np.uint32), None
         else:
             name, kind = opcode.removeprefix("redux.sync.").split(".")

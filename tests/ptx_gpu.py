@@ -83,9 +83,9 @@ class Compiled:
             raise AttributeError(module)
         return _Module(functools.partial(self._call, module))
 
-    def _call(self, module: str, function: str, *arguments: Any) -> Any:
+    def _call(self, module: str, function: str, *arguments: Any, **options: Any) -> Any:
         storages: list[Any] = []
-        _send(self._process.stdin, (module, function, arguments, self.seed), storages)
+        _send(self._process.stdin, (module, function, arguments, options, self.seed), storages)
         (result, error), returned = _receive(self._process.stdout)
         if error is not None:
             raise RuntimeError(error)
@@ -227,14 +227,14 @@ def main() -> None:
     driver = None if interpreted else install(target)
     while True:
         try:
-            (module, function, arguments, seed), storages = _receive(source)
+            (module, function, arguments, options, seed), storages = _receive(source)
         except EOFError:
             return
         try:
             if driver is not None:
                 driver.seed = seed
             launchers = importlib.import_module(f"scsdpo_kernels.kernels.{module}")
-            answer = getattr(launchers, function)(*arguments), None
+            answer = getattr(launchers, function)(*arguments, **options), None
         except Exception:
             answer = None, traceback.format_exc()
         _send(to, answer, storages)

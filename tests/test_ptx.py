@@ -18,12 +18,16 @@ from ptx_gpu import Compiled
 from test_policy import exact_rows
 from test_question_weights import by_hand
 from test_row_divergence import assert_rows, logits
+from test_support_kernels import first_largest
 
 from scsdpo_kernels import PolicyGradient
-from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, Scalars
+from scsdpo_kernels.kernels import native, support_torch
+from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, RowStatistics, Scalars, SupportLogits
+from scsdpo_kernels.kernels.of_target import of_target
 from scsdpo_kernels.problem import objective_of
+from scsdpo_kernels.schedules import chunked
 from scsdpo_kernels.schedules.chunked import ALIGNMENT
-from scsdpo_kernels.schedules.shards import merge_statistics, of_target
+from scsdpo_kernels.schedules.shards import merge_statistics
 
 TEMPERATURE = 0.75
 SEEDS = (None, 1)  # approximate instructions: exact; wrong by their bounds
@@ -441,20 +445,85 @@ def test_head_logits(sm_80, vocabulary, bias, softcap):
         torch.testing.assert_close(got.double(), exact, rtol=1.2e-6 if softcap else 1.2e-7, atol=0)
 
 
+def test_likeliest(sm_80):
+    """Of equal numbers the first ones, two at a place where sets meet."""
+    z = torch.randn(2, 9001, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    z[0, [63, 64, 9000]] = 9.0
+    for k in (2, 40):
+        assert sm_80.support_triton.likeliest(padded(z), k).tolist() == [first_largest(x, k) for x in z.tolist()]
+
+
+class Support(NamedTuple):
+    """Three rows of a support: one has nothing else, one an empty slot, and one weight 0 and no number."""
+
+    logits: Logits  # with the support's entries
+    columns: torch.Tensor
+    at: SupportLogits
+    tail: RowStatistics
+    given: PerRow
+
+
+def support_of(vocabulary, softcap, policy):
+    generator = torch.Generator().manual_seed(0)
+    z, t = torch.randn(2, 3, vocabulary, generator=generator) * 3
+    columns = torch.stack([torch.randperm(vocabulary, generator=generator)[:9] for _ in z])
+    columns[1, 4] = -1
+    z[0] = torch.where(torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, columns[0], True), z[0], -torch.inf)
+    z[2, 7] = torch.nan
+    given = PerRow(torch.tensor([1.0, -2.0, 0.0]))
+    if policy:
+        target = torch.stack([columns[0, 3], torch.tensor(vocabulary - 1), columns[2, 0]])
+        advantage, coefficient = torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0.5, 2.0, 0.0])
+        given = given._replace(
+            target=target, old_logp=torch.tensor([-1.0, -2.0, -3.0]),
+            policy=RowPolicy(advantage, coefficient, None, 0.8, 1.2),
+        )  # fmt: skip
+    logits = Logits(padded(z), padded(t), False, softcap)
+    target = None if given.target is None else support_torch.entries(logits, given.target[:, None], torch.nan)[..., 0]
+    rest = Logits(*(x.clone() for x in logits[:2]), False, softcap)
+    student, teacher = support_torch.entries(rest, columns, -torch.inf, forbid=True)
+    tail = native.row_statistics(rest, TEMPERATURE)
+    return Support(logits, columns, SupportLogits(columns, student, teacher, None, target), tail, given)
+
+
+@pytest.mark.parametrize("policy", [False, True], ids=["divergence", "policy"])
 @pytest.mark.parametrize("vocabulary, softcap, dtype", [(6657, 0.0, torch.bfloat16), (4112, 30.0, torch.float32)])
-def test_tail_gradient(sm_80, vocabulary, softcap, dtype):
-    """factor e^((z - base)/T), to twice the error that `exponential` states; a factor of 0 wins over all else."""
-    z = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0)) * 5
-    z[1, 3], z[2, 5] = -torch.inf, torch.nan
-    base, factor = torch.tensor([20.0, 1.0, 2.0, -3.0]), torch.tensor([1.0, -2.0, 0.0, 1e3])
-    x = (z.double() - base[:, None]) / TEMPERATURE
-    slope = (1 - (z.double() / softcap) ** 2).clamp(min=0) if softcap else 1.0
-    exact = torch.where(factor[:, None] == 0, 0.0, factor[:, None] * x.exp() * slope)
-    for sm_80.seed in SEEDS:
-        got = padded(torch.full(z.shape, torch.nan), dtype, torch.nan)
-        sm_80.logits_triton.tail_gradient(Logits(padded(z), None, False, softcap), base, factor, TEMPERATURE, got)
-        relative = 4e-7 + 2e-7 * x.abs().nan_to_num(posinf=0) + (1e-5 if softcap else 0) + torch.finfo(dtype).eps / 2
-        assert ((got.double() - exact).abs() <= relative * exact.abs() + 1e-38).all()
+def test_supports(sm_80, vocabulary, softcap, dtype, policy):
+    """As PyTorch's operators have it in float64: values to an fp32 rounding, the dense gradient to twice the error that
+    `exponential` states."""
+    case, kernels = support_of(vocabulary, softcap, policy), sm_80.support_triton
+    for renormalize in (False, True):
+        options = {"renormalize": renormalize}
+        expected = support_torch.support_values(case.at, case.tail, case.given, TEMPERATURE, **options)
+        got = kernels.support_values(case.at, case.tail, case.given, TEMPERATURE, **options)
+        for name in ("log_p", "log_q", "lse", "log_tail", "weight", "slope"):
+            x, y = getattr(got, name), getattr(expected, name)
+            assert (x is None) == (y is None)
+            if y is not None:
+                limit = 1e-6 if y.dtype == torch.float32 else 1e-12
+                torch.testing.assert_close(x, y, rtol=limit, atol=limit, equal_nan=True)
+        torch.testing.assert_close(got.scalars[1:], expected.scalars[1:], rtol=1e-6, atol=1e-6, equal_nan=True)
+        for x, y in zip(got.few[:2], expected.few[:2], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12, equal_nan=True)
+    g = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    for is_bounded in (False, True):
+        rest = case.logits._replace(student=case.logits.student.clone(), teacher=case.logits.teacher.clone())
+        read = kernels.entries(rest, case.columns, -torch.inf, forbid=True)
+        assert torch.equal(read.nan_to_num(0.5), torch.stack([case.at.student, case.at.teacher]).nan_to_num(0.5))
+        rest = rest._replace(student=padded(rest.student))
+        arguments = (
+            rest, case.columns, case.at, case.given.target, expected, case.tail.student_lse, g, TEMPERATURE
+        )  # fmt: skip
+        want, got = (padded(torch.full(rest.student.shape, torch.nan), dtype, torch.nan) for _ in range(2))
+        support_torch.support_gradient(*arguments, want, is_bounded=is_bounded)
+        for sm_80.seed in SEEDS:
+            kernels.support_gradient(*arguments, got, is_bounded=is_bounded)
+            eps = torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(got, want, rtol=eps, atol=1e-7)
+        in_place = chunked.view_as(rest.student, dtype)
+        kernels.support_gradient(*arguments, in_place, is_bounded=is_bounded)
+        assert torch.equal(in_place, got)
+        assert (got[2] == 0).all()
 
 
 @pytest.mark.parametrize("exponent, threshold", [(0.5, None), (1.0, 0.5), (0.25, None)])

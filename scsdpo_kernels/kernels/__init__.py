@@ -1,4 +1,4 @@
-"""Which kernels a device has, all with the contracts of csrc/row_divergence.h and csrc/logits.h."""
+"""Which kernels a device has, with the contracts of csrc/row_divergence.h, csrc/logits.h and support_torch.py."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -14,7 +14,10 @@ class Kernels(NamedTuple):
     row_gradient: Callable
     shares: Callable  # what these take as the β of each row: once for all chunks
     head_logits: Callable
-    tail_gradient: Callable
+    likeliest: Callable
+    entries: Callable
+    support_values: Callable
+    support_gradient: Callable
 
 
 def kernels_of(device: torch.device) -> Kernels:
@@ -23,18 +26,18 @@ def kernels_of(device: torch.device) -> Kernels:
 
 
 def native_kernels() -> Kernels:
-    from . import native
+    from . import native, support_torch
 
-    return _kernels(native, native)
+    return _kernels(native, native, support_torch)
 
 
 def triton_kernels() -> Kernels:
-    from . import logits_triton, row_divergence_triton
+    from . import logits_triton, row_divergence_triton, support_triton
 
-    return _kernels(row_divergence_triton, logits_triton)
+    return _kernels(row_divergence_triton, logits_triton, support_triton)
 
 
-def _kernels(rows: ModuleType, logits: ModuleType) -> Kernels:
+def _kernels(rows: ModuleType, logits: ModuleType, support: ModuleType) -> Kernels:
     return Kernels(
         rows.row_divergence,
         rows.row_statistics,
@@ -42,5 +45,8 @@ def _kernels(rows: ModuleType, logits: ModuleType) -> Kernels:
         rows.row_gradient,
         rows.shares,
         logits.head_logits,
-        logits.tail_gradient,
+        support.likeliest,
+        support.entries,
+        support.support_values,
+        support.support_gradient,
     )

@@ -1,5 +1,6 @@
 """What is said to row kernels, and what they return: a chunk of C rows of logits, and an objective."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from ..problem import Objective as Objective
 from ..problem import objective_of as objective_of
+
+# The logarithm of the least mass that a support's rest counts as, 1 - e^-1e-7, as in SDPO's code.
+LEAST_LOG_TAIL = math.log(-math.expm1(-1e-7))
 
 
 class Logits(NamedTuple):
@@ -77,3 +81,26 @@ class RowStatistics(NamedTuple):
     log_ratio: Tensor
     student_entropy: Tensor  # nats
     teacher_entropy: Tensor
+
+
+class SupportLogits(NamedTuple):
+    """A chunk's logits on its rows' supports of K entries, float64."""
+
+    ids: Tensor  # (C, K) int64; negative: an empty slot
+    student: Tensor  # (C, K); -inf in an empty slot
+    teacher: Tensor | None  # (C, K)
+    teacher_logp: Tensor | None  # (C, K) floating point, where the teacher's logits are not known
+    target: Tensor | None  # (sides, C) at the rows' targets; NaN: it has none
+
+
+class SupportValues(NamedTuple):
+    """What follows from them and the statistics of a row's other entries, its tail. (C,) float64, or as it says."""
+
+    log_p: Tensor  # (C, K)
+    log_q: Tensor  # (C, K)
+    lse: Tensor  # log-sum-exp of all entries of the student
+    log_tail: Tensor  # log-probability of its tail
+    few: Logits  # short rows, (C, K + 1) or renormalised (C, K), whose divergence it is
+    scalars: Tensor  # (`PerRow.scalars`, C) fp32: `Scalars`, without the divergence
+    weight: Tensor  # fp32: multiplies the divergence's gradient
+    slope: Tensor | None  # fp32: c A r of a policy, multiplies p_v - [v = y]

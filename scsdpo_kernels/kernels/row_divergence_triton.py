@@ -438,7 +438,7 @@ def _target_entry(pair: Pair, column, form: tl.constexpr):
 
 
 @triton.jit
-def _store_policy(advantage, coefficient, ratio, lowest, highest, logp, scalars, rows, one):
+def store_policy(advantage, coefficient, ratio, lowest, highest, logp, scalars, rows, one):
     """Stores a row's policy loss and whether it is clipped, and returns coefficient A r, 0 where it is."""
     ratio = tl.where(logp == logp, ratio, logp)  # a NaN row is NaN throughout
     loss, clipped, slope = policy_terms(advantage, ratio, lowest, highest)
@@ -516,7 +516,7 @@ def _whole_row(chunk, given, scalars, out, by: Numbers, form: tl.constexpr, walk
         elif given.old_logp is not None:
             policy_ratio = tl.exp(logp - tl.load(given.old_logp + one))
         advantage, coefficient = tl.load(given.advantage + one), tl.load(given.coefficient + one)
-        pull = _store_policy(
+        pull = store_policy(
             advantage, coefficient, policy_ratio, given.lowest, given.highest, logp, scalars, chunk.rows, one
         )
         pull *= by.inverse_temperature
@@ -529,7 +529,7 @@ def _whole_row(chunk, given, scalars, out, by: Numbers, form: tl.constexpr, walk
     if out is not None:
         scale = gradient_scale(tl.load(given.weight + one), by, form.objective)
         if given.old_logp is not None:
-            scale *= ratio
+            scale = tl.where(scale == 0, 0.0, scale * ratio)  # which may be NaN
         _write_gradient(out, pair, row, mean, scale, of_policy, by, form)
 
 
@@ -570,7 +570,7 @@ def _form(logits: Logits, kind: str) -> Form:
     return Form(KINDS.index(kind), logits.difference, bool(logits.softcap), BLOCK, lanes)
 
 
-def _given(rows: PerRow) -> Given:
+def given_of(rows: PerRow) -> Given:
     return Given(rows.weight, rows.target, rows.old_logp, *(rows.policy or [None] * 5))
 
 
@@ -587,7 +587,7 @@ def row_divergence(logits: Logits, rows: PerRow, objective: Objective, gradient:
     assert old_logp is None or (target is not None and old_logp.dtype == torch.float32 and old_logp.is_contiguous())
     scalars = torch.empty(rows.scalars, len(weight), dtype=torch.float32, device=student.device)
     row_divergence_kernel[(len(weight),)](
-        _chunk(logits), _given(rows), scalars, _output(gradient),
+        _chunk(logits), given_of(rows), scalars, _output(gradient),
         _numbers(objective, importance_clip, logits.softcap), _shares(objective), form=_form(logits, objective.kind),
         walk=_form(logits, first_walk(objective.kind)), ends=_ends(logits, objective), **options(student.device.type),
     )  # fmt: skip
@@ -633,7 +633,7 @@ def row_gradient(
     student = logits.student
     divergence = torch.empty(len(student), dtype=torch.float32, device=student.device)
     row_gradient_kernel[(len(student),)](
-        _chunk(logits), _known(statistics), terms, _given(rows), divergence, _output(gradient),
+        _chunk(logits), _known(statistics), terms, given_of(rows), divergence, _output(gradient),
         _numbers(objective, 0.0, logits.softcap), _shares(objective), form=_form(logits, objective.kind),
         ends=_ends(logits, objective), **options(student.device.type),
     )  # fmt: skip

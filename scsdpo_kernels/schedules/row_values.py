@@ -7,10 +7,11 @@ from torch import Tensor
 
 from ..kernels import Kernels
 from ..kernels.contract import Logits, PerRow, Scalars
+from ..kernels.of_target import of_target
 from ..problem import Objective, Support, entries_of
 from .metrics import of_logits, of_rows
 from .rows import Rows
-from .shards import Shard, of_target
+from .shards import Shard
 from .support import divergence_on_support
 
 
@@ -46,7 +47,7 @@ def divergence_on_part(
 ) -> tuple[Tensor, ...]:
     """Row scalars over the whole vocabulary, and the weighted gradient of this process's part of it."""
     temperature, given = objective.temperature, rows.given
-    target = shard.target_logits(logits, rows.given.target)
+    target = shard.target_logits(kernels, logits, given.target)
     known = shard.statistics(kernels, logits, temperature)
     fields, logps = [known.student_entropy, known.teacher_entropy], [None]
     if target is not None:
@@ -56,9 +57,7 @@ def divergence_on_part(
     fields += more
     of_gradient = PerRow(weight)
     if slope is not None:
-        column, here = shard.local(given.target[:, None], torch.ones_like(given.target, dtype=torch.bool)[:, None])
-        column = torch.where(here, column, -1).squeeze(1)
-        of_gradient = PerRow(weight, column, policy=given.policy._replace(coefficient=slope.float()))
+        of_gradient = PerRow(weight, shard.local(given.target), policy=given.policy._replace(coefficient=slope.float()))
     if shard.size:
         own = kernels.row_terms(logits, objective, known)
     else:

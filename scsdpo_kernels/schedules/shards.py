@@ -13,7 +13,6 @@ from the same numbers in the same order, so all have the same bits.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..kernels import Kernels
-from ..kernels.contract import Logits, PerRow, RowStatistics
+from ..kernels.contract import Logits, RowStatistics
 from ..problem import Part
 
 
@@ -48,29 +47,44 @@ class Shard:
         gather(every.flatten(0, 1), own.contiguous(), group=self.group)
         return every
 
-    def local(self, ids: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-        """This part's columns for (C, K) ids, and which ids are here. Others repeat the first one that is."""
+    def local(self, ids: Tensor) -> Tensor:
+        """This part's columns for ids, -1 for those that are elsewhere."""
+        if self.group is None:
+            return ids
         columns = ids - self.start
-        here = exists & (columns >= 0) & (columns < self.size)
-        first = columns.gather(1, here.int().argmax(1, keepdim=True)).clamp(0, max(0, self.size - 1))
-        return torch.where(here, columns, first), here
+        return torch.where((columns >= 0) & (columns < self.size), columns, -1)
 
-    def values(self, logits: Logits, ids: Tensor, exists: Tensor) -> Tensor:
-        """(sides, C, K) float64: the logits of both sides at ids, wherever they are; 0 where they are nowhere."""
-        columns, here = self.local(ids, exists)
+    def values(self, kernels: Kernels, logits: Logits, ids: Tensor, columns: Tensor) -> Tensor:
+        """(sides, C, K) float64: the logits of both sides at ids, -inf where those are negative; they are forbidden."""
+        if self.group is None:
+            return kernels.entries(logits, columns, -torch.inf, forbid=True)
+        values = self.gather(kernels.entries(logits, columns, 0.0, forbid=True)).sum(0)
+        return torch.where((ids >= 0) & (ids < self.vocabulary), values, -torch.inf)
+
+    def likeliest(self, kernels: Kernels, student: Tensor, k: int) -> Tensor:
+        """(C, K) ids of the student's likeliest entries of all parts' candidates, ascending if there are several."""
+        most = min(k, self.longest)
+        columns = student.new_empty(len(student), 0, dtype=torch.int64)
         if self.size:
-            own = logits_at(logits, columns)
-        else:
-            sides = 1 if logits.teacher is None else 2
-            own = torch.zeros(sides, *ids.shape, dtype=torch.float64, device=ids.device)
-        return self.gather(torch.where(here, own, 0.0)).sum(0)
+            columns = kernels.likeliest(student, min(most, self.size))
+        if self.group is None:
+            return columns
+        candidates = torch.full((2, len(student), most), -torch.inf, dtype=torch.float64, device=student.device)
+        candidates[0] = -1  # an empty slot
+        candidates[:, :, : columns.shape[1]] = torch.stack([columns + self.start, student.gather(1, columns)]).double()
+        ids, logits = self.gather(candidates).movedim(0, 2).flatten(2)  # (C, parts · most)
+        order = torch.where(ids < 0, -torch.inf, logits.clamp(min=torch.finfo(torch.float64).min))
+        best = order.topk(min(k, self.vocabulary), sorted=False).indices
+        return ids.gather(1, best).long().sort(1).values  # every part has one order
 
-    def target_logits(self, logits: Logits, target: Tensor | None) -> Tensor | None:
+    def target_logits(self, kernels: Kernels, logits: Logits, target: Tensor | None) -> Tensor | None:
         """(sides, C) float64 at the targets, None without; NaN for an id that is not in the vocabulary."""
         if target is None:
             return None
-        ids = target.unsqueeze(1)
-        values = self.values(logits, ids, torch.ones_like(ids, dtype=torch.bool)).squeeze(2)
+        columns = self.local(target)[:, None]
+        if self.group is None:
+            return kernels.entries(logits, columns, torch.nan).squeeze(2)
+        values = self.gather(kernels.entries(logits, columns, 0.0)).sum(0).squeeze(2)
         return torch.where((target >= 0) & (target < self.vocabulary), values, torch.nan)
 
     def statistics(self, kernels: Kernels, logits: Logits, temperature: float) -> RowStatistics:
@@ -111,60 +125,6 @@ class Shard:
         if self.group is not None and tensor.numel():
             dist.all_reduce(tensor, group=self.group)
         return tensor
-
-
-def logits_at(logits: Logits, columns: Tensor) -> Tensor:
-    """(sides, C, K) float64 of student and, if it is there, teacher."""
-    sides = (logits.student,) if logits.teacher is None else (logits.student, logits.teacher)
-    values = torch.stack([x.gather(1, columns).double() for x in sides])
-    if logits.difference:
-        values[1] += values[0]
-    return values
-
-
-def _importance_ratio(logp: Tensor, old_logp: Tensor, clip: float) -> Tensor:
-    """By how much more likely the student finds a token than the policy that sampled it, bounded."""
-    return (logp - old_logp).clamp(-20, 20).exp().clamp(max=clip)
-
-
-class OfTarget(NamedTuple):
-    """What follows from the log-probability of a row's target."""
-
-    scalars: list[Tensor]  # of Scalars, those behind both log-probabilities
-    weight: Tensor  # (C,) fp32: multiplies the divergence's gradient
-    slope: Tensor | None  # (C,) c A r, where there is a policy: multiplies p_v - [v = y]
-
-
-def of_target(logp: Tensor | None, given: PerRow) -> OfTarget:
-    """As the row kernels do it for whole rows. No log-probability: no target, and the weight alone."""
-    scalars, weight, slope = [], given.weight, None
-    if given.old_logp is not None:
-        scalars.append(_importance_ratio(logp, given.old_logp, given.importance_clip))
-        weight = (weight * scalars[0]).float()
-    if given.policy is not None:
-        policy_loss, clipped, slope = _policy_terms(logp, given)
-        scalars = [*(scalars or [torch.ones_like(logp)]), policy_loss, clipped]
-    return OfTarget(scalars, weight, slope)
-
-
-def _policy_terms(logp: Tensor, given: PerRow) -> tuple[Tensor, Tensor, Tensor]:
-    """(C,) each: the policy's loss, whether it is clipped, and its coefficient's share of -∂loss/∂log p: c A r.
-
-    A row without an advantage has nothing of them, whatever its ratio; one whose log p is NaN has a gradient of NaN.
-    """
-    advantage, coefficient, ratio, lowest, highest = given.policy
-    if ratio is not None:
-        ratio = ratio.to(logp.dtype)
-    elif given.old_logp is not None:
-        ratio = (logp - given.old_logp).exp()
-    else:
-        ratio = torch.ones_like(logp)
-    ratio = torch.where(logp.isnan(), torch.nan, ratio)
-    clipped = ((advantage > 0) & (ratio > highest)) | ((advantage < 0) & (ratio < lowest))
-    bounded = torch.where(clipped, ratio.clamp(lowest, highest), ratio)
-    none = advantage == 0
-    slope = torch.where(none | clipped | (coefficient == 0), 0.0, coefficient * advantage * ratio)
-    return torch.where(none, 0.0, -advantage * bounded), clipped.to(logp.dtype), slope
 
 
 def merge_statistics(parts: Tensor, temperature: float) -> RowStatistics:  # (processes, 7, C) float64
