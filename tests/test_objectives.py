@@ -547,15 +547,6 @@ def test_listed_rows_of_weight_0_may_hold_anything(kernels, beta, bad_ids, bad_l
     torch.testing.assert_close((listed.loss, *of_listed), (kept.loss, *of_kept))
 
 
-@pytest.mark.parametrize("support", [None, TopK(5), SampledToken()], ids=["whole", "top-k", "sampled"])
-def test_listed_rows_of_weight_0_may_have_any_old_logp(kernels, support):
-    given = problem(4, D, V).but(token_weight=torch.tensor([1.0, 0.0, 2.0, 0.0]))
-    options = {"beta": 1.0, "support": support, "target_ids": torch.arange(4)}
-    options["old_logp"] = torch.tensor([-2.0, torch.nan, -3.0, -torch.inf])
-    (kept, *of_kept), (listed, *of_listed) = (given.run(**options, rows=rows) for rows in (None, torch.arange(4)))
-    torch.testing.assert_close((listed.loss, *of_listed), (kept.loss, *of_kept))
-
-
 def test_infinite_divergences_of_rows_of_weight_0_reach_no_gradient(kernels):
     given, forbids = problem(4, D, V), torch.zeros(V)
     forbids[3] = -torch.inf

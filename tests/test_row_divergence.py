@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from conftest import DEVICE
 
 from scsdpo_kernels.kernels import native, row_divergence_triton
-from scsdpo_kernels.kernels.contract import Logits, PerRow, Scalars
+from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, Scalars
 from scsdpo_kernels.problem import KINDS, objective_of
 
 BETAS = (0.0, 0.01, 0.5, 0.9, 1.0)
@@ -311,6 +311,23 @@ def test_nan_among_entries_that_underflow(kernel, side, beta):
     scalars, gradient = run(student, teacher, beta, kernel=kernel)
     assert scalars.divergence[2].isnan() and gradient[2, :500].isnan().all()
     assert scalars.divergence[[0, 1, 3, 4]].isfinite().all()
+
+
+@every_kernel
+@pytest.mark.parametrize("has_policy", [False, True], ids=["divergence", "policy"])
+def test_rows_of_weight_0_may_hold_anything(kernel, has_policy):
+    """NaN logits, and a NaN ratio of others: a policy's coefficient is 0 there, too."""
+    device, weight = device_of(kernel), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    student, teacher = logits(300, 2.0, 0.3)
+    student[1] = torch.nan
+    old_logp = torch.tensor([-5.0, -5.0, -5.0, torch.nan, -5.0])
+    weight, old_logp, target = (x.to(device) for x in (weight, old_logp, torch.arange(5)))
+    policy = RowPolicy(torch.ones_like(weight), weight, None, 0.8, 1.2) if has_policy else None
+    gradient = torch.full_like(student, torch.nan, device=device)
+    given = Logits(student.to(device), teacher.to(device), False, 0.0), PerRow(weight, target, old_logp, 2.0, policy)
+    for beta in (0.0, 0.5, 1.0):
+        call(kernel, *given, objective_of(beta), gradient)
+        assert gradient.isfinite().all() and ((gradient == 0).all(1) == (weight == 0)).all()
 
 
 @best_kernels

@@ -603,10 +603,10 @@ def logit_gradient(at: Entries, row: Row, mean: Mean, scale, pull, by: Numbers, 
     if has_mixture(objective):
         e, _, d = _factors(at, row, by)
         score = score_of(d, by.mixture, objective) - _spread(mean.reference) - _spread(mean.score)
-        slope, scale = e * score, row.inverse_own * scale
+        slope, scale = e * score, product(row.inverse_own, scale)
         p = e
         if pull is not None:
-            pull = row.inverse_own * pull
+            pull = product(row.inverse_own, pull)
     else:
         own, other, d = _probabilities(at, row, by)
         p = other if objective == FORWARD else own
@@ -625,5 +625,5 @@ def logit_gradient(at: Entries, row: Row, mean: Mean, scale, pull, by: Numbers, 
     # Weight 0 means gradient 0 whatever the row holds.
     g = tl.where(_spread(scale) == 0, 0.0, slope) * _spread(scale)
     if pull is not None:
-        g += p * _spread(pull)
+        g += tl.where(_spread(pull) == 0, 0.0, p * _spread(pull))
     return g
