@@ -50,6 +50,7 @@ END = "<!-- end -->"
 STEP = "Qwen3-8B, bfloat16, 256 rollouts, 63% of the questions at weight 0, "
 SHORT = {
     "Qwen3-8B, bfloat16, 8192 tokens": "8192 tokens",
+    "Qwen3-8B, bfloat16, 8192 tokens, top-100 and tail": "8192 tokens, TopK(100)",
     "Qwen3-8B, bfloat16, 256 tokens": "256 tokens",
     STEP + "tokens of weight 0 removed by hand": "256 rollouts, zero-weight tokens removed by hand",
     STEP + "padding removed": "256 rollouts, zero-weight tokens left to the loss",
