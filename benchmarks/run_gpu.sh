@@ -91,7 +91,7 @@ tests operator operator 150 -n 12 --dist worksteal tests/test_objectives.py test
 tests ranks ranks 60 -n 3 -m gpu tests/test_shards.py tests/test_batch_over_processes.py tests/test_routed_teachers.py
 tests features features 60 -n 12 --dist worksteal tests/test_features.py
 measure scaling 120 --rows 1024 --width 4096 --vocabulary 151936
-measure objectives 60
+measure objectives 150 --rows 4096 --width 4096 --repeats 5
 measure accuracy 90
 "$python" benchmarks/report.py --output "$out" >"$out/report.md" 2>/dev/null
 exit $failed
