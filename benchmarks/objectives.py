@@ -15,7 +15,7 @@ Writes FOLDER/objectives-<machine>.json and prints its table; `benchmarks/report
 import argparse
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,9 +30,8 @@ from scsdpo_kernels.kernels import kernels_of, native
 from scsdpo_kernels.kernels.contract import Logits, PerRow, RowPolicy, objective_of
 
 PLAIN, PROJECTION = "Jensen-Shannon, β = 0.5", "projection"
-# Narrow calls: few enough numbers of a hidden state, and so many tokens that a GPU takes longer than its host.
-NARROW = 96
-NARROW_TOKENS = {"cpu": 256, "gpu": 4096}
+# Narrow calls: tokens, so many that a GPU takes longer than its host, and numbers of a hidden state, few enough.
+NARROW = {"cpu": (256, 96), "gpu": (4096, 160)}
 
 
 def cases(hidden: Tensor, weight: Tensor) -> dict[str, tuple[Head, dict]]:
@@ -152,8 +151,8 @@ def rows_alone(logits: tuple[Tensor, Tensor], head: Head, options: dict) -> tupl
 
 def narrow_calls(vocabulary: int, dtype: torch.dtype, device: torch.device) -> dict[str, Callable]:
     """Of Jensen-Shannon and of every objective on a part of the vocabulary; and a projection of as many tokens."""
-    tokens = NARROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
-    hidden, weight, teacher = reasoning(tokens, NARROW, vocabulary, dtype, device=device)
+    tokens, width = NARROW["cpu" if device.type == "cpu" else "gpu"]
+    hidden, weight, teacher = reasoning(tokens, width, vocabulary, dtype, device=device)
     hidden.requires_grad_()
     teacher_head = weight.clone()  # both sides' logits, and no difference of them
 
@@ -187,7 +186,7 @@ def seconds_of_rows(
     before, stages = ({name: stage[i] for name, stage in stages.items()} for i in range(2))
     seconds = medians(interleaved(stages, repeats, device, before))
     narrow = interleaved(narrow_calls(vocabulary, dtype, device), repeats, device)
-    scale = 256 / NARROW_TOKENS["cpu" if device.type == "cpu" else "gpu"]
+    scale = 256 / NARROW["cpu" if device.type == "cpu" else "gpu"][0]
     for name, (_, options) in all_cases.items():
         if "support" in options:
             projections = int(isinstance(options["support"], TopLogprobs))  # that it does without
@@ -246,7 +245,8 @@ def errors_hidden(head: Head, options: dict, hidden: Tensor, teacher: Tensor) ->
     return off, stick
 
 
-def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
+def measure(arguments: argparse.Namespace, device: torch.device) -> Iterator[dict]:
+    """Records by name: of whole calls, then with the rows alone."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     shape = arguments.rows, arguments.width, arguments.vocabulary
     hidden, weight, teacher = reasoning(*shape, dtype, device=device)
@@ -265,17 +265,17 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict:
     runs = {("ours", name): partial(ours, *case) for name, case in all_cases.items()}
     runs |= {("trl", name): partial(theirs, loss) for name, loss in peers.items()}
     times = medians(interleaved(runs, arguments.repeats, device))
-    logits = (hidden[:256] @ weight.T).detach().float(), (teacher[:256] @ weight.T).float()
-    of_rows = seconds_of_rows(all_cases, logits, arguments.repeats, dtype)
     records = {}
     for name, (head, options) in all_cases.items():
         off, stick = errors_hidden(head, options, hidden, teacher)
         records[name] = {"seconds": times["ours", name], "error_hidden": off, "error_hidden_eager": stick}
-        if name in of_rows:
-            records[name]["seconds_of_256_rows"] = of_rows[name]
         if ("trl", name) in times:
             records[name]["seconds_of_trl"] = times["trl", name]
-    return records
+    yield records
+    logits = (hidden[:256] @ weight.T).detach().float(), (teacher[:256] @ weight.T).float()
+    for name, seconds in seconds_of_rows(all_cases, logits, arguments.repeats, dtype).items():
+        records[name]["seconds_of_256_rows"] = seconds
+    yield records
 
 
 def table(result: dict) -> str:
@@ -314,9 +314,9 @@ def main() -> None:
         "machine": machine(device),
         "shape": {name: getattr(arguments, name) for name in ("rows", "width", "vocabulary")},
         "repeats": arguments.repeats,
-        "objectives": measure(arguments, device),
     }
-    write("objectives", result, arguments.output)
+    for result["objectives"] in measure(arguments, device):
+        write("objectives", result, arguments.output)
     print(table(result))
 
 
