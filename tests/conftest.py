@@ -20,6 +20,11 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if DEVICE == "cpu" and HAS_TRITON:
+    import interpreter
+
+    interpreter.remember()
 
 
 # Files that run the CPU's own kernels, and do not choose the instruction set themselves.
@@ -73,7 +78,6 @@ SHORT = {
 }
 # Those of them that import Triton's kernels, which there are on Linux.
 WITH_TRITON = {"test_hf_kernels", "test_question_weights", "test_row_divergence", "test_scaling"}
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def pytest_ignore_collect(collection_path, config):
