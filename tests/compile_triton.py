@@ -1,9 +1,9 @@
 """Compiles the Triton kernels that are shipped, ahead of time, for GPUs that are not here.
 
-    python compile_triton.py sm_90 [some]      prints one line of JSON a kernel
+    python compile_triton.py sm_90 all      prints one line of JSON a kernel
 
 Every kernel in every configuration; of `some`, every kernel in those that use the most registers, and whole rows of
-every divergence.
+every divergence; of `few`, every kernel as what uses the most registers.
 
 The package's own launchers are called, with tensors of a CPU, up to where a kernel would run: so what is compiled is
 what they ask for. A script of its own because Triton's interpreter, which the tests run kernels in, excludes its
@@ -67,13 +67,21 @@ def launch_all():
 
 
 def launch_some():
-    for vocabulary in (EVEN, ODD):
-        launch_rows(vocabulary, OBJECTIVES, COMMON)
-    launch_rows(ODD, LARGEST, FORMS[3:])
+    launch_rows(EVEN, OBJECTIVES, COMMON)
+    launch_rows(ODD, LARGEST, (FORMS[0], FORMS[3]))
     launch_logits(ODD)
-    launch_stages(ODD, LARGEST, FORMS[2:])
+    launch_stages(ODD, LARGEST, FORMS[3:])
     launch_with_more(OWN_SHARES[:1])
-    launch_supports(EVEN, LARGEST)
+    launch_supports(EVEN, LARGEST[1:])
+    launch_weights(1.0, 0.5)
+    scaling_triton.multiply(torch.ones(8, dtype=torch.bfloat16), torch.ones(()))
+
+
+def launch_few():
+    launch_rows(ODD, LARGEST[1:], FORMS[3:])
+    launch_rows(EVEN, LARGEST[:1], FORMS[:1])
+    launch_logits(ODD, softcaps=(30.0,), dtypes=(torch.bfloat16,))
+    launch_stages(ODD, LARGEST[1:], FORMS[3:])
     launch_weights(1.0, 0.5)
     scaling_triton.multiply(torch.ones(8, dtype=torch.bfloat16), torch.ones(()))
 
@@ -129,11 +137,11 @@ def launch_stages(vocabulary, objectives, forms, policy=None):
             row_divergence_triton.row_gradient(logits, objective, statistics, terms, rows, gradient)
 
 
-def launch_logits(vocabulary):
-    for softcap in (0.0, 30.0):
+def launch_logits(vocabulary, softcaps=(0.0, 30.0), dtypes=(torch.bfloat16, torch.float32)):
+    for softcap in softcaps:
         logits = logits_of(vocabulary, softcap=softcap)
         logits_triton.head_logits(logits.student, torch.zeros(vocabulary), 1.5, softcap)
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in dtypes:
             gradient = torch.empty_like(logits.student, dtype=dtype)
             logits_triton.tail_gradient(logits, torch.zeros(3), torch.zeros(3), 1.0, gradient)
 
@@ -228,7 +236,7 @@ def flat(tree):
             yield x
 
 
-def main(name: str, some: str = "") -> None:
+def main(name: str, amount: str) -> None:
     target, shared_memory = TARGETS[name]
     triton.runtime.driver.set_active(Driver(target))
     row_options = row_divergence_triton.options("cuda" if name.startswith("sm") else "hip")
@@ -241,7 +249,7 @@ def main(name: str, some: str = "") -> None:
         print(json.dumps({**line, **described(kernel, arguments, keywords, result)}), flush=True)
 
     JITFunction.run = compile_only
-    launch_some() if some else launch_all()
+    {"all": launch_all, "some": launch_some, "few": launch_few}[amount]()
 
 
 if __name__ == "__main__":
