@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Compile afresh, since torch.compile's cache on disk does not see an operator's backward.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+# Threads that wait for work sleep: where several processes share the processor, spinning takes most of its time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import levels
@@ -147,6 +149,19 @@ def gpu_kernels(monkeypatch):
         return call(problem, there, **options)
 
     monkeypatch.setattr(Problem, "call", call_on_a_gpu)
+
+
+# Of `kernels` and `schedule`. The reference has no kernels: on a GPU there are its tensors, and else it runs once.
+every_schedule = pytest.mark.parametrize(
+    "kernels, schedule",
+    [("cpu", "chunked"), ("triton", "chunked"), ("cpu", "reference"), *[("triton", "reference")] * (DEVICE == "cuda")],
+    indirect=["kernels"],
+)
+
+
+def few_in_the_interpreter(kernels, many, few):
+    """Triton's interpreter takes 20 milliseconds and more for a row."""
+    return few if kernels == "triton" and DEVICE == "cpu" else many
 
 
 @pytest.fixture
