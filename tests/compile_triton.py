@@ -58,7 +58,7 @@ def launch_all():
         launch_rows(vocabulary, OBJECTIVES, FORMS)
         launch_logits(vocabulary)
         launch_stages(vocabulary, OBJECTIVES, FORMS)
-    launch_with_more(OWN_SHARES)
+    launch_with_more(OWN_SHARES, COMMON)
     launch_supports(EVEN, OBJECTIVES)
     for exponent, threshold in ((0.5, None), (1.0, 0.5)):
         launch_weights(exponent, threshold)
@@ -71,7 +71,7 @@ def launch_some():
     launch_rows(ODD, LARGEST, (FORMS[0], FORMS[3]))
     launch_logits(ODD)
     launch_stages(ODD, LARGEST, FORMS[3:])
-    launch_with_more(OWN_SHARES[:1])
+    launch_with_more(OWN_SHARES[:1], FORMS[2:3])
     launch_supports(EVEN, LARGEST[1:])
     launch_weights(1.0, 0.5)
     scaling_triton.multiply(torch.ones(8, dtype=torch.bfloat16), torch.ones(()))
@@ -86,10 +86,10 @@ def launch_few():
     scaling_triton.multiply(torch.ones(8, dtype=torch.bfloat16), torch.ones(()))
 
 
-def launch_with_more(own_shares):
+def launch_with_more(own_shares, forms_of_policy):
     """Shares of each row's own, and a policy."""
     launch_rows(EVEN, own_shares, FORMS[2:3])
-    launch_rows(EVEN, OBJECTIVES[2:3], COMMON, policy=POLICY)
+    launch_rows(EVEN, OBJECTIVES[2:3], forms_of_policy, policy=POLICY)
     launch_stages(EVEN, own_shares, FORMS[2:3], policy=POLICY)
 
 

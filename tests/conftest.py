@@ -45,6 +45,8 @@ ON_PROCESSOR = {
     "test_transformers",
     "test_trust_region",
 }
+# What tests of these files look at that is the same on every processor, in their names.
+ON_ANY_PROCESSOR = ("triton", "opcheck", "compile", "gradcheck", "by_name", "names_the_argument", "trl")
 
 
 # What `pytest -m short` runs, by file: names of tests, or None for all. Together they reach every module of the package
@@ -83,18 +85,30 @@ WITH_TRITON = {"test_hf_kernels", "test_question_weights", "test_row_divergence"
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The short tests need what they use, and nothing of what the other files import."""
-    if config.option.markexpr == "short" and collection_path.suffix == ".py":
-        stem = collection_path.stem
+    """The short tests need what they use, and nothing of what the other files import; likewise a processor's."""
+    if collection_path.suffix != ".py":
+        return None
+    stem = collection_path.stem
+    if config.option.markexpr == "processor":
+        return True if stem not in ON_PROCESSOR else None
+    if config.option.markexpr == "short":
         return True if stem not in SHORT or (stem in WITH_TRITON and not HAS_TRITON) else None
 
 
 # Files that take minutes, so that no process works on one of them alone at the end.
 LONGEST = (
-    "test_triton_targets",
     "test_trl",
+    "test_triton_targets",
     "test_row_divergence",
+    "test_policy",
+    "test_ptx",
+    "test_objectives",
     "test_benchmarks",
+    "test_divergences",
+    "test_metrics",
+    "test_examples",
+    "test_trl_fused",
+    "test_every_model",
     "test_demo",
     "test_trainer_step",
 )
@@ -104,7 +118,7 @@ def pytest_collection_modifyitems(items):
     """Longest first. Marks what `./dev test` runs again at lesser instruction sets, and what is short."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
-        if item.path.stem in ON_PROCESSOR and "triton" not in item.name:
+        if item.path.stem in ON_PROCESSOR and not any(word in item.name for word in ON_ANY_PROCESSOR):
             item.add_marker("processor")
         names = SHORT.get(item.path.stem, ())
         if (names is None or item.originalname in names) and (HAS_TRITON or "triton" not in item.name):

@@ -22,7 +22,7 @@ WHERE = {OLDEST: Path(sys.prefix) / "triton-3.6.0", INSTALLED: None}
 ALL = os.environ.get("SCSDPO_COMPILE") == "all"
 # What is compiled, by version and target.
 AMOUNTS = {
-    **{(OLDEST, target): "few" for target in ("sm_90", "gfx942")},
+    (OLDEST, "sm_90"): "few",
     **{(INSTALLED, target): "some" if target == "sm_90" else "few" for target in TARGETS},
 }
 if ALL:
