@@ -42,7 +42,6 @@ ON_PROCESSOR = {
     "test_routed_teachers",
     "test_scsdpo_loss",
     "test_shared_prefix",
-    "test_transformers",
     "test_trust_region",
 }
 # What tests of these files look at that is the same on every processor, in their names.
