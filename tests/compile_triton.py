@@ -1,9 +1,9 @@
 """Compiles the Triton kernels that are shipped, ahead of time, for GPUs that are not here.
 
-    python compile_triton.py sm_90 [some]      prints one line of JSON a kernel
+    python compile_triton.py sm_90 all      prints one line of JSON a kernel
 
 Every kernel in every configuration; of `some`, every kernel in those that use the most registers, and whole rows of
-every divergence.
+every divergence; of `few`, every kernel as what uses the most registers.
 
 The package's own launchers are called, with tensors of a CPU, up to where a kernel would run: so what is compiled is
 what they ask for. A script of its own because Triton's interpreter, which the tests run kernels in, excludes its
@@ -64,7 +64,7 @@ def launch_all():
         launch_rows(vocabulary, OBJECTIVES, FORMS)
         launch_logits(vocabulary)
         launch_stages(vocabulary, OBJECTIVES, FORMS)
-    launch_with_more(OWN_SHARES)
+    launch_with_more(OWN_SHARES, COMMON)
     launch_supports(EVEN, OBJECTIVES, FORMS)
     for exponent, threshold in ((0.5, None), (1.0, 0.5)):
         launch_weights(exponent, threshold)
@@ -73,21 +73,30 @@ def launch_all():
 
 
 def launch_some():
-    for vocabulary in (EVEN, ODD):
-        launch_rows(vocabulary, OBJECTIVES, COMMON)
-    launch_rows(ODD, LARGEST, FORMS[3:])
+    launch_rows(EVEN, OBJECTIVES, COMMON)
+    launch_rows(ODD, LARGEST, (FORMS[0], FORMS[3]))
     launch_logits(ODD)
-    launch_stages(ODD, LARGEST, FORMS[2:])
-    launch_with_more(OWN_SHARES[:1])
-    launch_supports(EVEN, LARGEST, FORMS[2:])
+    launch_stages(ODD, LARGEST, FORMS[3:])
+    launch_with_more(OWN_SHARES[:1], FORMS[2:3])
+    launch_supports(EVEN, LARGEST[1:], FORMS[2:])
     launch_weights(1.0, 0.5)
     scaling_triton.multiply(torch.ones(8, dtype=torch.bfloat16), torch.ones(()))
 
 
-def launch_with_more(own_shares):
+def launch_few():
+    launch_rows(ODD, LARGEST[1:], FORMS[3:])
+    launch_rows(EVEN, LARGEST[:1], FORMS[:1])
+    launch_logits(ODD, softcaps=(30.0,))
+    launch_stages(ODD, LARGEST[1:], FORMS[3:])
+    launch_supports(EVEN, [], FORMS[3:])
+    launch_weights(1.0, 0.5)
+    scaling_triton.multiply(torch.ones(8, dtype=torch.bfloat16), torch.ones(()))
+
+
+def launch_with_more(own_shares, forms_of_policy):
     """Shares of each row's own, and a policy."""
     launch_rows(EVEN, own_shares, FORMS[2:3])
-    launch_rows(EVEN, OBJECTIVES[2:3], COMMON, policy=POLICY)
+    launch_rows(EVEN, OBJECTIVES[2:3], forms_of_policy, policy=POLICY)
     launch_stages(EVEN, own_shares, FORMS[2:3], policy=POLICY)
 
 
@@ -117,7 +126,7 @@ def launch_supports(vocabulary, objectives, forms):
         if objective.kind != "clipped":
             gradient = torch.empty_like(logits.student, dtype=torch.float32)
             row_divergence_triton.row_divergence(logits, PerRow(torch.ones(3)), objective, gradient)
-    for k in (100, 1000):
+    for k in (100, 250, 1000):
         support_triton.likeliest(logits_of(vocabulary).student, k)
     for difference, dtype, softcap in forms:
         launch_support(logits_of(vocabulary, difference, softcap), dtype, policy=POLICY if softcap else None)
@@ -155,8 +164,8 @@ def launch_stages(vocabulary, objectives, forms, policy=None):
             row_divergence_triton.row_gradient(logits, objective, statistics, terms, rows, gradient)
 
 
-def launch_logits(vocabulary):
-    for softcap in (0.0, 30.0):
+def launch_logits(vocabulary, softcaps=(0.0, 30.0)):
+    for softcap in softcaps:
         logits = logits_of(vocabulary, softcap=softcap)
         logits_triton.head_logits(logits.student, torch.zeros(vocabulary), 1.5, softcap)
 
@@ -251,7 +260,7 @@ def flat(tree):
             yield x
 
 
-def main(name: str, some: str = "") -> None:
+def main(name: str, amount: str) -> None:
     target, shared_memory = TARGETS[name]
     triton.runtime.driver.set_active(Driver(target))
     row_options = row_divergence_triton.options("cuda" if name.startswith("sm") else "hip")
@@ -264,7 +273,7 @@ def main(name: str, some: str = "") -> None:
         print(json.dumps({**line, **described(kernel, arguments, keywords, result)}), flush=True)
 
     JITFunction.run = compile_only
-    launch_some() if some else launch_all()
+    {"all": launch_all, "some": launch_some, "few": launch_few}[amount]()
 
 
 if __name__ == "__main__":

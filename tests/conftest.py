@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Compile afresh, since torch.compile's cache on disk does not see an operator's backward.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+# Threads that wait for work sleep: where several processes share the processor, spinning takes most of its time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import levels
@@ -20,6 +22,11 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if DEVICE == "cpu" and HAS_TRITON:
+    import interpreter
+
+    interpreter.remember()
 
 
 # Files that run the CPU's own kernels, and do not choose the instruction set themselves.
@@ -35,9 +42,10 @@ ON_PROCESSOR = {
     "test_routed_teachers",
     "test_scsdpo_loss",
     "test_shared_prefix",
-    "test_transformers",
     "test_trust_region",
 }
+# What tests of these files look at that is the same on every processor, in their names.
+ON_ANY_PROCESSOR = ("triton", "opcheck", "compile", "gradcheck", "by_name", "names_the_argument", "trl")
 
 
 # What `pytest -m short` runs, by file: names of tests, or None for all. Together they reach every module of the package
@@ -73,22 +81,33 @@ SHORT = {
 }
 # Those of them that import Triton's kernels, which there are on Linux.
 WITH_TRITON = {"test_hf_kernels", "test_question_weights", "test_row_divergence", "test_scaling"}
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def pytest_ignore_collect(collection_path, config):
-    """The short tests need what they use, and nothing of what the other files import."""
-    if config.option.markexpr == "short" and collection_path.suffix == ".py":
-        stem = collection_path.stem
+    """The short tests need what they use, and nothing of what the other files import; likewise a processor's."""
+    if collection_path.suffix != ".py":
+        return None
+    stem = collection_path.stem
+    if config.option.markexpr == "processor":
+        return True if stem not in ON_PROCESSOR else None
+    if config.option.markexpr == "short":
         return True if stem not in SHORT or (stem in WITH_TRITON and not HAS_TRITON) else None
 
 
 # Files that take minutes, so that no process works on one of them alone at the end.
 LONGEST = (
-    "test_triton_targets",
     "test_trl",
+    "test_triton_targets",
     "test_row_divergence",
+    "test_policy",
+    "test_ptx",
+    "test_objectives",
     "test_benchmarks",
+    "test_divergences",
+    "test_metrics",
+    "test_examples",
+    "test_trl_fused",
+    "test_every_model",
     "test_demo",
     "test_trainer_step",
 )
@@ -98,7 +117,7 @@ def pytest_collection_modifyitems(items):
     """Longest first. Marks what `./dev test` runs again at lesser instruction sets, and what is short."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
-        if item.path.stem in ON_PROCESSOR and "triton" not in item.name:
+        if item.path.stem in ON_PROCESSOR and not any(word in item.name for word in ON_ANY_PROCESSOR):
             item.add_marker("processor")
         names = SHORT.get(item.path.stem, ())
         if (names is None or item.originalname in names) and (HAS_TRITON or "triton" not in item.name):
@@ -143,6 +162,19 @@ def gpu_kernels(monkeypatch):
         return call(problem, there, **options)
 
     monkeypatch.setattr(Problem, "call", call_on_a_gpu)
+
+
+# Of `kernels` and `schedule`. The reference has no kernels: on a GPU there are its tensors, and else it runs once.
+every_schedule = pytest.mark.parametrize(
+    "kernels, schedule",
+    [("cpu", "chunked"), ("triton", "chunked"), ("cpu", "reference"), *[("triton", "reference")] * (DEVICE == "cuda")],
+    indirect=["kernels"],
+)
+
+
+def few_in_the_interpreter(kernels, many, few):
+    """Triton's interpreter takes 20 milliseconds and more for a row."""
+    return few if kernels == "triton" and DEVICE == "cpu" else many
 
 
 @pytest.fixture

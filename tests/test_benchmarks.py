@@ -248,7 +248,6 @@ def test_scaling_and_row_kernels(tiny, monkeypatch, tmp_path):
     assert shown.count("| chunked |") == 3 and shown.count("\n| cpu |") == 6
 
 
-@pytest.mark.processor
 def test_objectives():
     """Every objective and part of a head has its time, its rows' time, and float64's gradients."""
     arguments = argparse.Namespace(rows=16, width=128, vocabulary=301, repeats=1)

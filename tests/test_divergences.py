@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, few_in_the_interpreter
 from oracle import assert_near
 from problems import problem
 from test_row_divergence import INSTRUCTION_SETS, assert_rows, assert_same, device_of, every_kernel, logits, run
@@ -53,7 +53,7 @@ def test_precision(kernel, divergence, beta):
     if kernel == "triton" and DEVICE == "cpu":  # its interpreter is slow
         cases = itertools.product((307,), (12.0,), (1e-5, 0.1, 3.0))
     for vocabulary, scale, distance in cases:
-        student, teacher = logits(vocabulary, scale, distance)
+        student, teacher = logits(vocabulary, scale, distance, rows=few_in_the_interpreter(kernel, 5, 3))
         expected = oracle.rows(student, teacher, beta, 0.75, divergence=divergence)
         assert_rows(*run(student, teacher, beta, temperature=0.75, kernel=kernel, divergence=divergence), expected)
 
@@ -64,7 +64,7 @@ def test_precision(kernel, divergence, beta):
 @pytest.mark.parametrize("distance", [1e-3, 3.0])
 def test_shares_near_the_ends(kernel, divergence, beta, distance):
     """1 - β has digits of its own, and a skewed KL goes to 0 at one end."""
-    student, teacher = logits(300, 2.0, distance)
+    student, teacher = logits(300, 2.0, distance, rows=few_in_the_interpreter(kernel, 5, 2))
     expected = oracle.rows(student, teacher, beta, divergence=divergence)
     got = run(student, teacher, beta, kernel=kernel, divergence=divergence)
     assert_rows(*got, expected, floor=1e-12, gradient_floor=1e-12)

@@ -298,21 +298,23 @@ def test_hf_trainer_in_bf16(tmp_path):
 # Two processes.
 
 
-def _on_two_processes(example: str, *arguments) -> dict:
+@pytest.fixture(scope="module")
+def on_two_processes(tmp_path_factory) -> dict:
+    """What both examples give, one after the other: the processes' start takes longer."""
     pytest.importorskip("datasets", reason="datasets is not installed")
     from trl_models import run_two_processes
 
-    return run_two_processes(__file__, example, *arguments)
+    return run_two_processes(__file__, tmp_path_factory.mktemp("hf_trainer"))
 
 
-def test_hf_trainer_on_two_processes(tmp_path):
+def test_hf_trainer_on_two_processes(on_two_processes):
     """Trainer counts the labels of both, and DDP averages their gradients."""
-    assert _on_two_processes("hf_trainer", tmp_path)["distance"] < 1e-5
+    assert on_two_processes["hf_trainer"]["distance"] < 1e-5
 
 
-def test_fsdp2():
+def test_fsdp2(on_two_processes):
     """A question's rollouts are on both processes, and one process has more tokens."""
-    found = _on_two_processes("fsdp2")
+    found = on_two_processes["fsdp2"]
     assert found["distance"] < 1e-5 and found["loss"] < 1e-5
 
 
@@ -332,7 +334,6 @@ def fsdp2_gradients() -> dict[str, float]:
     import torch.distributed as dist
 
     example = importlib.import_module("fsdp2")
-    dist.init_process_group("gloo")
     share, batch = ROLLOUTS // dist.get_world_size(), whole_batch()
     own = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     model = tiny(1)
@@ -350,5 +351,5 @@ def hf_trainer_gradients(folder: str) -> dict[str, float]:
 if __name__ == "__main__":
     from trl_models import finish
 
-    name, *arguments = sys.argv[1:]
-    finish({"fsdp2": fsdp2_gradients, "hf_trainer": hf_trainer_gradients}[name](*arguments))
+    of_trainer = hf_trainer_gradients(sys.argv[1])  # which makes the process group
+    finish({"hf_trainer": of_trainer, "fsdp2": fsdp2_gradients()})

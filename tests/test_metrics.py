@@ -1,5 +1,6 @@
 """Metrics from the same pass: against float64, token by token; what else a call gives is what it gives without them."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import oracle
 import pytest
 import torch
+from conftest import every_schedule
 from problems import DTYPES, HEADS, Problem, known, problem
 from ranks import over
 from test_shards import ENDS, Process
@@ -200,8 +202,20 @@ def test_every_dtype(dtype):
         assert_exact(given.call(**options).metrics, expected(given, options))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+IN_THE_INTERPRETER = (
+    "a shared head", "heads of their own", "importance ratios", "a policy", "sampled token", "a head with all",
+    "top 7, bucket", "top 7, renormalize", "server", "entries clipped at 0.01",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kernels, name, schedule",
+    [
+        *itertools.product(["cpu"], CASES, SCHEDULES),
+        *(("triton", name, "chunked") for name in IN_THE_INTERPRETER),
+    ],
+    indirect=["kernels"],
+)
 def test_everything_else_has_the_bits_of_a_call_without(kernels, name, schedule):
     given, options = CASES[name]
     plain, *gradients = given.run(**{**options, "metrics": ()}, schedule=schedule)
@@ -270,7 +284,7 @@ def given_logits(student: Tensor, teacher: Tensor, device="cpu") -> Problem:
     return Problem(student.to(device), heads[0], teacher.to(device), heads[1])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@every_schedule
 @pytest.mark.parametrize("shared", [False, True], ids=["heads of their own", "a shared head"])
 def test_ties_count_on_either_side(kernels, schedule, shared):
     student, teacher, agreements = zip(*AGREEMENTS.values(), strict=True)
@@ -279,7 +293,7 @@ def test_ties_count_on_either_side(kernels, schedule, shared):
     assert result.metrics[TOP1].tolist() == list(agreements)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@every_schedule
 def test_a_token_that_one_side_forbids_is_not_its_likeliest(kernels, schedule):
     student = torch.tensor([[9.0, 1.0, 0.0], [9.0, 1.0, 0.0]])
     teacher = torch.tensor([[0.0, 5.0, 1.0], [7.0, 5.0, 1.0]])
@@ -293,7 +307,7 @@ def test_a_token_that_one_side_forbids_is_not_its_likeliest(kernels, schedule):
     assert shared.metrics[TOP1].tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@every_schedule
 def test_a_token_that_only_the_teacher_may_say_is_clipped(kernels, schedule):
     """Its term is infinite. One that only the student may say is not counted."""
     given = given_logits(torch.zeros(2, 4), torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0]]))
@@ -317,10 +331,15 @@ NAN_CASES = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("side", ["hidden", "teacher"])
+@pytest.mark.parametrize(
+    "kernels, schedule, side, value",
+    [
+        *itertools.product(["cpu"], SCHEDULES, ("hidden", "teacher"), (math.nan, math.inf)),
+        *(("triton", "chunked", *x) for x in (("hidden", math.nan), ("teacher", math.inf))),
+    ],
+    indirect=["kernels"],
+)
 @pytest.mark.parametrize("shared", [False, True], ids=["heads of their own", "a shared head"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", NAN_CASES)
 def test_rows_that_are_nan_have_nan(kernels, name, value, shared, side, schedule):
     """And no others."""
@@ -334,7 +353,7 @@ def test_rows_that_are_nan_have_nan(kernels, name, value, shared, side, schedule
         assert torch.equal(values.isnan(), want), entry
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@every_schedule
 def test_a_log_probability_that_is_nan(kernels, schedule):
     given, options = sides().but(token_weight=None), {**TARGETS, "metrics": (RATIOS,)}
     old = options["old_logp"].clone()

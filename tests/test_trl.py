@@ -644,10 +644,23 @@ def test_lora_on_the_head_with_a_moving_average_raises(folder):
         train(SCSDPOTrainer, SCSDPOConfig, folder, "qwen3", peft_config=config, **options)
 
 
+# What two processes train, one after another: their start takes longer than a training.
+ON_TWO = (
+    "stock", "straddling", "one, drawn", "one, dealt", "one, twice, drawn", "one, twice, dealt",
+    "one, reduced each time, drawn", "one, reduced each time, dealt", "stock, policy", "policy", "resumed",
+)  # fmt: skip
+SHARDED_ON_TWO = ("one, drawn", "one, twice, dealt", "policy", "one, teacher")
+
+
 @functools.cache
+def of_two_processes(wrapper, folder):
+    return run_two_processes(__file__, wrapper, folder, *(SHARDED_ON_TWO if wrapper == "sharded" else ON_TWO))
+
+
 def two_processes(what, folder):
     """The log of two processes, and the tokens that each of them ran."""
-    return run_two_processes(__file__, what, folder)
+    wrapper = "sharded" if what.startswith("sharded") else "ddp"
+    return of_two_processes(wrapper, folder)[what.removeprefix("sharded, ")]
 
 
 def test_groups_that_straddle_processes(folder):
@@ -734,20 +747,13 @@ def every_second_on_the_first(completion_ids, **_):
     return [float(i % 2 and os.environ["RANK"] == "0") for i in range(len(completion_ids))]
 
 
-def main(what, folder):
-    torch.set_num_threads(1)
-    sharding = sharded() if what.startswith("sharded") else {}
-    what = what.removeprefix("sharded, ")
+def on_this_process(what, folder, sharding):
+    """What `two_processes` has of one training."""
     if what == "resumed":
-        losses, _ = resumed(SCSDPOTrainer, SCSDPOConfig, Path(folder), Path(folder) / "resumed", None, **sharding)
-        finish(losses)
+        return resumed(SCSDPOTrainer, SCSDPOConfig, folder, folder / "resumed", None, **sharding)[0]
     options = {"per_device_train_batch_size": 6, "num_generations": 4, "gradient_accumulation_steps": 1}
     trainer, config = SCSDPOTrainer, SCSDPOConfig
     if what == "stock":
-        loss = sdpo_trainer.compute_full_logit_self_distillation_loss
-        sdpo_trainer.compute_full_logit_self_distillation_loss = lambda *a, **k: (
-            loss(*a, **k) * ByHand.weights.unsqueeze(1)
-        )
         trainer, config = ByHand, SDPOConfig
     if what.endswith("policy"):
         options |= {"distillation_weight": 0.4, "max_completion_length": 12}
@@ -762,13 +768,24 @@ def main(what, folder):
             options |= {"num_iterations": 2, "distillation_is_clip": 1.5}
         if "each time" in what:  # left-out micro-batches would leave the other process waiting
             options["accelerator_config"] = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
-    lines, _, count = counted(trainer, config, Path(folder), **options, **sharding)
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "stock":
+            loss = sdpo_trainer.compute_full_logit_self_distillation_loss
+            patch.setattr(sdpo_trainer, "compute_full_logit_self_distillation_loss",
+                          lambda *a, **k: loss(*a, **k) * ByHand.weights.unsqueeze(1))  # fmt: skip
+        lines, _, count = counted(trainer, config, folder, **options, **sharding)
     assert count.trainer.is_fsdp_enabled == bool(sharding)
     if what.endswith("teacher"):
-        finish(distance_after_reading(count.trainer))
+        return distance_after_reading(count.trainer)
     tokens = [None, None]
     torch.distributed.all_gather_object(tokens, count.tokens())
-    finish([lines, tokens])
+    return lines, tokens
+
+
+def main(wrapper, folder, *names):
+    torch.set_num_threads(1)
+    sharding = sharded() if wrapper == "sharded" else {}
+    finish({what: on_this_process(what, Path(folder), sharding) for what in names})
 
 
 if __name__ == "__main__":

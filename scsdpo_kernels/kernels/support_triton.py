@@ -24,9 +24,9 @@ from .row_divergence_triton import given_of, store_policy
 # Entries of a row at a time, and warps.
 BLOCK, WARPS = 4096, 8
 # `likeliest` compares the largest logits of sets of so many neighbours first, and then the members of k sets. Neither
-# has more than MOST numbers, which a program's threads hold. On an H100, 256 rows of 151936 logits take a fifth of
-# torch.topk's time; sets of 32 to 64 and 4 to 16 warps are within a tenth of each other.
-SET, MOST, LIKELIEST_BLOCK, LIKELIEST_WARPS = 64, 16384, 8192, 16
+# has more than MOST numbers, which a program's threads hold without spilling: more than 256 of 151936 are left to
+# torch.topk.
+SET, MOST, LIKELIEST_BLOCK, LIKELIEST_WARPS = 64, 8192, 8192, 16
 
 _LEAST_LOG_TAIL = tl.constexpr(LEAST_LOG_TAIL)
 _INFINITY = tl.constexpr(float("inf"))
