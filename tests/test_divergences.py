@@ -242,15 +242,17 @@ def a_beta_each(leading, divergence):
 @pytest.mark.parametrize("support", [None, TopK(20), TopK(20, "renormalize")], ids=["whole", "bucket", "renormalize"])
 def test_values_and_gradients(kernels, divergence, own, support, monkeypatch):
     """Everything of the student's has one, in three chunks, with weights of 0 and importance ratios."""
-    monkeypatch.setattr(chunked, "MIN_ROWS", 4)
+    leading = (2, few_in_the_interpreter(kernels, 6, 3))
+    monkeypatch.setattr(chunked, "MIN_ROWS", few_in_the_interpreter(kernels, 4, 2))
     monkeypatch.setattr(chunked, "BUFFER_BYTES", dict.fromkeys(chunked.BUFFER_BYTES, 0))
-    given = problem((2, 6), D, V, 0.5, scale=2.0, head="all", weighted=True)
+    given = problem(leading, D, V, 0.5, scale=2.0, head="all", weighted=True)
     given.token_weight[0, 2] = 0
-    beta = a_beta_each((2, 6), divergence) if own else 0.3
+    beta = a_beta_each(leading, divergence) if own else 0.3
     if own:
         beta[0, 2] = torch.nan  # this token does not count
     options = {"divergence": divergence, "beta": beta, "temperature": 0.8, "support": support}
-    options |= {"target_ids": torch.arange(12).view(2, 6), "old_logp": torch.full((2, 6), -5.0)}
+    tokens = leading[0] * leading[1]
+    options |= {"target_ids": torch.arange(tokens).view(leading), "old_logp": torch.full(leading, -5.0)}
     got, exact = given.run(**options), oracle.expected(given, **options)
     torch.testing.assert_close(got[0].divergence.double(), exact[0].divergence, rtol=3e-5, atol=1e-7)
     assert_near(got, exact, limit=3e-5)

@@ -42,8 +42,8 @@ def test_opcheck_of_every_argument(support, operator, rest):
     torch.library.opcheck(getattr(torch.ops.scsdpo_kernels, operator).default, (*leaves, *rest))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_has_the_bits_of_eager(dtype):
+@pytest.mark.parametrize("dtype, backend", zip(DTYPES, ("inductor", "aot_eager", "aot_eager"), strict=True))
+def test_compiled_has_the_bits_of_eager(dtype, backend):
     given = problem((2, 9), width=16, vocabulary=101, dtype=dtype)
     options = {"token_weight": torch.randn(2, 9).relu(), "target_ids": torch.randint(101, (2, 9))}
     options["old_logp"] = -4.6 + torch.randn(2, 9)
@@ -54,7 +54,7 @@ def test_compiled_has_the_bits_of_eager(dtype):
         return result.loss * 3, *(x for x in result[1:] if x is not None)
 
     results = []
-    for run in (step, torch.compile(step, fullgraph=True)):
+    for run in (step, torch.compile(step, fullgraph=True, backend=backend)):
         inputs = given.leaves().trained
         outputs = run(*inputs)
         results.append((*outputs, *torch.autograd.grad(outputs[0], inputs)))
@@ -81,7 +81,7 @@ def test_compiled_with_other_numbers_and_sizes():
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), (rows, beta, temperature)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(compiled, dtype):
     """fp32 hidden states and heads are cast as F.linear casts them; the op's own arithmetic is left alone."""
