@@ -15,7 +15,9 @@ def is_replaced(language) -> bool:
 
 
 def remember() -> None:
-    """Replaces the interpreter's two searches."""
+    """Replaces the interpreter's two searches, if this Triton has them."""
+    if not (hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_patch_builtin")):
+        return
     patch_lang, languages, builtins = interpreter._patch_lang, {}, {}
 
     def patch_lang_once(function):
