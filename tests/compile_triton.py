@@ -73,8 +73,9 @@ def launch_all():
 
 
 def launch_some():
-    launch_rows(EVEN, OBJECTIVES, COMMON)
-    launch_rows(ODD, LARGEST, (FORMS[0], FORMS[3]))
+    launch_rows(EVEN, OBJECTIVES, COMMON[1:])
+    launch_rows(EVEN, LARGEST, COMMON[:1])
+    launch_rows(ODD, LARGEST, FORMS[3:])
     launch_logits(ODD)
     launch_stages(ODD, LARGEST, FORMS[3:])
     launch_with_more(OWN_SHARES[:1], FORMS[2:3])
