@@ -28,9 +28,12 @@ def plot(times: dict, errors: dict):
     time.set_yticks(range(len(shown)), [])
     ratios = [shown[name]["peak_mib"] / shown[OURS]["peak_mib"] for name in FULL_LOGITS]
     least = min(x["peak_mib"] for x in shown.values()) / shown[OURS]["peak_mib"]
-    _title(memory, f"Full logits: {min(ratios):.0f} to {max(ratios):.0f} times our memory (the least: {least:.1f})")
+    _title(
+        memory,
+        f"Full logits take {min(ratios):.0f} to {max(ratios):.0f} times our memory,\nthe least of all {least:.1f}",
+    )
     ratios = [x["seconds"] / shown[OURS]["seconds"] for name, x in shown.items() if name != OURS]
-    _title(time, f"The baselines take {min(ratios):.2f} to {max(ratios):.2f} times our time")
+    _title(time, f"The baselines take {min(ratios):.2f} to {max(ratios):.2f} times\nour time")
     _errors(error, errors["records"])
     figure.supxlabel(
         f"Jensen-Shannon. Left and middle: {CASE}, {described(times['machine'])}; hatched: the gradient is over 1% "
@@ -57,7 +60,8 @@ def _bars(axes, values: dict[str, float], records: dict[str, dict], label: str) 
 def _errors(axes, records: list[dict]) -> None:
     own = [x for x in records if (x["dtype"], x["beta"]) == ("bfloat16", 0.5) and "errors" in x]
     own = [x for x in own if x["implementation"] != "reference"]
-    for name in sorted({x["implementation"] for x in own}, key=lambda name: name == OURS):  # ours above the others
+    names = [name for name in IMPLEMENTATIONS if name != OURS and any(x["implementation"] == name for x in own)]
+    for name in [*names, OURS]:  # ours above the others
         style = {"color": COLOURS[name], "markersize": 4, "linewidth": 2.5 if name == OURS else 1}
         for real, form in ((False, "o-"), (True, "*")):
             points = [x for x in own if x["implementation"] == name and (x["inputs"] == SMOLLM2) == real]
@@ -69,4 +73,4 @@ def _errors(axes, records: list[dict]) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     of_model = {x["implementation"]: x["errors"]["hidden"] for x in own if x["inputs"] == SMOLLM2}
-    _title(axes, f"On a real self-teacher eager bf16 is {of_model[EAGER]:.0%} off, ours {of_model[OURS]:.1%}")
+    _title(axes, f"On a real self-teacher eager bf16 is {of_model[EAGER]:.0%} off,\nours {of_model[OURS]:.1%}")

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -269,6 +270,16 @@ def test_tables_and_plots_are_those_of_the_result_files():
     plots = re.findall(r"\]\(\.\./(benchmarks/results/[\w.-]+\.png)\)", (ROOT / "docs" / "benchmarks.md").read_text())
     assert len(plots) >= 3
     assert f"]({headline.PATH.relative_to(ROOT)})" in README.read_text()
+
+
+def test_titles_of_the_figure_lie_beside_each_other():
+    import headline
+
+    figure = headline.plot(*(json.loads(path.read_text()) for path in headline.SOURCES))
+    figure.draw_without_rendering()
+    titles = [axes._left_title.get_window_extent() for axes in figure.axes]
+    ends = [*(title.x0 for title in titles[1:]), figure.bbox.x1]
+    assert all(title.x1 < end for title, end in zip(titles, ends, strict=True))
 
 
 def test_public_names_are_in_the_docs():
