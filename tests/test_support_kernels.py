@@ -39,6 +39,8 @@ def test_many_likeliest_are_a_librarys():
     z = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
     columns = support_triton.likeliest(z.to(DEVICE).repeat(1, 6), 17_000).cpu()
     assert columns.shape == (2, 17_000) and all(len(set(row)) == 17_000 for row in columns.tolist())
+    z = z.repeat(1, 6)
+    assert torch.equal(z.gather(1, columns).sort(1).values, z.sort(1).values[:, -17_000:])
 
 
 @pytest.mark.parametrize("difference", [False, True], ids=["teacher", "difference"])

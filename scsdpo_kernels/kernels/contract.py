@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..problem import Objective as Objective
@@ -11,6 +12,11 @@ from ..problem import objective_of as objective_of
 
 # The logarithm of the least mass that a support's rest counts as, 1 - e^-1e-7, as in SDPO's code.
 LEAST_LOG_TAIL = math.log(-math.expm1(-1e-7))
+
+
+def inverse_of(temperature: float) -> float:
+    """1 / τ as kernels have it, rounded to fp32."""
+    return (1 / torch.tensor(temperature, dtype=torch.float32)).item()
 
 
 class Logits(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .contract import LEAST_LOG_TAIL, Logits, PerRow, RowStatistics, SupportLogits, SupportValues
+from .contract import LEAST_LOG_TAIL, Logits, PerRow, RowStatistics, SupportLogits, SupportValues, inverse_of
 from .of_target import of_target
 
 
@@ -54,7 +54,7 @@ def support_values(
     renormalize: bool,
 ) -> SupportValues:
     """Log-probabilities of the support's entries and of the tail, entropies, and what follows of a target's."""
-    inverse = _inverse(temperature)
+    inverse = inverse_of(temperature)
     exists = at.ids >= 0
     log_p, log_tail, lse = _normalised(at.student * inverse, tail.student_lse)
     fields = [_entropy(log_p, log_tail, tail.student_entropy)]
@@ -84,10 +84,6 @@ def support_values(
     return SupportValues(log_p, log_q, lse, log_tail[:, 0], Logits(*few, False, 0.0), scalars, weight, slope)
 
 
-def _inverse(temperature: float) -> float:
-    return (1 / torch.tensor(temperature, dtype=torch.float32)).item()
-
-
 def _normalised(z: Tensor, tail: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p of the support (C, K), log P (C, 1), and the log-sum-exp of all (C,)."""
     lse = torch.cat([z, tail[:, None]], dim=-1).logsumexp(-1)
@@ -114,7 +110,7 @@ def support_gradient(
     is_bounded: bool,  # a tail below the least mass is constant
 ) -> None:
     """The dense gradient: a factor times p outside of the support, and its entries and the target one by one."""
-    inverse, is_zero, softcap = _inverse(temperature), values.weight == 0, logits.softcap
+    inverse, is_zero, softcap = inverse_of(temperature), values.weight == 0, logits.softcap
     g = torch.where(is_zero[:, None], 0.0, g.double())  # the row may hold anything
     g, g_tail = g[:, :-1], g[:, -1]
     if is_bounded:

@@ -5,8 +5,7 @@
     support_values      log-probabilities, entropies, what a target has
     support_gradient    the dense gradient of the student's logits       4 bytes of a logit, and 2 or 4 of its gradient
 
-Numbers of an entry are float64, as are the short rows that `support_values` writes for the row kernel. A library's
-operators take over a hundred launches for the same, which is more than the products of a chunk take.
+Numbers of an entry are float64, as are the short rows that `support_values` writes for the row kernel.
 """
 
 from functools import partial

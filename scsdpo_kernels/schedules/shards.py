@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from ..kernels import Kernels
-from ..kernels.contract import Logits, RowStatistics
+from ..kernels.contract import Logits, RowStatistics, inverse_of
 from ..problem import Part
 
 
@@ -55,7 +55,7 @@ class Shard:
         return torch.where((columns >= 0) & (columns < self.size), columns, -1)
 
     def values(self, kernels: Kernels, logits: Logits, ids: Tensor, columns: Tensor) -> Tensor:
-        """(sides, C, K) float64: the logits of both sides at ids, -inf where those are negative; they are forbidden."""
+        """(sides, C, K) float64: the logits of both sides at ids, -inf in an empty slot. Then forbids them."""
         if self.group is None:
             return kernels.entries(logits, columns, -torch.inf, forbid=True)
         values = self.gather(kernels.entries(logits, columns, 0.0, forbid=True)).sum(0)
@@ -129,7 +129,7 @@ class Shard:
 
 def merge_statistics(parts: Tensor, temperature: float) -> RowStatistics:  # (processes, 7, C) float64
     student, teacher, largest, centre, log_ratio, entropy_s, entropy_t = parts.unbind(1)
-    inverse = (1 / torch.tensor(temperature, dtype=torch.float32)).item()  # as the kernels have it
+    inverse = inverse_of(temperature)
     lse_s, lse_t = student.logsumexp(0), teacher.logsumexp(0)
     comparable = log_ratio.isfinite() & (centre.abs() < 1e30)  # false where a side has nothing
     best = torch.where(comparable, largest, -torch.inf).argmax(0, keepdim=True)
